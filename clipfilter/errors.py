@@ -1,0 +1,35 @@
+"""The errors clipfilter raises on purpose, and the classes a failed row can have."""
+
+from __future__ import annotations
+
+# Kinds of row failure (column cf_error_class). Transient ones are worth trying again with `--retry-failed`.
+DECODE_ERROR = "decode_error"
+IMAGE_TOO_LARGE = "image_too_large"
+MISSING_IMAGE = "missing_image"
+READ_ERROR = "read_error"
+DECODER_CRASH = "decoder_crash"
+TRANSIENT = frozenset({READ_ERROR})
+
+
+class ClipfilterError(Exception):
+    """Base of everything clipfilter raises on purpose; its text is one sentence for the user."""
+
+
+class RefusedError(ClipfilterError):
+    """The request was refused before any work was done (exit code 2); the text says how to fix it."""
+
+
+class ShardError(ClipfilterError):
+    """A whole shard cannot be read (for example a Parquet file without a readable footer)."""
+
+
+class RowError(Exception):
+    """One row cannot be used; it is recorded in `failed/` and costs only itself.
+
+    `error_class` is one of the constants above.
+    """
+
+    def __init__(self, error_class: str, message: str) -> None:
+        super().__init__(message)
+        self.error_class = error_class
+        self.message = message
