@@ -1,0 +1,278 @@
+"""Files on local disks and object stores through fsspec: open, list, and publish so that the first writer wins."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from clipfilter.errors import RefusedError
+
+_STALE_UPLOAD_SECONDS = 24 * 3600
+
+
+def is_local(url: str) -> bool:
+    """True for a plain path or a `file://` URL."""
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def local_path(url: str) -> Path:
+    """The absolute path of a local URL (symbolic links are kept)."""
+    for scheme in ("file://", "local://"):
+        url = url.removeprefix(scheme)
+    return Path(os.path.abspath(os.path.expanduser(url)))
+
+
+def normalise(url: str) -> str:
+    """One spelling per place: absolute local paths, no trailing slash."""
+    return str(local_path(url)) if is_local(url) else url.rstrip("/")
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of `url` and the path inside it. Object stores are listed afresh each time."""
+    if is_local(url):
+        return fsspec.filesystem("file"), str(local_path(url))
+    try:
+        fs, path = url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        scheme = url.split("://", 1)[0]
+        raise RefusedError(
+            f"{url} needs a package that is not installed ({error}); install it, e.g. `pip install clipfilter[{scheme}]`."
+        ) from error
+    except ValueError as error:
+        raise RefusedError(f"{url} is not a location clipfilter knows: {error}.") from error
+    return fs, path.rstrip("/")
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` with `parts` appended, one slash between each."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def etag(info: dict[str, Any]) -> str:
+    """What changes when the file changes: the store's entity tag, else size and modification time (ns)."""
+    for name in ("ETag", "etag", "md5Hash", "content_md5"):
+        if info.get(name):
+            return str(info[name]).strip('"')
+    modified = info.get("mtime") or info.get("LastModified") or info.get("last_modified") or info.get("updated") or ""
+    stamp = str(int(modified * 1e9)) if isinstance(modified, float) else str(modified)
+    return f"{info.get('size')}-{stamp}"
+
+
+class Directory:
+    """One directory tree on any filesystem, with atomic and create-only publication.
+
+    A file becomes visible under its final name only when it is whole. Local files are written beside their
+    destination in a hidden `.tmp` folder, flushed to disk and renamed or linked; remote ones are written to the
+    local temporary folder and uploaded whole.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = normalise(url)
+        self.fs, self.root = filesystem(self.url)
+        self.local = is_local(self.url)
+        self._scratch: Path | None = None
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
+    def list(self, folder: str) -> list[str]:
+        """Names of the files directly in `folder`, sorted; empty when there is no such folder."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.invalidate_cache()
+            entries = self.fs.ls(self.path(folder), detail=False)
+            names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+            return sorted(name for name in names if name and not name.startswith("."))
+        return []
+
+    def walk(self, folder: str) -> list[str]:
+        """Relative names of all files below `folder`, sorted."""
+        self.fs.invalidate_cache()
+        base = self.path(folder)
+        found = self.fs.find(base)
+        return sorted(folder + "/" + name[len(base) :].lstrip("/") for name in found)
+
+    def read_bytes(self, name: str) -> bytes:
+        return bytes(self.fs.cat_file(self.path(name)))
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_bytes(name))
+
+    def open(self, name: str) -> Any:
+        """A readable, seekable binary file."""
+        return self.fs.open(self.path(name), "rb")
+
+    def scratch(self) -> Path:
+        """This process's own folder for unfinished files, on the same disk as a local directory."""
+        if self._scratch is None or not self._scratch.exists():
+            base = Path(self.root) / ".tmp" if self.local else Path(tempfile.gettempdir()) / f"clipfilter-{os.getuid()}"
+            base.mkdir(parents=True, exist_ok=True)
+            self._scratch = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}-{os.getpid()}-", dir=base))
+        return self._scratch
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write `data` under `name` unless something is already there; True when this call created it."""
+        if not self.local:
+            try:
+                self.fs.pipe_file(self.path(name), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno == errno.EEXIST or "PreconditionFailed" in repr(error):
+                    return False
+                raise
+            return True
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.scratch() / f"{target.name}.{time.monotonic_ns()}"
+        _write_flushed(temporary, data)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        _flush_folder(target.parent)
+        return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a derived file (a report, a summary) atomically over an earlier one."""
+        if not self.local:
+            self.fs.pipe_file(self.path(name), data)
+            return
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.scratch() / f"{target.name}.{time.monotonic_ns()}"
+        _write_flushed(temporary, data)
+        os.replace(temporary, target)
+
+    def publish(self, source: Path, name: str) -> None:
+        """Move a finished local file or folder to its final, content-named place.
+
+        The name holds a hash of the content, so an earlier copy of it is the same file and is left alone.
+        """
+        if source.is_dir():
+            self._publish_folder(source, name)
+            return
+        if not self.local:
+            if self.fs.exists(self.path(name)) and self.fs.size(self.path(name)) == source.stat().st_size:
+                return
+            self.fs.put_file(str(source), self.path(name))
+            return
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(source, target)
+        _flush_folder(target.parent)
+
+    def _publish_folder(self, source: Path, name: str) -> None:
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        if not self.local:
+            for path in files:
+                self.fs.put_file(str(path), self.path(f"{name}/{path.relative_to(source).as_posix()}"))
+            return
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for path in files:
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        try:
+            os.rename(source, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _flush_folder(target.parent)
+
+    def clean_scratch(self, *, stale_only: bool) -> None:
+        """Remove this process's unfinished files, or (`stale_only`) those that dead processes of this host left."""
+        if not stale_only:
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self._scratch.parent.rmdir()
+                self._scratch = None
+            return
+        base = Path(self.root) / ".tmp" if self.local else Path(tempfile.gettempdir()) / f"clipfilter-{os.getuid()}"
+        host = socket.gethostname()
+        for folder in base.glob("*") if base.is_dir() else ():
+            owner, _, rest = folder.name.rpartition("-")
+            owner_host, _, pid = owner.rpartition("-")
+            old = time.time() - folder.stat().st_mtime > _STALE_UPLOAD_SECONDS
+            if old or (owner_host == host and pid.isdigit() and not _alive(int(pid))):
+                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            base.rmdir()
+
+    def abort_stale_uploads(self, older_than: float = _STALE_UPLOAD_SECONDS) -> int:
+        """Abort multipart uploads below this directory begun more than `older_than` seconds ago; how many."""
+        if not hasattr(self.fs, "call_s3"):
+            return 0
+        bucket, _, prefix = self.root.partition("/")
+        aborted = 0
+        with contextlib.suppress(NotImplementedError, PermissionError, FileNotFoundError):
+            answer = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+            for upload in answer.get("Uploads", []):
+                if time.time() - upload["Initiated"].timestamp() >= older_than:
+                    self.fs.call_s3(
+                        "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+                    aborted += 1
+        return aborted
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a local file; of a folder, the sha256 over its sorted relative names and file hashes."""
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for item in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{item.relative_to(path).as_posix()}\0{file_sha256(item)}\n".encode())
+        return digest.hexdigest()
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_chunks(handle: Any, size: int = 8 << 20) -> Iterator[bytes]:
+    """The rest of an open binary file in pieces of `size` bytes."""
+    while chunk := handle.read(size):
+        yield chunk
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with open(path, "xb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
