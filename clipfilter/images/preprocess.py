@@ -1,0 +1,118 @@
+"""Resize, crop and pad exactly as open_clip's inference transform does, up to (not including) normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESIZE_MODES = ("shortest", "longest", "squash")
+
+# A 65535 x 1 strip resized to shortest side 224 would need ten gigabytes before the crop. Above this many pixels
+# only the part that survives the crop is computed.
+_MAX_RESIZED_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How a model wants its images; the fields are open_clip's `PreprocessCfg`, for square inputs.
+
+    size: side of the square input in pixels. mean, std: per channel, on the 0..1 scale.
+    interpolation: "bicubic" or "bilinear". resize_mode: "shortest" (then centre crop), "longest" (then centre
+    crop or pad with fill_color) or "squash" (aspect ratio ignored).
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    def __post_init__(self) -> None:
+        # open_clip writes "random" for checkpoints trained with mixed interpolation and infers with bicubic.
+        if self.interpolation == "random":
+            object.__setattr__(self, "interpolation", "bicubic")
+        if self.interpolation not in _RESAMPLE:
+            raise ValueError(f"interpolation must be bicubic or bilinear, not {self.interpolation!r}")
+        if self.resize_mode not in _RESIZE_MODES:
+            raise ValueError(f"resize_mode must be one of {', '.join(_RESIZE_MODES)}, not {self.resize_mode!r}")
+        if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError("size must be positive, and mean and std must have three numbers each")
+        object.__setattr__(self, "mean", tuple(float(v) for v in self.mean))
+        object.__setattr__(self, "std", tuple(float(v) for v in self.std))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_json` reads it back."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PreprocessConfig:
+        """The config that `to_json` wrote."""
+        return cls(**{**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])})
+
+
+def prepare(rgb: np.ndarray, cfg: PreprocessConfig) -> np.ndarray:
+    """Resize and crop `rgb` (uint8 [h, w, 3]) to uint8 [3, size, size], bit-identical to open_clip's transform.
+
+    Identical means: `prepare(rgb, cfg) / 255, minus mean, over std` in float32 and in torchvision's order gives the
+    very bits of `open_clip.transform.image_transform(...)(Image.fromarray(rgb))`.
+    """
+    height, width = rgb.shape[:2]
+    image = Image.fromarray(rgb)
+    resample = _RESAMPLE[cfg.interpolation]
+    if cfg.resize_mode == "squash":
+        resized = _resize(image, (cfg.size, cfg.size), resample)
+    elif cfg.resize_mode == "shortest":
+        resized = _resize_shortest(image, width, height, cfg.size, resample)
+    else:
+        ratio = max(height, width) / cfg.size
+        target = (max(1, round(width / ratio)), max(1, round(height / ratio)))
+        resized = _resize(image, target, resample)
+    square = _centre_crop_or_pad(resized, cfg.size, cfg.fill_color)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def shortest_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) after torchvision's `Resize(size)`: shorter side `size`, the longer one truncated."""
+    if width <= height:
+        return size, int(size * height / width)
+    return int(size * width / height), size
+
+
+def crop_offset(length: int, size: int) -> int:
+    """Where torchvision's CenterCrop starts on an axis of `length` (Python's round: halves go to the even side)."""
+    return round((length - size) / 2.0)
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    return image if image.size == size else image.resize(size, resample)
+
+
+def _resize_shortest(
+    image: Image.Image, width: int, height: int, size: int, resample: Image.Resampling
+) -> Image.Image:
+    new_width, new_height = shortest_size(width, height, size)
+    if new_width * new_height <= _MAX_RESIZED_PIXELS:
+        return _resize(image, (new_width, new_height), resample)
+    left, top = crop_offset(new_width, size), crop_offset(new_height, size)
+    scale_x, scale_y = width / new_width, height / new_height
+    box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+    return image.resize((size, size), resample, box=box)
+
+
+def _centre_crop_or_pad(image: Image.Image, size: int, fill: int) -> Image.Image:
+    width, height = image.size
+    if (width, height) == (size, size):
+        return image
+    if width < size or height < size:
+        pad_x, pad_y = max(0, size - width), max(0, size - height)
+        padded = Image.new("RGB", (width + pad_x, height + pad_y), (fill, fill, fill))
+        padded.paste(image, (pad_x // 2, pad_y // 2))
+        image, (width, height) = padded, padded.size
+    left, top = crop_offset(width, size), crop_offset(height, size)
+    return image.crop((left, top, left + size, top + size))
