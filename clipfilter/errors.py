@@ -8,6 +8,7 @@ IMAGE_TOO_LARGE = "image_too_large"
 MISSING_IMAGE = "missing_image"
 READ_ERROR = "read_error"
 DECODER_CRASH = "decoder_crash"
+ENCODE_ERROR = "encode_error"
 TRANSIENT = frozenset({READ_ERROR})
 
 

@@ -1,0 +1,175 @@
+"""The tables a shard is made of: their schemas, and the pure functions that fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from clipfilter.errors import RowError
+
+if TYPE_CHECKING:
+    from clipfilter.engine.decoding import Image
+    from clipfilter.policies import CompiledPolicy
+
+#: Identity columns of every annotated row, after the source's own columns.
+IDENTITY = pa.schema(
+    [
+        ("cf_shard", pa.string()),
+        ("cf_row", pa.int64()),
+        ("cf_key", pa.string()),
+        ("cf_uid", pa.string()),
+        ("cf_sha256", pa.string()),
+        ("cf_width", pa.int32()),
+        ("cf_height", pa.int32()),
+        ("cf_format", pa.string()),
+        ("cf_caption", pa.string()),
+        ("cf_source_json", pa.string()),
+    ]
+)
+FAILED = pa.schema(
+    [
+        ("cf_shard", pa.string()),
+        ("cf_row", pa.int64()),
+        ("cf_key", pa.string()),
+        ("cf_uid", pa.string()),
+        ("cf_error_class", pa.string()),
+        ("cf_error", pa.string()),
+    ]
+)
+#: Cheap pixel facts stored beside each embedding (see clipfilter/images/facts.py for their definitions).
+FACTS = pa.schema(
+    [
+        ("cf_width", pa.int32()),
+        ("cf_height", pa.int32()),
+        ("cf_brightness", pa.float32()),
+        ("cf_contrast", pa.float32()),
+        ("cf_blur", pa.float32()),
+        ("cf_entropy", pa.float32()),
+        ("cf_phash", pa.uint64()),
+    ]
+)
+REASONS = pa.list_(
+    pa.struct(
+        [
+            ("rule", pa.string()),
+            ("band", pa.string()),
+            ("score", pa.float32()),
+            ("threshold", pa.float32()),
+            ("nearest", pa.string()),
+            ("contrast", pa.string()),
+        ]
+    )
+)
+#: Columns that a decision adds; a later decision replaces them.
+DECISION_COLUMNS = ("cf_similarity", "cf_decision", "cf_reasons")
+
+
+def is_decision_column(name: str) -> bool:
+    return name in DECISION_COLUMNS or name.startswith("cf_score.")
+
+
+def embeddings_schema(dim: int, text: bool) -> pa.Schema:
+    """Schema of `OUT/embeddings/*.arrow`; unit-norm float16 vectors, text_emb null where there is no caption."""
+    vector = pa.list_(pa.float16(), dim)
+    fields = [("cf_shard", pa.string()), ("cf_row", pa.int64()), ("cf_uid", pa.string()), ("image_emb", vector)]
+    return pa.schema([*fields, *([("text_emb", vector)] if text else []), *FACTS])
+
+
+def vectors(column: pa.ChunkedArray | pa.Array, dim: int) -> np.ndarray:
+    """A fixed_size_list<float16> column as float16 [n, dim], without copying when it is one chunk.
+
+    Null vectors (no caption) come out as zeros.
+    """
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    parts = [
+        np.asarray(chunk.values.slice(chunk.offset * dim, len(chunk) * dim)).view(np.float16).reshape(-1, dim)
+        for chunk in chunks
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty((0, dim), np.float16)
+
+
+def vector_column(values: np.ndarray, present: np.ndarray | None = None) -> pa.Array:
+    """float16 [n, dim] as a fixed_size_list column; rows where `present` is False become null."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float16())
+    mask = None if present is None or present.all() else pa.array(~present)
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=mask)
+
+
+def image_columns(images: Sequence[Image]) -> dict[str, pa.Array]:
+    """sha256, size and pixel facts of the images that were decoded, as columns."""
+    good = [image for image in images if not isinstance(image, RowError)]
+    return {
+        "cf_sha256": pa.array([image.sha256 for image in good], pa.string()),
+        "cf_width": pa.array([image.width for image in good], pa.int32()),
+        "cf_height": pa.array([image.height for image in good], pa.int32()),
+        "cf_format": pa.array([image.format for image in good], pa.string()),
+        "cf_brightness": pa.array([image.facts.brightness for image in good], pa.float32()),
+        "cf_contrast": pa.array([image.facts.contrast for image in good], pa.float32()),
+        "cf_blur": pa.array([image.facts.blur for image in good], pa.float32()),
+        "cf_entropy": pa.array([image.facts.entropy for image in good], pa.float32()),
+        "cf_phash": pa.array([image.facts.phash for image in good], pa.uint64()),
+    }
+
+
+def failed_table(shard: str, rows: pa.Table, errors: Sequence[RowError]) -> pa.Table:
+    """The rows that failed, with class and message."""
+    return pa.table(
+        {
+            "cf_shard": pa.array([shard] * rows.num_rows, pa.string()),
+            "cf_row": rows["cf_row"],
+            "cf_key": rows["cf_key"],
+            "cf_uid": rows["cf_uid"],
+            "cf_error_class": pa.array([error.error_class for error in errors], pa.string()),
+            "cf_error": pa.array([error.message for error in errors], pa.string()),
+        },
+        schema=FAILED,
+    )
+
+
+def annotate(
+    rows: pa.Table,
+    embeddings: pa.Table,
+    dim: int,
+    policy: CompiledPolicy | None,
+    thresholds: dict[str, float] | None,
+) -> pa.Table:
+    """The annotated rows of one shard: source and identity columns, then similarity, scores, decision and reasons.
+
+    rows       : one row per image that did not fail, source and identity columns (see IDENTITY).
+    embeddings : the same rows in the same order, `embeddings_schema`.
+    policy     : None after `embed` and `score`: decision and reasons are null.
+    thresholds : the fixed numbers of dataset-level rules; None while they are not known (scores only).
+    """
+    from clipfilter.policies.evaluate import similarity
+
+    image = vectors(embeddings["image_emb"], dim)
+    text, has_text = None, np.zeros(len(image), bool)
+    if "text_emb" in embeddings.column_names:
+        text = vectors(embeddings["text_emb"], dim)
+        has_text = np.asarray(embeddings["text_emb"].is_valid())
+    if policy is None:
+        n = rows.num_rows
+        cosine = similarity(image, text, has_text)
+        added = pa.table(
+            {
+                "cf_similarity": pa.array(cosine, pa.float32(), mask=~has_text),
+                "cf_decision": pa.nulls(n, pa.string()),
+                "cf_reasons": pa.nulls(n, REASONS),
+            }
+        )
+    else:
+        facts = rows
+        for name in FACTS.names:
+            if name not in facts.column_names:
+                facts = facts.append_column(name, embeddings[name])
+        scores = policy.score(image, text, has_text, facts)
+        decided = policy.decide(scores, thresholds) if thresholds is not None else None
+        added = policy.annotation(scores, decided)
+    for name in added.column_names:
+        rows = rows.append_column(added.schema.field(name), added[name])
+    return rows.replace_schema_metadata(None)

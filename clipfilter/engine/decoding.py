@@ -1,0 +1,194 @@
+"""From source batches to decoded batches of one fixed size: the step between reading and embedding."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from clipfilter.errors import MISSING_IMAGE, RowError
+from clipfilter.images.load import LoadedImage, load_image
+from clipfilter.images.preprocess import PreprocessConfig
+
+Image = LoadedImage | RowError
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How images are decoded: the model's preprocessing, "fast" or "exact", and the pixel limit of the guard."""
+
+    preprocess: PreprocessConfig
+    mode: str
+    max_pixels: int
+
+
+@dataclass
+class DecodedBatch:
+    """At most `batch_size` consecutive rows of a shard, ready for the encoder.
+
+    rows   : RecordBatch, n rows: identity and source columns, without the image bytes.
+    images : one LoadedImage or RowError per row.
+    pixels : uint8 [batch_size, 3, S, S]; failed rows and the padding of the last batch are zero.
+    """
+
+    rows: pa.RecordBatch
+    images: list[Image]
+    pixels: np.ndarray
+
+
+@dataclass
+class StageTimes:
+    """Seconds of wall time a shard spent per step, for the commit and the report."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, step: str, since: float) -> None:
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - since
+
+
+class Decoder(Protocol):
+    """Decodes many images at once; `threads` and `isolated` are the two ways."""
+
+    def load_many(self, data: Sequence[memoryview | None]) -> list[Image]: ...
+
+
+class ThreadDecoder:
+    """Decodes in threads of this process: the fast way, since all heavy parts release the interpreter lock."""
+
+    def __init__(self, settings: DecodeSettings, threads: int) -> None:
+        self._settings = settings
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def load_many(self, data: Sequence[memoryview | None]) -> list[Image]:
+        return list(self._pool.map(self._load, data))
+
+    def _load(self, data: memoryview | None) -> Image:
+        if data is None:
+            return RowError(MISSING_IMAGE, "no image bytes")
+        return load_guarded(data, self._settings)
+
+
+def load_guarded(data: memoryview | bytes, settings: DecodeSettings) -> Image:
+    """`load_image` with every refusal turned into a value, so that one bad image costs one row."""
+    try:
+        return load_image(data, settings.preprocess, settings.mode, settings.max_pixels)
+    except RowError as error:
+        return error
+
+
+def decode_batches(
+    batches: Iterable[pa.RecordBatch],
+    decoder: Decoder,
+    image_size: int,
+    batch_size: int,
+    times: StageTimes,
+    keep_row: Callable[[str], bool] | None = None,
+) -> Iterator[DecodedBatch]:
+    """Re-cut source batches into decoded batches of exactly `batch_size` rows (the last may be shorter).
+
+    The cut depends on the rows alone, never on how the source happened to batch them, so that embeddings are
+    the same in every attempt. `keep_row` (of cf_uid) drops rows that a sample does not include.
+    """
+    waiting: list[tuple[pa.RecordBatch, list[Image]]] = []
+    count = 0
+    for batch in batches:
+        if keep_row is not None:
+            batch = batch.filter(pa.array([keep_row(uid) for uid in batch.column("cf_uid").to_pylist()], pa.bool_()))
+        if batch.num_rows == 0:
+            continue
+        started = time.perf_counter()
+        images = _load_rows(batch, decoder)
+        times.add("decode", started)
+        rows = batch.select([name for name in batch.schema.names if name != "cf_image"])
+        del batch
+        waiting.append((rows, images))
+        count += rows.num_rows
+        while count >= batch_size:
+            ready, waiting = _take(waiting, batch_size)
+            count -= batch_size
+            yield _assemble(ready, image_size, batch_size)
+    if count:
+        yield _assemble(waiting, image_size, batch_size)
+
+
+def _load_rows(batch: pa.RecordBatch, decoder: Decoder) -> list[Image]:
+    column = batch.column("cf_image")
+    data = [memoryview(value.as_buffer()) if value.is_valid else None for value in column]
+    images = decoder.load_many(data)
+    classes = batch.column("cf_error_class").to_pylist()
+    for index, error_class in enumerate(classes):
+        if error_class is not None:
+            images[index] = RowError(error_class, batch.column("cf_error")[index].as_py() or error_class)
+    return images
+
+
+def _take(
+    waiting: list[tuple[pa.RecordBatch, list[Image]]], size: int
+) -> tuple[list[tuple[pa.RecordBatch, list[Image]]], list[tuple[pa.RecordBatch, list[Image]]]]:
+    taken: list[tuple[pa.RecordBatch, list[Image]]] = []
+    for index, (rows, images) in enumerate(waiting):
+        if rows.num_rows <= size:
+            taken.append((rows, images))
+            size -= rows.num_rows
+            if size == 0:
+                return taken, waiting[index + 1 :]
+        else:
+            taken.append((rows.slice(0, size), images[:size]))
+            return taken, [(rows.slice(size), images[size:]), *waiting[index + 1 :]]
+    return taken, []
+
+
+def _assemble(parts: list[tuple[pa.RecordBatch, list[Image]]], size: int, batch_size: int) -> DecodedBatch:
+    images = [image for _, some in parts for image in some]
+    pixels = np.zeros((batch_size, 3, size, size), np.uint8)
+    for slot, image in zip(pixels, images, strict=False):
+        if not isinstance(image, RowError):
+            slot[...] = image.pixels
+    table = pa.Table.from_batches([rows for rows, _ in parts]).combine_chunks()
+    return DecodedBatch(table.to_batches()[0], images, pixels)
+
+
+def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
+    """Run an iterator in a thread, at most `depth` items ahead; its exception surfaces here."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(kind: str, item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put((kind, item), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,106 @@
+"""The ledger: create-only commits (one per shard and stage) and versions; all that readers trust.
+
+A commit is the last file written for a shard, so its presence means that everything it names is whole. A shard that is
+processed again (its file changed, or a retry was asked for) gets the next generation; the newest generation counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from clipfilter.storage import Directory
+
+_COMMIT_NAME = re.compile(r"^(?P<shard>[0-9a-f]{16})\.(?P<stage>[a-z]+)\.(?P<generation>\d{3})\.json$")
+
+#: Stages that end a shard's processing; `scored` comes before `decided` when a policy has dataset-level rules.
+FINAL_STAGE = {"run": "decided", "filter": "decided", "embed": "embedded", "score": "embedded"}
+
+
+@dataclass(frozen=True)
+class CommitName:
+    shard: str
+    stage: str
+    generation: int
+
+    @property
+    def path(self) -> str:
+        return f"commits/{self.shard}.{self.stage}.{self.generation:03d}.json"
+
+
+def write_commit(directory: Directory, name: CommitName, commit: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Create the commit; when another attempt was first, the existing one is returned instead (and False)."""
+    if directory.create(name.path, (json.dumps(commit, indent=1, ensure_ascii=False) + "\n").encode()):
+        return commit, True
+    return directory.read_json(name.path), False
+
+
+def list_commits(directory: Directory) -> dict[tuple[str, str], CommitName]:
+    """The newest commit of every (shard id, stage), from names alone."""
+    newest: dict[tuple[str, str], CommitName] = {}
+    for file in directory.list("commits"):
+        match = _COMMIT_NAME.match(file)
+        if match is None:
+            continue
+        name = CommitName(match["shard"], match["stage"], int(match["generation"]))
+        key = (name.shard, name.stage)
+        if key not in newest or newest[key].generation < name.generation:
+            newest[key] = name
+    return newest
+
+
+def read_commits(directory: Directory, names: list[str]) -> list[dict[str, Any]]:
+    """Commits by file name below the directory, in the order given; fetched together from object stores."""
+    if not names:
+        return []
+    if directory.local:
+        return [directory.read_json(name) for name in names]
+    found = directory.fs.cat([directory.path(name) for name in names])
+    if isinstance(found, bytes):
+        return [json.loads(found)]
+    return [json.loads(found[directory.path(name)]) for name in names]
+
+
+COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "not_downloaded", "duplicate_keys")
+
+
+def totals_of(commits: list[dict[str, Any]], failed_shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums over commits that a version records; every field is derived, so `verify` can repeat it."""
+    totals: dict[str, Any] = {name: sum(commit["counts"].get(name, 0) for commit in commits) for name in COUNTS}
+    classes: Counter[str] = Counter()
+    rules: dict[str, Counter[str]] = {}
+    for commit in commits:
+        classes.update(commit.get("failed_by_class", {}))
+        for rule, bands in commit.get("rules", {}).items():
+            rules.setdefault(rule, Counter()).update(bands)
+    totals["failed_by_class"] = dict(sorted(classes.items()))
+    totals["rules"] = {rule: dict(sorted(bands.items())) for rule, bands in rules.items()}
+    totals["shards"] = len(commits)
+    totals["failed_shards"] = len(failed_shards)
+    totals["damaged_shards"] = sum(bool(commit.get("damaged")) for commit in commits)
+    totals["bytes_unread"] = sum(commit.get("bytes_unread", 0) for commit in commits)
+    totals["captions_truncated"] = sum(commit.get("captions_truncated", 0) for commit in commits)
+    return totals
+
+
+def latest_version(directory: Directory) -> tuple[str, dict[str, Any]] | None:
+    """Name and content of the newest version, None before the first."""
+    names = [name for name in directory.list("versions") if re.fullmatch(r"\d{6}\.json", name)]
+    if not names:
+        return None
+    return names[-1].removesuffix(".json"), directory.read_json(f"versions/{names[-1]}")
+
+
+def write_version(directory: Directory, content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Append a version unless the newest one already says the same; first writer of a number wins."""
+    while True:
+        newest = latest_version(directory)
+        if newest is not None and all(newest[1].get(key) == value for key, value in content.items()):
+            return newest
+        number = int(newest[0]) + 1 if newest else 1
+        version = {"version": number, **content}
+        if directory.create(f"versions/{number:06d}.json", (json.dumps(version, indent=1) + "\n").encode()):
+            return f"{number:06d}", version

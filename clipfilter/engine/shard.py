@@ -1,0 +1,297 @@
+"""`process_shard`, the unit of work: decoded batches in, embeddings, decisions and the failed rows out.
+
+A plain function over an iterator: it knows no executor, no scheduler and no file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from clipfilter.engine.columns import (
+    FACTS,
+    IDENTITY,
+    annotate,
+    embeddings_schema,
+    failed_table,
+    image_columns,
+    vector_column,
+)
+from clipfilter.engine.decoding import DecodedBatch, StageTimes
+from clipfilter.errors import ENCODE_ERROR, RowError
+
+if TYPE_CHECKING:
+    from clipfilter.models import Encoder
+    from clipfilter.policies import CompiledPolicy
+
+Captions = Literal["first", "max", "mean", "none"]
+
+
+class Sink(Protocol):
+    """Where the tables of a shard go."""
+
+    def embeddings(self, table: pa.Table) -> None: ...
+    def failed(self, table: pa.Table) -> None: ...
+    def annotated(self, table: pa.Table, *, final: bool) -> None: ...
+    def copy(self, what: Literal["kept", "review"], rows: list[int]) -> None: ...
+
+
+@dataclass
+class ShardReport:
+    """What happened to the rows of one shard; every row is in `decided` (or `embedded`) or in `failed`."""
+
+    counts: dict[str, int]
+    failed_by_class: dict[str, int]
+    rules: dict[str, dict[str, int]] = field(default_factory=dict)
+    captions_truncated: int = 0
+    batch_halvings: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class EmbeddedShard:
+    """All rows of a shard after the encoder: rows and embeddings (equal length, equal order) and the failed."""
+
+    rows: pa.Table
+    embeddings: pa.Table
+    failed: pa.Table
+    captions_truncated: int
+    batch_halvings: int
+
+
+def process_shard(
+    batches: Iterable[DecodedBatch],
+    encoder: Encoder,
+    policy: CompiledPolicy | None,
+    sink: Sink,
+    *,
+    shard: str,
+    source_schema: pa.Schema,
+    text: bool,
+    captions: Captions = "first",
+    turn: contextlib.AbstractContextManager[Any] | None = None,
+    times: StageTimes | None = None,
+    on_batch: Any = None,
+) -> ShardReport:
+    """Embed, score and decide one shard.
+
+    batches : `DecodedBatch`es in shard order, all of one size (the last may hold fewer rows).
+    policy  : None embeds only. A policy with dataset-level rules is scored here and decided later, once the
+              thresholds over all shards are fixed (`decide_shard`).
+    text    : whether caption embeddings are stored. `captions` says which caption of a row counts: the first,
+              the one most similar to the image, or the mean direction of all.
+    turn    : held while the encoder is in use, so that one shard is written while the next one is embedded.
+    on_batch: called with the number of rows after each batch (progress).
+    """
+    times = times or StageTimes()
+    with turn or contextlib.nullcontext():
+        embedded = embed_rows(
+            batches, encoder, shard=shard, source_schema=source_schema, text=text, captions=captions, times=times,
+            on_batch=on_batch,
+        )  # fmt: skip
+    started = time.perf_counter()
+    sink.embeddings(embedded.embeddings)
+    sink.failed(embedded.failed)
+    final = policy is None or not policy.dataset_rules
+    table = annotate(embedded.rows, embedded.embeddings, encoder.dim, policy, {} if policy and final else None)
+    sink.annotated(table, final=final)
+    report = _report(table, embedded.failed, final and policy is not None)
+    if final and policy is not None:
+        copy_decided(table, sink)
+    times.add("decide_and_write", started)
+    report.captions_truncated = embedded.captions_truncated
+    report.batch_halvings = embedded.batch_halvings
+    report.seconds = times.seconds
+    return report
+
+
+def decide_shard(
+    rows: pa.Table,
+    embeddings: pa.Table,
+    failed: pa.Table,
+    dim: int,
+    policy: CompiledPolicy,
+    thresholds: dict[str, float] | None,
+    sink: Sink,
+    *,
+    copy: bool,
+) -> ShardReport:
+    """Decide stored rows with a policy, without images.
+
+    rows: annotated rows of an earlier run; its decision columns must already be removed. thresholds: the fixed
+    numbers of dataset-level rules, or None to score only.
+    """
+    table = annotate(rows, embeddings, dim, policy, thresholds)
+    sink.annotated(table, final=thresholds is not None)
+    if thresholds is not None and copy:
+        copy_decided(table, sink)
+    return _report(table, failed, thresholds is not None)
+
+
+def copy_decided(table: pa.Table, sink: Sink) -> None:
+    """Have the source's own bytes of kept and review rows written, when there are any."""
+    decisions = np.asarray(table["cf_decision"].to_pylist(), dtype=object)
+    numbers = np.asarray(table["cf_row"])
+    for what, decision in (("kept", "keep"), ("review", "review")):
+        rows = numbers[decisions == decision].tolist()
+        if rows:
+            sink.copy(what, rows)  # type: ignore[arg-type]
+
+
+def embed_rows(
+    batches: Iterable[DecodedBatch],
+    encoder: Encoder,
+    *,
+    shard: str,
+    source_schema: pa.Schema,
+    text: bool,
+    captions: Captions,
+    times: StageTimes,
+    on_batch: Any = None,
+) -> EmbeddedShard:
+    """Run the encoder over all batches of a shard and collect its tables (see `EmbeddedShard`)."""
+    rows_schema = pa.schema([*source_schema, *IDENTITY])
+    store = embeddings_schema(encoder.dim, text)
+    rows_parts: list[pa.Table] = []
+    store_parts: list[pa.Table] = []
+    failed_parts: list[pa.Table] = []
+    truncated = 0
+    runner = _BatchRunner(encoder)
+    for batch in batches:
+        n = batch.rows.num_rows
+        started = time.perf_counter()
+        image_emb = runner.images(batch.pixels)[:n]
+        times.add("encode_images", started)
+        images = [
+            image if isinstance(image, RowError) or finite else RowError(ENCODE_ERROR, "the model gave no finite embedding")
+            for image, finite in zip(batch.images, np.isfinite(image_emb).all(axis=1), strict=True)
+        ]
+        ok = np.array([not isinstance(image, RowError) for image in images], bool)
+        good = batch.rows.filter(pa.array(ok))
+        count = good.num_rows
+        columns = image_columns(images)
+        shard_column = pa.array([shard] * count, pa.string())
+        columns |= {"cf_shard": shard_column, "cf_row": good["cf_row"], "cf_uid": good["cf_uid"]}
+        columns["image_emb"] = vector_column(image_emb[ok].astype(np.float16))
+        chosen = [_first(all_captions) for all_captions in good["cf_captions"].to_pylist()]
+        columns["cf_caption"] = pa.array(chosen, pa.string())
+        if text:
+            started = time.perf_counter()
+            lists = [_usable(c) for c in batch.rows["cf_captions"].to_pylist()]
+            text_emb, has_text, cut = runner.captions(lists, image_emb, captions)
+            truncated += cut
+            columns["text_emb"] = vector_column(text_emb[ok].astype(np.float16), has_text[ok])
+            times.add("encode_texts", started)
+        for name in rows_schema.names:
+            if name not in columns:
+                columns[name] = good[name]
+        rows_parts.append(pa.table({name: columns[name] for name in rows_schema.names}, schema=rows_schema))
+        store_parts.append(pa.table({name: columns[name] for name in store.names}, schema=store))
+        if count < n:
+            errors = [image for image in images if isinstance(image, RowError)]
+            failed_parts.append(failed_table(shard, pa.table(batch.rows.filter(pa.array(~ok))), errors))
+        if on_batch is not None:
+            on_batch(n)
+    return EmbeddedShard(
+        pa.concat_tables(rows_parts).combine_chunks() if rows_parts else rows_schema.empty_table(),
+        pa.concat_tables(store_parts).combine_chunks() if store_parts else store.empty_table(),
+        pa.concat_tables(failed_parts).combine_chunks() if failed_parts else failed_table(shard, _no_rows(), []),
+        truncated,
+        runner.halvings,
+    )
+
+
+class _BatchRunner:
+    """Calls the encoder with one batch size; halves it, and remembers, when the GPU runs out of memory."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.halvings = 0
+
+    def images(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [B, 3, S, S] -> float32 [B, dim], unit norm."""
+        while True:
+            size = max(1, len(pixels) >> self.halvings)
+            try:
+                parts = [self.encoder.encode_images(pixels[at : at + size]) for at in range(0, len(pixels), size)]
+                return np.concatenate(parts) if len(parts) > 1 else parts[0]
+            except RuntimeError as error:
+                if type(error).__name__ != "OutOfMemoryError" or size == 1:
+                    raise
+                self.halvings += 1
+                _empty_cuda_cache()
+
+    def captions(
+        self, lists: list[list[str]], image_emb: np.ndarray, mode: Captions
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """One text embedding per row: float32 [n, dim], which rows have one bool [n], captions truncated."""
+        n, dim = image_emb.shape
+        result = np.zeros((n, dim), np.float32)
+        has = np.array([bool(item) for item in lists], bool)
+        texts = [text for item in lists for text in (item[:1] if mode == "first" else item)]
+        if not texts:
+            return result, has, 0
+        owners = np.repeat(np.arange(n), [min(len(item), 1) if mode == "first" else len(item) for item in lists])
+        emb = np.asarray(self.encoder.encode_texts(texts), np.float32)
+        if mode == "first":
+            result[owners] = emb
+        elif mode == "mean":
+            np.add.at(result, owners, emb)
+            norms = np.linalg.norm(result, axis=1, keepdims=True)
+            result /= np.where(norms == 0, 1, norms)
+        else:
+            cosine = np.einsum("ij,ij->i", emb, image_emb[owners])
+            # Later captions win only when strictly better: stable for equal captions.
+            best = np.full(n, -np.inf)
+            for index, owner in enumerate(owners):
+                if cosine[index] > best[owner]:
+                    best[owner] = cosine[index]
+                    result[owner] = emb[index]
+        return result, has, self.encoder.count_truncated(texts)
+
+
+def _usable(captions: list[str | None] | None) -> list[str]:
+    return [text for text in captions or [] if text and text.strip()]
+
+
+def _first(captions: list[str | None] | None) -> str | None:
+    usable = _usable(captions)
+    return usable[0] if usable else None
+
+
+def _no_rows() -> pa.Table:
+    schema = pa.schema([("cf_row", pa.int64()), ("cf_key", pa.string()), ("cf_uid", pa.string())])
+    return schema.empty_table()
+
+
+def _empty_cuda_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardReport:
+    counts = {"rows": table.num_rows + failed.num_rows, "failed": failed.num_rows, "embedded": table.num_rows}
+    rules: dict[str, Counter[str]] = {}
+    if decided:
+        decisions = Counter(table["cf_decision"].to_pylist())
+        counts |= {name: decisions.get(name, 0) for name in ("keep", "review", "reject")}
+        counts["decided"] = sum(decisions.values())
+        flat = table["cf_reasons"].combine_chunks().flatten()
+        for rule, band in zip(flat.field("rule").to_pylist(), flat.field("band").to_pylist(), strict=True):
+            rules.setdefault(rule, Counter())[band] += 1
+    classes = Counter(failed["cf_error_class"].to_pylist())
+    return ShardReport(
+        counts, dict(sorted(classes.items())), {rule: dict(sorted(bands.items())) for rule, bands in sorted(rules.items())}
+    )
+
+
+__all__ = ["FACTS", "EmbeddedShard", "ShardReport", "Sink", "decide_shard", "embed_rows", "process_shard"]
