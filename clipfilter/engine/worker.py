@@ -1,0 +1,279 @@
+"""A worker: one encoder, one compiled policy, and the tasks it is given. Both executors run this same class."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipfilter.engine.columns import FAILED, is_decision_column
+from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.isolation import IsolatedDecoder
+from clipfilter.engine.ledger import FINAL_STAGE, CommitName, write_commit
+from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
+from clipfilter.engine.writer import ShardWriter
+from clipfilter.sources import Shard, Source
+from clipfilter.storage import Directory
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What every worker of a job is told at its start; JSON, so that it travels to any executor.
+
+    options holds the plan's options (decode mode, batch size, captions, limits). `text` is None until the source
+    knows whether it has captions.
+    """
+
+    job: str
+    out: str
+    source: dict[str, Any]
+    policy: dict[str, Any] | None
+    model: str
+    device: str
+    dtype: str
+    threads: int
+    options: dict[str, Any]
+    text: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to process, or to decide again.
+
+    op: "embed" (images in), "score" or "decide" (stored embeddings in). inputs: for the latter, the run directory and
+    the commit that hold rows and embeddings. isolated: decode in a child process, after the shard killed a worker.
+    """
+
+    op: str
+    shard: dict[str, Any]
+    generation: int
+    plan_sha256: str
+    isolated: bool = False
+    row_cap: int | None = None
+    inputs: dict[str, Any] | None = None
+    thresholds: dict[str, float] | None = None
+    attempt: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Worker:
+    """Loads everything once, then answers tasks with commits. `process` may be called from two threads: one shard
+    is decided and written while the encoder works on the next."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        from clipfilter.models import load_encoder
+        from clipfilter.policies import Policy, compile_policy
+
+        self.spec = spec
+        self.directory = Directory(spec.out)
+        # Arrow's own pool would compete with the encoder for the same cores.
+        pa.set_cpu_count(max(1, spec.threads))
+        self.encoder = load_encoder(spec.model, device=spec.device, dtype=spec.dtype, threads=spec.threads)
+        policy = Policy.from_canonical(spec.policy) if spec.policy else None
+        self.policy = compile_policy(policy, self.encoder) if policy else None
+        self.source = None if spec.job == "filter" else Source.from_plan(spec.source)
+        self.rows_done = 0
+        self._encoder_turn = threading.Lock()
+        self._progress = threading.Lock()
+        if self.source is not None:
+            self._settings = DecodeSettings(
+                self.encoder.preprocess, spec.options["decode"], spec.options["max_pixels"]
+            )
+            self._threads = ThreadDecoder(self._settings, spec.threads)
+
+    def describe(self) -> dict[str, Any]:
+        """What the driver needs to know of the model and the policy before it writes the plan."""
+        return {
+            "fingerprint": self.encoder.fingerprint,
+            "dim": self.encoder.dim,
+            "dataset_rules": list(self.policy.dataset_rules) if self.policy else [],
+            "uncalibrated": list(self.policy.uncalibrated) if self.policy else [],
+            "machine": machine(),
+        }
+
+    def process(self, task: Task) -> dict[str, Any]:
+        """Do the task and commit it; the commit of an earlier attempt wins and is returned in its place."""
+        shard = Shard.from_json(task.shard)
+        started = time.time()
+        copies = self.source if self.spec.options.get("copy") else None
+        if task.op != "embed" and copies is None and self.spec.job == "run" and self.spec.options.get("copy"):
+            copies = Source.from_plan(self.spec.source)
+        writer = ShardWriter(self.directory, shard, copies, score_columns_only=self.spec.job == "filter")
+        try:
+            report, extra = self._embed(task, shard, writer) if task.op == "embed" else self._decide(task, shard, writer)
+            stage = self._stage(task)
+            commit = {
+                "shard": task.shard,
+                "stage": stage,
+                "generation": task.generation,
+                "plan": task.plan_sha256,
+                "counts": report.counts | extra.pop("counts"),
+                "failed_by_class": report.failed_by_class,
+                "rules": report.rules,
+                "captions_truncated": report.captions_truncated,
+                **extra,
+                "files": {**extra.get("files", {}), **writer.files},
+                "work": {
+                    "seconds": {name: round(value, 4) for name, value in report.seconds.items()},
+                    "started": round(started, 3),
+                    "finished": round(time.time(), 3),
+                    "attempt": task.attempt,
+                    "isolated": task.isolated,
+                    "batch_halvings": report.batch_halvings,
+                    "machine": machine(),
+                    "backend": self.encoder.fingerprint.get("backend"),
+                },
+            }
+            commit, created = write_commit(self.directory, CommitName(shard.id, stage, task.generation), commit)
+        finally:
+            writer.close()
+        return {"commit": commit, "created": created}
+
+    def close(self) -> None:
+        self.directory.clean_scratch(stale_only=False)
+
+    def _stage(self, task: Task) -> str:
+        if task.op == "score" or (task.op == "embed" and self.policy and self.policy.dataset_rules):
+            return "scored"
+        return FINAL_STAGE[self.spec.job]
+
+    def _embed(self, task: Task, shard: Shard, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
+        assert self.source is not None
+        options = self.spec.options
+        times = StageTimes()
+        rows = None if task.row_cap is None else range(task.row_cap)
+        reader = self.source.read(shard, rows)
+        with contextlib.ExitStack() as stack:
+            decoder: Any = self._threads
+            if task.isolated:
+                decoder = IsolatedDecoder(self._settings)
+                stack.callback(decoder.close)
+            on_gpu = self.spec.device.startswith("cuda")
+            # On a GPU decoding runs two batches ahead. On a CPU the cores are the encoder's too, and taking turns is
+            # faster than competing (docs/decisions/0003): only reading runs ahead.
+            batches = decode_batches(
+                stack.enter_context(contextlib.closing(prefetch(reader, 1))),
+                decoder,
+                self.encoder.preprocess.size,
+                options["batch_size"],
+                times,
+                _sampler(options.get("sample")),
+            )
+            if on_gpu:
+                batches = stack.enter_context(contextlib.closing(prefetch(batches, 2)))  # type: ignore[type-var]
+            report = process_shard(
+                batches,
+                self.encoder,
+                self.policy,
+                writer,
+                shard=shard.id,
+                source_schema=self.source.schema,
+                text=self.spec.text,
+                captions=options["captions"],
+                turn=self._encoder_turn,
+                times=times,
+                on_batch=self._count,
+            )
+        stats = reader.stats
+        extra = {
+            "counts": {
+                "not_downloaded": stats.not_downloaded,
+                "duplicate_keys": stats.duplicate_keys,
+                "clashes": stats.clashes,
+                "misfits": stats.misfits,
+            },
+            "damaged": stats.damaged,
+            "bytes_unread": stats.bytes_unread,
+            "files": {},
+        }
+        return report, extra
+
+    def _decide(self, task: Task, shard: Shard, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
+        assert task.inputs is not None and self.policy is not None
+        origin = Directory(task.inputs["run"])
+        commit = task.inputs["commit"]
+        files = commit["files"]
+        same_run = origin.url == self.directory.url
+        with _local_files(origin, files, self.directory.scratch()) as local:
+            rows_file = local.get("scored") if same_run else local.get("annotated")
+            failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
+            if rows_file is None:
+                report = ShardReport({"rows": failed.num_rows, "failed": failed.num_rows, "embedded": 0}, {})
+                report.counts |= {"decided": 0, "keep": 0, "review": 0, "reject": 0}
+                report.failed_by_class = commit["failed_by_class"]
+            else:
+                rows = pq.read_table(rows_file)
+                rows = rows.select([name for name in rows.column_names if not is_decision_column(name)])
+                embeddings = pa.ipc.open_file(pa.memory_map(str(local["embeddings"]))).read_all()
+                thresholds = None if task.op == "score" else task.thresholds or {}
+                report = decide_shard(
+                    rows, embeddings, failed, self.encoder.dim, self.policy, thresholds, writer,
+                    copy=same_run and bool(self.spec.options.get("copy")),
+                )  # fmt: skip
+            if not same_run and task.op == "decide":
+                writer.failed(failed)
+        self._count(report.counts["rows"])
+        carried = {name: files[name] for name in ("embeddings", "failed") if same_run and name in files}
+        extra: dict[str, Any] = {
+            "counts": {n: commit["counts"].get(n, 0) for n in ("not_downloaded", "duplicate_keys", "clashes", "misfits")},
+            "damaged": commit.get("damaged", False),
+            "bytes_unread": commit.get("bytes_unread", 0),
+            "captions_truncated": commit.get("captions_truncated", 0),
+            "files": carried,
+        }
+        if not same_run:
+            extra["base"] = {"run": origin.url, "commit": task.inputs["name"]}
+        return report, extra
+
+    def _count(self, rows: int) -> None:
+        with self._progress:
+            self.rows_done += rows
+
+
+def machine() -> dict[str, Any]:
+    """Where the work was done; recorded, never compared."""
+    return {"host": socket.gethostname(), "cpu": platform.machine(), "cores": len(os.sched_getaffinity(0))}
+
+
+def _sampler(sample: float | None) -> Any:
+    """Keeps a row when a hash of its uid falls below the sample's share: the same rows in every attempt."""
+    if sample is None:
+        return None
+    limit = int(sample * 2**64)
+    return lambda uid: int.from_bytes(hashlib.sha256(b"sample\0" + uid.encode()).digest()[:8], "big") < limit
+
+
+@contextlib.contextmanager
+def _local_files(origin: Directory, files: dict[str, Any], scratch: Path) -> Any:
+    """Local paths of a commit's data files; remote ones are fetched for the duration."""
+    paths: dict[str, Path] = {}
+    fetched: list[Path] = []
+    try:
+        for kind in ("annotated", "scored", "embeddings", "failed"):
+            if kind not in files:
+                continue
+            if origin.local:
+                paths[kind] = Path(origin.path(files[kind]["name"]))
+            else:
+                paths[kind] = scratch / f"{threading.get_ident()}-{files[kind]['name'].rsplit('/', 1)[-1]}-{kind}"
+                fetched.append(paths[kind])
+                origin.fs.get_file(origin.path(files[kind]["name"]), str(paths[kind]))
+        yield paths
+    finally:
+        for path in fetched:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""Writes the data files of one shard: whole, hashed, named by their content, then published."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipfilter.sources import Shard, Source
+from clipfilter.storage import Directory, file_sha256
+
+_ROW_GROUP = 65_536
+#: Characters of a file's sha256 that its name carries.
+HASH_LENGTH = 16
+_EXTENSION = {"tar": ".tar", "parquet": ".parquet", "folder": ""}
+
+
+class ShardWriter:
+    """The `Sink` of one shard. `files` lists what was published, for the commit.
+
+    score_columns_only: what `scored` holds: everything (a `run`, whose rows are nowhere else yet) or only scores.
+    """
+
+    def __init__(
+        self, directory: Directory, shard: Shard, source: Source | None, *, score_columns_only: bool = False
+    ) -> None:
+        self._directory = directory
+        self._shard = shard
+        self._source = source
+        self._score_columns_only = score_columns_only
+        self._folder = directory.scratch() / f"{shard.id}-{threading.get_ident()}"
+        self._folder.mkdir()
+        self.files: dict[str, dict[str, Any]] = {}
+
+    def embeddings(self, table: pa.Table) -> None:
+        if table.num_rows:
+            path = self._folder / "embeddings"
+            with pa.OSFile(str(path), "wb") as handle, pa.ipc.new_file(handle, table.schema) as writer:
+                writer.write_table(table, max_chunksize=_ROW_GROUP)
+            self._publish(path, "embeddings", ".arrow", table.num_rows)
+
+    def failed(self, table: pa.Table) -> None:
+        if table.num_rows:
+            self._parquet(table, "failed")
+
+    def annotated(self, table: pa.Table, *, final: bool) -> None:
+        if not final and self._score_columns_only:
+            wanted = ("cf_shard", "cf_row")
+            table = table.select([n for n in table.column_names if n in wanted or n.startswith("cf_score.")])
+        if table.num_rows:
+            self._parquet(table, "annotated" if final else "scored")
+
+    def copy(self, what: Literal["kept", "review"], rows: list[int]) -> None:
+        if self._source is None:
+            return
+        extension = _EXTENSION[self._shard.format]
+        path = self._folder / f"{what}{extension}"
+        written = self._source.copy_rows(self._shard, rows, path)
+        if written != len(rows):
+            raise OSError(f"{self._shard.path} changed while it was read: {len(rows)} rows were decided, {written} copied")
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(self._shard.path).name.split(".")[0]).strip("_")[:48]
+        self._publish(path, what, extension, written, f"{stem or 'images'}-")
+
+    def close(self) -> None:
+        """Remove what was not published."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _parquet(self, table: pa.Table, folder: str) -> None:
+        path = self._folder / folder
+        pq.write_table(table, path, compression="zstd", row_group_size=_ROW_GROUP)
+        self._publish(path, folder, ".parquet", table.num_rows)
+
+    def _publish(self, path: Path, folder: str, extension: str, rows: int, prefix: str = "") -> None:
+        digest = file_sha256(path)
+        size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+        name = f"{folder}/{prefix}{self._shard.id}-{digest[:HASH_LENGTH]}{extension}"
+        self._directory.publish(path, name)
+        self.files[folder] = {"name": name, "rows": rows, "bytes": size, "sha256": digest}
