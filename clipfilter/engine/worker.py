@@ -235,6 +235,7 @@ class Worker:
             "bytes_unread": commit.get("bytes_unread", 0),
             "captions_truncated": commit.get("captions_truncated", 0),
             "files": carried,
+            "base_generation": task.inputs["generation"],
         }
         if not same_run:
             extra["base"] = {"run": origin.url, "commit": task.inputs["name"]}

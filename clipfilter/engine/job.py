@@ -1,0 +1,429 @@
+"""One job from request to version: `run`, `embed`, `score` and `filter` are this function with different plans."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipfilter.engine import ledger
+from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
+from clipfilter.engine.executors import Executor
+from clipfilter.engine.hardware import gpu_count
+from clipfilter.engine.plan import Job, Plan, read_plan, refuse_if_different, settle_plan
+from clipfilter.engine.worker import JobSpec
+from clipfilter.errors import RefusedError
+from clipfilter.policies import Policy, load_policy
+from clipfilter.sources import Source, SourceOptions, open_source
+from clipfilter.storage import Directory, normalise
+
+log = logging.getLogger("clipfilter.engine")
+
+#: Enough for any camera, far below a decompression bomb (Pillow's own limit).
+DEFAULT_MAX_PIXELS = 178_956_970
+DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
+DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+
+EXIT_DONE, EXIT_CRASH, EXIT_REFUSED, EXIT_FAILURES = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """Everything a person can ask of a job; None means "the default, or what the plan already says".
+
+    source: dataset to read (run, embed, score) or the run directory to decide again (filter).
+    max_failures: share of rows that may fail before the exit code says so.
+    """
+
+    job: Job
+    source: str
+    out: str
+    policy: str | None = None
+    model: str = "nano"
+    engine: str = "auto"
+    address: str | None = None
+    workers: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    batch_size: int | None = None
+    decode: str = "fast"
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    captions: str = "first"
+    source_options: SourceOptions = field(default_factory=SourceOptions)
+    limit: int | None = None
+    sample: float | None = None
+    copy: bool = True
+    retry_failed: bool = False
+    max_failures: float = 0.01
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a finished job reports; `totals` are those of its version."""
+
+    out: str
+    version: str
+    plan: Plan
+    totals: dict[str, Any]
+    failed_shards: list[dict[str, Any]]
+    seconds: float
+    startup_seconds: float
+    rows_processed: int
+    engine: str
+    exit_code: int
+    messages: list[str]
+
+
+@dataclass
+class Preparation:
+    """A request checked against its source, policy and output directory, before anything is started."""
+
+    request: JobRequest
+    directory: Directory
+    source: Source | None
+    base: tuple[Directory, str, dict[str, Any], Plan] | None
+    policy: Policy | None
+    existing: Plan | None
+    source_plan: dict[str, Any]
+    text: bool
+    model: str
+
+
+def prepare(request: JobRequest) -> Preparation:
+    """Check everything that can be checked without a model. Raises RefusedError; writes nothing."""
+    if request.sample is not None and not 0 < request.sample <= 1:
+        raise RefusedError(f"--sample is a share of the rows, above 0 and at most 1, not {request.sample}.")
+    if request.limit is not None and request.limit < 1:
+        raise RefusedError(f"--limit is a number of rows, 1 or more, not {request.limit}.")
+    policy = load_policy(request.policy) if request.policy else None
+    directory = Directory(request.out)
+    if request.job == "filter":
+        base = open_run(request.source)
+        if directory.url == base[0].url:
+            raise RefusedError(f"--out is the run itself ({directory.url}); name another directory for the new decision.")
+        existing = read_plan(directory)
+        plan = {"run": base[0].url, "version": base[1], "plan_sha256": base[3].sha256, "source": base[3].source}
+        return Preparation(
+            request, directory, None, base, policy, existing, plan, base[3].text_column, base[3].model["model"]
+        )  # fmt: skip
+    if normalise(request.source) == directory.url:
+        raise RefusedError(f"--out is the source itself ({directory.url}); name another directory.")
+    existing = read_plan(directory)
+    source = _open_source(request, existing)
+    text = request.captions != "none" and source.has_captions is not False
+    return Preparation(request, directory, source, None, policy, existing, source.to_plan(), text, request.model)
+
+
+def _open_source(request: JobRequest, existing: Plan | None) -> Source:
+    """The source; with the schema that the plan froze when this is a rerun of the same job."""
+    if existing is not None and existing.job != "filter":
+        source = Source.from_plan(existing.source)
+        if source.url == normalise(request.source) and source.options == request.source_options:
+            return source
+    return open_source(request.source, request.source_options)
+
+
+def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
+    """A finished run: directory, newest version's name and content, plan. A filtered run leads to the run it decided.
+
+    Raises RefusedError when there is none.
+    """
+    directory = Directory(url)
+    plan = read_plan(directory)
+    if plan is None:
+        raise RefusedError(f"{url} is not a run directory (it has no plan.json); give the --out of an earlier run or embed.")
+    if plan.job == "filter":
+        return open_run(plan.source["run"])
+    newest = ledger.latest_version(directory)
+    if newest is None:
+        raise RefusedError(f"the run in {url} has not finished; repeat its command to resume it, then try again.")
+    return directory, newest[0], newest[1], plan
+
+
+def choose_executor(request: JobRequest) -> Executor:
+    """`auto` takes Ray when there is an address or more than one GPU, else worker processes on this machine."""
+    engine = request.engine
+    if engine == "auto":
+        engine = "ray" if request.address or (request.device != "cpu" and gpu_count() > 1) else "local"
+    if engine == "local":
+        if request.address:
+            raise RefusedError("--address needs a Ray cluster; leave out --engine local.")
+        from clipfilter.engine.local import LocalExecutor
+
+        return LocalExecutor(request.workers, request.threads, request.device)
+    from clipfilter.engine.ray_executor import RayExecutor
+
+    executor = RayExecutor(request.address, request.workers, request.threads, request.device)
+    executor.refuse_unshared(request.out, "--out")
+    executor.refuse_unshared(request.source, "the source")
+    for part in request.model.split("=", 1)[1:]:
+        executor.refuse_unshared(part, "the checkpoint")
+    return executor
+
+
+def run_job(request: JobRequest, display: Display | None = None) -> JobResult:
+    """Run a job to its end, or resume it; see DESIGN.md sections 4 and 6 for what is written.
+
+    Raises RefusedError before any work when the request cannot be done.
+    """
+    began = time.monotonic()
+    prepared = prepare(request)
+    _refuse_other_plan(prepared)
+    executor = choose_executor(request)
+    try:
+        return _run(prepared, executor, display, began)
+    finally:
+        executor.close()
+        prepared.directory.clean_scratch(stale_only=False)
+        prepared.directory.clean_scratch(stale_only=True)
+
+
+def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], str]:
+    """The plan's options and the dtype: what was asked for, else what the plan says, else the device's default."""
+    request, existing = prepared.request, prepared.existing
+    old = existing.options if existing else {}
+    if prepared.base:
+        base = prepared.base[3]
+        return {"copy": False}, base.model.get("dtype", "fp32")
+    options = {
+        "decode": request.decode,
+        "batch_size": request.batch_size or old.get("batch_size") or DEFAULT_BATCH_SIZE[device],
+        "captions": request.captions,
+        "max_pixels": request.max_pixels,
+        "limit": request.limit,
+        "sample": request.sample,
+        "copy": request.copy and request.job == "run",
+    }
+    dtype = request.dtype or (existing.model.get("dtype") if existing else None) or DEFAULT_DTYPE[device]
+    return options, dtype
+
+
+def _refuse_other_plan(prepared: Preparation) -> None:
+    """Compare with the plan in OUT as far as that goes without loading the model."""
+    existing = prepared.existing
+    if existing is None:
+        return
+    old = existing.identity()
+    options, _ = _options(prepared, "cpu")
+    wanted = old | {
+        "job": prepared.request.job,
+        "source": prepared.source_plan,
+        "policy_sha256": prepared.policy.sha256 if prepared.policy else None,
+        "options": options | ({} if prepared.request.batch_size else {"batch_size": old["options"].get("batch_size")})
+        if not prepared.base
+        else options,
+        "text_column": prepared.text,
+        "model": old["model"] | {"model": prepared.model},
+    }
+    # The source's version is settled by the directory: a filter of a run that has grown is another plan.
+    refuse_if_different(prepared.directory.url, old, wanted)
+
+
+def _run(prepared: Preparation, executor: Executor, display: Display | None, began: float) -> JobResult:
+    request, directory = prepared.request, prepared.directory
+    resources = executor.resources()
+    options, dtype = _options(prepared, resources.device)
+    policy = prepared.policy
+    spec = JobSpec(
+        job=request.job,
+        out=directory.url,
+        source=prepared.source_plan,
+        policy=policy.canonical() if policy else None,
+        model=prepared.model,
+        device=resources.device,
+        dtype=dtype,
+        threads=resources.threads,
+        options=options,
+        text=prepared.text,
+    )
+    with _log_file(directory):
+        log.info("%s %s -> %s with %s on %s", request.job, request.source, directory.url, spec.model, executor.name)
+        description = executor.start(spec)
+        plan = Plan(
+            job=request.job,
+            source=prepared.source_plan,
+            policy=spec.policy,
+            policy_sha256=policy.sha256 if policy else None,
+            model={name: value for name, value in description["fingerprint"].items() if name != "backend"},
+            options=options,
+            text_column=prepared.text,
+        )
+        if prepared.base:
+            _refuse_other_weights(prepared.base[3], plan)
+        plan = settle_plan(directory, plan)
+        directory.abort_stale_uploads()
+        startup = time.monotonic() - began
+        final, thresholds, processed = _stages(prepared, plan, executor, description["dataset_rules"], policy, display)
+        result = _finish(prepared, plan, executor, final, thresholds, processed, began, startup, description)
+        log.info("version %s: %s", result.version, json.dumps(result.totals))
+    return result
+
+
+def _stages(
+    prepared: Preparation,
+    plan: Plan,
+    executor: Executor,
+    dataset_rules: list[str],
+    policy: Policy | None,
+    display: Display | None,
+) -> tuple[StageResult, dict[str, float], int]:
+    """One stage, or two with dataset-level rules; the final stage's result, thresholds, rows worked on."""
+    request, directory = prepared.request, prepared.directory
+
+    def units() -> Iterator[Unit]:
+        if prepared.source is not None:
+            return source_units(prepared.source)
+        assert prepared.base is not None
+        run, _, version, _ = prepared.base
+        return run_units(run, version["commits"], ledger.read_commits(run, version["commits"]))
+
+    def stage(op: str, name: str, items: Iterator[Unit], **more: Any) -> tuple[StageResult, int]:
+        runner = StageRun(directory, plan, executor, op=op, stage=name, display=display, **more)
+        found = runner.run(items)
+        done = sum(c["counts"]["rows"] for c in found.commits) - runner.progress.rows_reused
+        return found, done
+
+    final = ledger.FINAL_STAGE[request.job]
+    retry = {"retry_failed": request.retry_failed, "limit": request.limit}
+    first_op = "embed" if prepared.source is not None else "decide"
+    if not dataset_rules:
+        result, done = stage(first_op, final, units(), **retry)
+        return result, {}, done
+    first_op = "embed" if prepared.source is not None else "score"
+    scored, done = stage(first_op, "scored", units(), **retry)
+    thresholds = fix_thresholds(directory, policy, scored.commits)
+    if prepared.source is not None:
+        again = run_units(directory, scored.names, scored.commits)
+    else:
+        again = units()
+    decided, done_again = stage("decide", final, again, thresholds=thresholds)
+    decided.failed = scored.failed + decided.failed
+    return decided, thresholds, max(done, done_again)
+
+
+def _refuse_other_weights(base: Plan, plan: Plan) -> None:
+    """Texts must be encoded by the very model that embedded the images."""
+    for name in ("weights_sha256", "architecture"):
+        if base.model.get(name) != plan.model.get(name):
+            raise RefusedError(
+                f"the run was embedded with {base.model['model']} ({name} {str(base.model.get(name))[:12]}), but that name "
+                f"now loads {str(plan.model.get(name))[:12]}; embed again, or restore the weights."
+            )
+
+
+def _finish(
+    prepared: Preparation,
+    plan: Plan,
+    executor: Executor,
+    final: StageResult,
+    thresholds: dict[str, float],
+    processed: int,
+    began: float,
+    startup: float,
+    description: dict[str, Any],
+) -> JobResult:
+    directory, request = prepared.directory, prepared.request
+    failed_shards = final.failed
+    if prepared.base:
+        failed_shards = prepared.base[2]["failed_shards"] + failed_shards
+    totals = ledger.totals_of(final.commits, failed_shards)
+    content = {
+        "plan": plan.sha256,
+        "stage": ledger.FINAL_STAGE[request.job],
+        "commits": final.names,
+        "failed_shards": failed_shards,
+        "thresholds": thresholds,
+        "totals": totals,
+    }
+    name, _ = ledger.write_version(directory, content)
+    seconds = time.monotonic() - began
+    exit_code, messages = _judge(totals, failed_shards, request.max_failures)
+    if description["uncalibrated"]:
+        rules = ", ".join(description["uncalibrated"])
+        messages.append(f"thresholds of {rules} are not calibrated for {plan.model['model']}: check some decisions by eye.")
+    result = JobResult(
+        directory.url, name, plan, totals, failed_shards, seconds, startup, processed, executor.name, exit_code, messages
+    )
+    summary = {key: value for key, value in asdict(result).items() if key != "plan"}
+    directory.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
+    return result
+
+
+def _judge(totals: dict[str, Any], failed_shards: list[dict[str, Any]], max_failures: float) -> tuple[int, list[str]]:
+    """Exit code and sentences for the person: failures above the limit, failed or damaged shards."""
+    messages, exit_code = [], EXIT_DONE
+    if failed_shards:
+        first = failed_shards[0]
+        messages.append(
+            f"{len(failed_shards)} shard(s) failed and are not in the result, their row count is unknown; the first is "
+            f"{first['shard']['path']}: {first['error']}. Repeat the command to try them again."
+        )
+        exit_code = EXIT_FAILURES
+    if totals["rows"] and totals["failed"] > max_failures * totals["rows"]:
+        messages.append(
+            f"{totals['failed']:,} of {totals['rows']:,} rows failed, more than the limit of {max_failures:.1%} "
+            "(--max-failures); see failed/ for the reasons."
+        )
+        exit_code = EXIT_FAILURES
+    if totals["damaged_shards"]:
+        messages.append(
+            f"{totals['damaged_shards']} shard(s) are damaged: {totals['bytes_unread']:,} bytes could not be read, the rows "
+            "before the damage were decided. Replace the files and repeat the command."
+        )
+        exit_code = EXIT_FAILURES
+    if totals["captions_truncated"]:
+        messages.append(f"{totals['captions_truncated']:,} captions are longer than the model reads and were cut.")
+    return exit_code, messages
+
+
+@contextlib.contextmanager
+def _log_file(directory: Directory) -> Iterator[None]:
+    """Collect this package's log in OUT/run.log (appended on disks, replaced on object stores)."""
+    logger = logging.getLogger("clipfilter")
+    if directory.local:
+        path = Path(directory.path("run.log"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        path = Path(tempfile.mkstemp(prefix="clipfilter-", suffix=".log")[1])
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        logger.error("stopped: %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+        if not directory.local:
+            with contextlib.suppress(Exception):
+                directory.replace("run.log", path.read_bytes())
+            path.unlink(missing_ok=True)
+
+
+def describe_plan(prepared: Preparation, executor_name: str, shards: list[Any]) -> dict[str, Any]:
+    """What `--dry-run` shows: the work, without doing any."""
+    return {
+        "job": prepared.request.job,
+        "source": prepared.source_plan,
+        "out": prepared.directory.url,
+        "policy": prepared.policy.name if prepared.policy else None,
+        "model": prepared.model,
+        "engine": executor_name,
+        "shards": len(shards),
+        "bytes": sum(unit.shard.size for unit in shards),
+        "resumes": prepared.existing is not None,
+    }
+
+
