@@ -1,0 +1,20 @@
+"""Policies: plain-text rules, loaded strictly, compiled once per model, evaluated on columns."""
+
+from __future__ import annotations
+
+from clipfilter.policies.compile import CompiledPolicy, compile_policy
+from clipfilter.policies.evaluate import Decisions, Scores
+from clipfilter.policies.load import list_packs, load_policy, parse_policy, policy_from_canonical
+from clipfilter.policies.schema import Policy
+
+__all__ = [
+    "CompiledPolicy",
+    "Decisions",
+    "Policy",
+    "Scores",
+    "compile_policy",
+    "list_packs",
+    "load_policy",
+    "parse_policy",
+    "policy_from_canonical",
+]

@@ -1,0 +1,131 @@
+"""Metadata rules' numbers: sizes, caption lengths, image facts and numeric source columns, as float64 per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipfilter.errors import RefusedError
+from clipfilter.policies.schema import suggest
+
+Floats = np.ndarray  # float64 [n], NaN where the row has no value
+
+# name -> number from width and height (both > 0, of the image as displayed)
+_SIZES: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "width": lambda width, height: width,
+    "height": lambda width, height: height,
+    "min_side": np.minimum,
+    "max_side": np.maximum,
+    "aspect_ratio": lambda width, height: np.maximum(width, height) / np.minimum(width, height),
+    "pixels": np.multiply,
+}
+_FACTS = {"brightness": "cf_brightness", "contrast": "cf_contrast", "blur": "cf_blur", "entropy": "cf_entropy"}
+_CAPTIONS = ("caption_words", "caption_chars")
+BUILTINS = (*_SIZES, *_CAPTIONS, *_FACTS)
+
+
+def check_metadata(name: str, schema: pa.Schema) -> None:
+    """Refuse a metadata rule that this data can never answer: an unknown column, or one that holds no numbers.
+
+    Caption lengths are never refused: where there is no caption the rule's `on_missing` applies.
+    """
+    if name in _SIZES or name in _CAPTIONS:
+        return
+    column = _FACTS.get(name, name)
+    index = schema.get_field_index(column)
+    if index < 0:
+        known = [*BUILTINS, *(field.name for field in schema if _numeric(field.type))]
+        raise RefusedError(
+            f"the metadata rule needs the column {column!r}, which this data does not have"
+            + (suggest(name, known) or f" (numbers here: {', '.join(known)[:300]})")
+        )
+    kind = schema.field(index).type
+    if not _numeric(kind):
+        raise RefusedError(f"the column {name!r} holds {kind}, and a metadata rule compares numbers; name a numeric column")
+
+
+def metadata_values(name: str, table: pa.Table) -> Floats:
+    """The number that a metadata rule of this name compares, float64 [n]; NaN where a row has none.
+
+    Sizes are `original_width` x `original_height` where the source has both (img2dataset resizes and pads, so the
+    stored image's size says nothing about the original), else the decoded image's. Captions count as DataComp
+    counts them: words split at white space, characters as code points, of the first caption.
+    Raises RefusedError as `check_metadata`.
+    """
+    check_metadata(name, table.schema)
+    if name in _SIZES:
+        values = _size(name, table)
+    elif name in _CAPTIONS:
+        values = _caption(name, table)
+    else:
+        values = _column(_FACTS.get(name, name), table)
+    values[~np.isfinite(values)] = np.nan
+    return values
+
+
+def _numeric(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind)
+
+
+def _column(name: str, table: pa.Table) -> Floats:
+    """One numeric column as float64 [n] (a copy); null and absent become NaN."""
+    index = table.schema.get_field_index(name)
+    if index < 0 or not _numeric(table.schema.field(index).type):
+        return np.full(table.num_rows, np.nan)
+    column = table.column(index)
+    if pa.types.is_boolean(column.type):
+        column = pc.cast(column, pa.int8())
+    elif pa.types.is_decimal(column.type):
+        column = pc.cast(column, pa.float64(), safe=False)
+    return np.array(column.to_numpy(), dtype=np.float64)
+
+
+def _size(name: str, table: pa.Table) -> Floats:
+    width, height = _column("cf_width", table), _column("cf_height", table)
+    if "original_width" in table.column_names and "original_height" in table.column_names:
+        first_width, first_height = _column("original_width", table), _column("original_height", table)
+        original = (first_width > 0) & (first_height > 0)
+        width, height = np.where(original, first_width, width), np.where(original, first_height, height)
+    known = (width > 0) & (height > 0)
+    width, height = np.where(known, width, np.nan), np.where(known, height, np.nan)
+    return np.array(_SIZES[name](width, height), dtype=np.float64)
+
+
+def _caption(name: str, table: pa.Table) -> Floats:
+    stored = f"cf_{name}"
+    if stored in table.column_names:
+        return _column(stored, table)
+    result = np.full(table.num_rows, np.nan)
+    if "cf_captions" in table.column_names:
+        words, chars = caption_counts(table.column("cf_captions"))
+        counted = words if name == "caption_words" else chars
+        result = _column("x", pa.table({"x": counted}))
+    return result
+
+
+def caption_counts(captions: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Words and characters (int32, null without caption) of the first caption of each row of a list<string> column."""
+    if isinstance(captions, pa.ChunkedArray):
+        captions = captions.combine_chunks()
+        if isinstance(captions, pa.ChunkedArray):
+            captions = pa.concat_arrays(captions.chunks) if captions.num_chunks else pa.array([], captions.type)
+    size = len(captions)
+    first = pc.list_slice(captions, 0, 1)
+    rows = pc.list_parent_indices(first).to_numpy(zero_copy_only=False)
+    texts = pc.list_flatten(first)
+    chars = pc.utf8_length(texts)
+    words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts)))
+    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
+    words = pc.if_else(blank, pa.scalar(0, pa.int32()), words)
+
+    def spread(counts: pa.Array) -> pa.Array:
+        values, present = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=bool)
+        known = pc.is_valid(counts).to_numpy(zero_copy_only=False)
+        values[rows[known]] = pc.fill_null(counts, 0).to_numpy(zero_copy_only=False)[known]
+        present[rows[known]] = True
+        return pa.array(values, mask=~present)
+
+    return spread(words), spread(chars)

@@ -1,0 +1,326 @@
+"""Compiles a policy for one model: every phrase becomes one column of a single float32 matrix, once.
+
+Also the place where thresholds meet their model (promise 5): calibrated thresholds are taken only where the hashes
+of weights and prompts match, and refused with a sentence where they belong to something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from clipfilter.errors import RefusedError
+from clipfilter.policies import columns as column_rules
+from clipfilter.policies import evaluate
+from clipfilter.policies.evaluate import ConceptPlan, Decisions, Scores
+from clipfilter.policies.prompts import fill
+from clipfilter.policies.schema import Calibration, Policy, Rule, json_sha256
+
+_TEXT_BATCH = 1024
+
+
+class TextEncoder(Protocol):
+    """What compiling needs of a model."""
+
+    name: str
+    dim: int
+    logit_scale: float
+    logit_bias: float | None
+    score_kind: str
+    fingerprint: dict[str, Any]
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray: ...
+
+    def count_truncated(self, texts: Sequence[str]) -> int: ...
+
+
+@dataclass(frozen=True)
+class CompiledRule:
+    """One rule ready to be decided. Thresholds are exact float64 here and float32 where they meet scores."""
+
+    id: str
+    kind: str
+    direction: str | None
+    review: float | None
+    reject: float | None
+    on_missing: str
+    metadata: str | None
+    of: str | None
+    calibrated: bool | None  # None: its threshold depends on no model
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        return tuple(value for value in (self.review, self.reject) if value is not None)
+
+
+@dataclass(frozen=True)
+class DatasetThreshold:
+    """A threshold that only the whole dataset can give: `key` names it in `thresholds`, `of` the scores to rank."""
+
+    key: str
+    rule: str
+    of: str
+    fraction: float
+    tail: str  # "top" | "bottom"
+
+
+@dataclass(frozen=True)
+class CompiledPolicy:
+    """A policy bound to one model. Immutable; safe to send to workers and to use from several threads."""
+
+    policy: Policy
+    rules: tuple[CompiledRule, ...]
+    concepts: ConceptPlan
+    prompts_sha256: str
+    rule_prompts_sha256: dict[str, str]
+    model: str
+    truncated_texts: int
+    calibration: Calibration | None
+    dataset_thresholds: tuple[DatasetThreshold, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """float32 [dim, k]: everything linear of the policy; scores start as `image_emb @ matrix`."""
+        return self.concepts.weights.T
+
+    @property
+    def needs_text(self) -> bool:
+        return any(rule.kind == "alignment" for rule in self.rules)
+
+    @property
+    def dataset_rules(self) -> list[str]:
+        return [rule.id for rule in self.rules if rule.kind == "fraction"]
+
+    @property
+    def score_columns(self) -> list[str]:
+        return [f"cf_score.{rule.id}" for rule in self.rules]
+
+    def check_columns(self, schema: pa.Schema) -> None:
+        """Refuse, before work begins, metadata rules that data with this schema can never answer."""
+        for rule in self.rules:
+            if rule.metadata is not None:
+                try:
+                    column_rules.check_metadata(rule.metadata, schema)
+                except RefusedError as error:
+                    raise RefusedError(f"rule {rule.id!r}: {error}") from None
+
+    def record(self) -> dict[str, Any]:
+        """What every record (plan, commit, annotated file) says about the policy, as JSON data."""
+        bound = [rule for rule in self.rules if rule.calibrated is not None and rule.thresholds]
+        return {
+            "policy": self.policy.name,
+            "version": self.policy.version,
+            "sha256": self.policy.sha256,
+            "prompts_sha256": self.prompts_sha256,
+            "model": self.model,
+            "calibrated": [rule.id for rule in bound if rule.calibrated],
+            "uncalibrated": [rule.id for rule in bound if not rule.calibrated],
+        }
+
+    def score(
+        self,
+        image_emb: np.ndarray,
+        text_emb: np.ndarray | None,
+        has_text: np.ndarray | None,
+        columns: pa.Table,
+    ) -> Scores:
+        """Scores of n rows; see `evaluate.score`."""
+        return evaluate.score(self, image_emb, text_emb, has_text, columns)
+
+    def decide(self, scores: Scores, thresholds: dict[str, float | None] | None = None) -> Decisions:
+        """Decisions of scored rows; see `evaluate.decide`."""
+        return evaluate.decide(self, scores, thresholds or {})
+
+    def annotation(self, scores: Scores, decisions: Decisions | None) -> pa.Table:
+        """The annotated columns of scored rows; see `evaluate.annotation`."""
+        return evaluate.annotation(self, scores, decisions)
+
+
+def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast") -> CompiledPolicy:
+    """The policy's texts as vectors of this model, its thresholds settled.
+
+    Per phrase: the mean of the unit-norm template embeddings, renormalised (in float64, stored as float32). Equal
+    prompts are embedded once. `decode` is the decode mode the images will have ("fast" or "exact"); calibrated
+    thresholds may be bound to it. Raises RefusedError where a calibration belongs to other weights, prompts,
+    preprocessing or decoding, or where a rule has thresholds for other models only.
+    """
+    rule_prompts = {
+        rule.id: json_sha256(
+            {
+                "any_of": rule.concept.any_of,
+                "but_not": rule.concept.but_not,
+                "generic": rule.concept.generic_phrases,
+                "generic_version": int(rule.concept.generic),
+                "templates": rule.templates or policy.templates,
+                "score": rule.concept.score,
+            }
+        )
+        for rule in policy.rules
+        if rule.concept is not None
+    }
+    prompts_sha256 = json_sha256(rule_prompts)
+    calibration = _matching_calibration(policy, encoder, prompts_sha256, decode)
+    rules = tuple(_compile_rule(rule, policy, calibration, encoder.name) for rule in policy.rules)
+    concepts, truncated = _compile_concepts(policy, rules, encoder)
+    return CompiledPolicy(
+        policy=policy,
+        rules=rules,
+        concepts=concepts,
+        prompts_sha256=prompts_sha256,
+        rule_prompts_sha256=rule_prompts,
+        model=encoder.name,
+        truncated_texts=truncated,
+        calibration=calibration,
+        dataset_thresholds=_dataset_thresholds(policy),
+        warnings=_warnings(rules, encoder.name, truncated),
+    )
+
+
+def _warnings(rules: tuple[CompiledRule, ...], model: str, truncated: int) -> tuple[str, ...]:
+    found = []
+    bare = [rule.id for rule in rules if rule.calibrated is False and rule.thresholds]
+    if bare:
+        found.append(
+            f"uncalibrated for {model}: {', '.join(bare)}; the thresholds are as written in the policy, "
+            "and every record says so (`clipfilter policy calibrate` sets them from labels)"
+        )
+    if truncated:
+        found.append(f"{truncated} prompts are longer than {model} reads and were cut")
+    return tuple(found)
+
+
+def _dataset_thresholds(policy: Policy) -> tuple[DatasetThreshold, ...]:
+    return tuple(
+        DatasetThreshold(
+            key=f"{rule.id}.{name}",
+            rule=rule.id,
+            of=rule.fraction.of,
+            fraction=band.value,
+            tail=band.direction.removeprefix("outside_"),
+        )
+        for rule in policy.rules
+        if rule.fraction is not None
+        for name, band in (("review", rule.review), ("reject", rule.reject))
+        if band is not None
+    )
+
+
+def _matching_calibration(policy: Policy, encoder: TextEncoder, prompts: str, decode: str) -> Calibration | None:
+    weights = encoder.fingerprint.get("weights_sha256")
+    for entry in policy.calibrations:
+        if entry.weights_sha256 != weights:
+            if entry.model == encoder.name:
+                raise RefusedError(
+                    f"policy {policy.name!r} is calibrated for other weights of {encoder.name} "
+                    f"({entry.weights_sha256[:12]}, here {str(weights)[:12]}); "
+                    "run `clipfilter policy calibrate` for these weights or remove that entry"
+                )
+            continue
+        for what, bound, here in (
+            ("prompts", entry.prompts_sha256, prompts),
+            ("preprocessing", entry.preprocess_sha256, json_sha256(encoder.fingerprint.get("preprocess"))),
+            ("decode mode", entry.decode, decode),
+        ):
+            if bound is not None and bound != here:
+                raise RefusedError(
+                    f"policy {policy.name!r} is calibrated for {encoder.name} with other {what} "
+                    f"({bound[:12]}, here {here[:12]}); run `clipfilter policy calibrate` again or remove that entry"
+                )
+        return entry
+    return None
+
+
+def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, model: str) -> CompiledRule:
+    bands = {"review": rule.review, "reject": rule.reject}
+    depends = rule.concept is not None or rule.alignment is not None
+    own = calibration.rules.get(rule.id) if calibration is not None and depends else None
+    if own is not None:
+        for name, calibrated in (("review", own.review), ("reject", own.reject)):
+            if calibrated is not None:
+                bands[name] = calibrated.band()
+    given = [band for band in bands.values() if band is not None]
+    if not given and not any(other.fraction is not None and other.fraction.of == rule.id for other in policy.rules):
+        others = ", ".join(entry.model for entry in policy.calibrations if rule.id in entry.rules)
+        raise RefusedError(
+            f"the rule {rule.id!r} of policy {policy.name!r} has thresholds only for {others}, not for {model}; "
+            "run `clipfilter policy calibrate` for this model or write a band into the rule"
+        )
+    fraction = rule.fraction is not None
+    return CompiledRule(
+        id=rule.id,
+        kind=rule.kind,
+        direction=given[0].direction if given else None,
+        review=None if fraction or bands["review"] is None else bands["review"].value,
+        reject=None if fraction or bands["reject"] is None else bands["reject"].value,
+        on_missing=rule.on_missing or policy.on_missing,
+        metadata=rule.metadata,
+        of=rule.fraction.of if rule.fraction is not None else None,
+        calibrated=(own is not None) if depends else None,
+    )
+
+
+def _compile_concepts(policy: Policy, rules: tuple[CompiledRule, ...], encoder: TextEncoder) -> tuple[ConceptPlan, int]:
+    """The phrase matrix and which of its columns (groups of neighbours) every concept reads."""
+    columns: list[tuple[str, tuple[str, ...]]] = []  # phrase and templates of every column
+    starts: list[int] = []
+    shared: dict[Any, int] = {}  # generic groups are the same for most rules
+    members: list[tuple[str, int, int, int, str]] = []  # rule, group of positives, of near misses, of generics, score
+
+    def group(phrases: tuple[str, ...], templates: tuple[str, ...]) -> int:
+        if not phrases:
+            return -1
+        starts.append(len(columns))
+        columns.extend((phrase, templates) for phrase in phrases)
+        return len(starts) - 1
+
+    for rule in policy.rules:
+        if rule.concept is None:
+            continue
+        templates = rule.templates or policy.templates
+        positives = group(rule.concept.any_of, templates)
+        near = group(rule.concept.but_not, templates)
+        generic = rule.concept.generic_phrases
+        if (generic, templates) not in shared:
+            shared[generic, templates] = group(generic, templates)
+        members.append((rule.id, positives, near, shared[generic, templates], rule.concept.score))
+
+    prompts = {fill(template, phrase): None for phrase, templates in columns for template in templates}
+    position = {prompt: index for index, prompt in enumerate(prompts)}
+    vectors = _embed(list(prompts), encoder)
+    weights = np.empty((len(columns), encoder.dim), dtype=np.float32)
+    for index, (phrase, templates) in enumerate(columns):
+        mean = vectors[[position[fill(template, phrase)] for template in templates]].mean(axis=0)
+        norm = float(np.linalg.norm(mean))
+        if not norm > 1e-6:
+            raise RefusedError(f"the model {encoder.name} gives no usable vector for the phrase {phrase!r}")
+        weights[index] = mean / norm
+    watched = {rule.of for rule in rules if rule.of is not None}
+    plan = ConceptPlan.build(
+        weights=weights,
+        phrases=tuple(phrase for phrase, _ in columns),
+        starts=starts,
+        members=members,
+        always_explained={rule_id for rule_id in watched if rule_id is not None},
+        logit_scale=float(encoder.logit_scale),
+        logit_bias=float(encoder.logit_bias or 0.0),
+        sigmoid=encoder.score_kind == "sigmoid",
+    )
+    return plan, encoder.count_truncated(list(prompts)) if prompts else 0
+
+
+def _embed(prompts: list[str], encoder: TextEncoder) -> np.ndarray:
+    """Unit-norm float64 [n, dim]."""
+    parts = [
+        np.asarray(encoder.encode_texts(prompts[start : start + _TEXT_BATCH]), dtype=np.float64)
+        for start in range(0, len(prompts), _TEXT_BATCH)
+    ]
+    vectors = np.concatenate(parts) if parts else np.zeros((0, encoder.dim))
+    if vectors.shape != (len(prompts), encoder.dim) or not np.isfinite(vectors).all():
+        raise RefusedError(f"the model {encoder.name} did not give finite text vectors of {encoder.dim} numbers")
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(norms, 1e-12))

@@ -1,0 +1,532 @@
+"""Scores and decides columns of rows: pure functions, fixed blocks, no Python object per row.
+
+What makes results reproducible: rows are scored in zero-padded blocks of 1024, always of the same shape, so a score
+never depends on how many rows follow. A score within 1e-5 of one of its thresholds is computed again in float64 from
+the same float16 embedding and compared with the exact threshold; the float32 that is stored is then moved, by at most
+one unit in the last place, to the side of the float32 threshold where the float64 value lies. `decide` compares
+nothing but stored float32 scores with float32 thresholds, so record and decision cannot contradict each other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from clipfilter.policies.columns import metadata_values
+
+if TYPE_CHECKING:
+    from clipfilter.policies.compile import CompiledPolicy, CompiledRule
+
+BLOCK = 1024
+RECHECK = 1e-5
+KEEP, REVIEW, REJECT = 0, 1, 2
+DECISIONS = ("keep", "review", "reject")
+BANDS = ("review", "reject", "missing")
+
+REASON = pa.struct(
+    [
+        ("rule", pa.string()),
+        ("band", pa.string()),
+        ("score", pa.float32()),
+        ("threshold", pa.float32()),
+        ("nearest", pa.string()),
+        ("contrast", pa.string()),
+    ]
+)
+REASONS = pa.list_(REASON)
+
+
+@dataclass(frozen=True)
+class ConceptPlan:
+    """The concept rules of a policy as arrays: k phrase columns in G groups of neighbours, R rules that read groups.
+
+    A group index of G means "no such group".
+    """
+
+    weights: np.ndarray  # float32 [k, dim], unit rows
+    phrases: tuple[str, ...]  # of every column
+    bounds: tuple[tuple[int, int], ...]  # columns of every group
+    group_of: np.ndarray  # intp [k]
+    rules: tuple[str, ...]
+    positives: np.ndarray  # intp [R] group
+    near: np.ndarray  # intp [R] group of near misses
+    generic: np.ndarray  # intp [R] group of generic negatives
+    counts: np.ndarray  # float64 [2, R]: how many positives, how many negatives
+    score_kinds: tuple[str, ...]  # [R] probability | margin | cosine
+    always_explained: frozenset[str]
+    logit_scale: float
+    logit_bias: float
+    sigmoid: bool
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        weights: np.ndarray,
+        phrases: tuple[str, ...],
+        starts: Sequence[int],
+        members: Sequence[tuple[str, int, int, int, str]],
+        always_explained: set[str],
+        logit_scale: float,
+        logit_bias: float,
+        sigmoid: bool,
+    ) -> ConceptPlan:
+        stops = [*starts[1:], len(phrases)] if starts else []
+        bounds = tuple(zip(starts, stops, strict=True))
+        sizes = np.array([stop - start for start, stop in bounds] + [0], dtype=np.float64)
+        groups = np.array([member[1:4] for member in members], dtype=np.intp).reshape(-1, 3)
+        groups[groups < 0] = len(bounds)
+        positives, near, generic = groups.T.copy()
+        return cls(
+            weights=np.ascontiguousarray(weights, dtype=np.float32),
+            phrases=phrases,
+            bounds=bounds,
+            group_of=np.repeat(np.arange(len(bounds)), sizes[:-1].astype(np.intp)),
+            rules=tuple(member[0] for member in members),
+            positives=positives,
+            near=near,
+            generic=generic,
+            counts=np.stack([sizes[positives], sizes[near] + sizes[generic]]),
+            score_kinds=tuple(member[4] for member in members),
+            always_explained=frozenset(always_explained),
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            sigmoid=sigmoid,
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of n rows. `values[rule]` is float32 [n], NaN where the rule cannot be evaluated.
+
+    `nearest[rule]` and `contrast[rule]` (concept rules) are int32 [n] positions in the policy's phrases: the positive
+    with the highest cosine and the strongest negative; -1 for rows that no band of the rule can concern.
+    """
+
+    rows: int
+    values: dict[str, np.ndarray]
+    similarity: np.ndarray
+    nearest: dict[str, np.ndarray]
+    contrast: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions of n rows: `codes` int8 [n] (0 keep, 1 review, 2 reject), `reasons` list<struct> [n].
+
+    `counts[rule]` says how many rows the rule put into each band ("review", "reject", "missing").
+    """
+
+    codes: np.ndarray
+    reasons: pa.ListArray
+    counts: dict[str, dict[str, int]]
+
+    @property
+    def decision(self) -> pa.Array:
+        """cf_decision as strings [n]."""
+        return _strings(self.codes.astype(np.int32), DECISIONS)
+
+    def totals(self) -> dict[str, int]:
+        """How many rows of each decision."""
+        return {name: int((self.codes == code).sum()) for code, name in enumerate(DECISIONS)}
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def score(
+    compiled: CompiledPolicy,
+    image_emb: np.ndarray,
+    text_emb: np.ndarray | None,
+    has_text: np.ndarray | None,
+    columns: pa.Table,
+) -> Scores:
+    """Scores of n rows, counted in blocks from the first row given (so call it with whole shards).
+
+    image_emb, text_emb: float16 [n, d], unit norm (text_emb may be None); has_text: bool [n], which rows have a
+    caption (None: all). columns: n rows with source columns, sizes and image facts; its `cf_similarity` serves
+    where there are no text embeddings. A zero or non-finite embedding cannot be evaluated (NaN).
+    Raises RefusedError for a metadata rule whose column is absent or not numeric.
+    """
+    n = len(image_emb)
+    if columns.num_rows != n:
+        raise ValueError(f"{n} embeddings but {columns.num_rows} rows of columns")
+    if n and image_emb.shape[1] != compiled.concepts.weights.shape[1]:
+        raise ValueError(f"embeddings have {image_emb.shape[1]} numbers, the policy's model {compiled.concepts.weights.shape[1]}")
+    plan = compiled.concepts
+    rules = {rule.id: rule for rule in compiled.rules}
+    concept_rules = [rules[name] for name in plan.rules]
+    values: dict[str, np.ndarray] = {}
+    concept = np.full((len(plan.rules), n), np.nan, dtype=np.float32)
+    nearest = np.full((len(plan.rules), n), -1, dtype=np.int32)
+    contrast = np.full((len(plan.rules), n), -1, dtype=np.int32)
+    similarity = np.full(n, np.nan, dtype=np.float32)
+    if text_emb is None and "cf_similarity" in columns.column_names:
+        similarity[:] = metadata_values("cf_similarity", columns)
+
+    with _one_blas_thread():
+        images = np.zeros((BLOCK, plan.weights.shape[1]), dtype=np.float32)
+        texts = np.zeros_like(images) if text_emb is not None else None
+        for start in range(0, n, BLOCK):
+            stop = min(start + BLOCK, n)
+            size = stop - start
+            _upcast(image_emb[start:stop], images)
+            valid = _usable(images)
+            if plan.rules:
+                _score_concepts(
+                    plan, concept_rules, images, image_emb[start:stop], valid[:size],
+                    concept[:, start:stop], nearest[:, start:stop], contrast[:, start:stop],
+                )  # fmt: skip
+            if texts is not None and text_emb is not None:
+                _upcast(text_emb[start:stop], texts)
+                valid &= _usable(texts)
+                cosine = np.vecdot(images, texts)[:size]
+                cosine[~valid[:size]] = np.nan
+                if has_text is not None:
+                    cosine[~np.asarray(has_text[start:stop], dtype=bool)] = np.nan
+                similarity[start:stop] = cosine
+
+    for position, name in enumerate(plan.rules):
+        values[name] = concept[position]
+    for rule in compiled.rules:
+        if rule.kind == "alignment":
+            values[rule.id] = _alignment(rule, similarity, image_emb, text_emb)
+        elif rule.metadata is not None:
+            values[rule.id] = settle(metadata_values(rule.metadata, columns), rule.thresholds)
+        elif rule.of is not None:
+            values[rule.id] = values[rule.of]
+    return Scores(
+        rows=n,
+        values={rule.id: values[rule.id] for rule in compiled.rules},
+        similarity=similarity,
+        nearest=dict(zip(plan.rules, nearest, strict=True)),
+        contrast=dict(zip(plan.rules, contrast, strict=True)),
+    )
+
+
+def settle(exact: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """float64 scores as float32 that lie on the same side of every float32 threshold as they did in float64.
+
+    A score equal to the threshold stays equal to it; otherwise rounding may move it onto or across the threshold, and
+    it is put back on its own side, to the next float32.
+    """
+    stored = exact.astype(np.float32)
+    for threshold in thresholds:
+        single = np.float32(threshold)
+        stored[exact == threshold] = single
+        stored[(exact > threshold) & (stored <= single)] = np.nextafter(single, np.float32(np.inf))
+        stored[(exact < threshold) & (stored >= single)] = np.nextafter(single, np.float32(-np.inf))
+    return stored
+
+
+def _upcast(half: np.ndarray, out: np.ndarray) -> None:
+    """float16 [m, d] into the first rows of a float32 block, the rest zero. Exact, whoever does it."""
+    size = len(half)
+    torch = sys.modules.get("torch")
+    if torch is not None and half.dtype == np.float16:
+        own = np.require(half, requirements=["C", "W"])  # torch takes no read-only memory map; a copy is cheap
+        torch.from_numpy(out)[:size].copy_(torch.from_numpy(own))  # many times as fast as numpy's cast
+    else:
+        out[:size] = half
+    out[size:] = 0.0
+
+
+def _usable(block: np.ndarray) -> np.ndarray:
+    squares = np.vecdot(block, block)
+    return np.isfinite(squares) & (squares > 0)
+
+
+def _score_concepts(
+    plan: ConceptPlan,
+    rules: Sequence[CompiledRule],
+    block: np.ndarray,
+    half: np.ndarray,
+    valid: np.ndarray,
+    out: np.ndarray,
+    nearest: np.ndarray,
+    contrast: np.ndarray,
+) -> None:
+    """One block of concept scores into `out` [R, m], and phrases of the rows that a band can concern."""
+    size = len(half)
+    with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN below
+        cosines = np.matmul(plan.weights, block.T)
+        out[:] = concept_scores(plan, cosines)[:, :size]
+    out[:, ~valid] = np.nan
+
+    close = np.zeros(size, dtype=bool)
+    doubtful = []
+    for position, rule in enumerate(rules):
+        rows = np.zeros(size, dtype=bool)
+        for threshold in rule.thresholds:
+            rows |= np.abs(out[position] - np.float32(threshold)) <= RECHECK
+        doubtful.append(rows)
+        close |= rows
+    if close.any():
+        picked = np.flatnonzero(close)
+        weights = plan.weights.astype(np.float64)
+        # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are close.
+        exact_cosines = np.stack([weights @ half[row].astype(np.float64) for row in picked], axis=1)
+        exact = concept_scores(plan, exact_cosines)
+        for position, rule in enumerate(rules):
+            chosen = doubtful[position][picked]
+            out[position, picked[chosen]] = settle(exact[position, chosen], rule.thresholds)
+
+    for position, rule in enumerate(rules):
+        rows = np.flatnonzero(_concerned(plan, rule, out[position], valid))
+        if len(rows):
+            picked_cosines = cosines[:, rows]
+            nearest[position, rows] = _strongest(plan, picked_cosines, (plan.positives[position],))
+            contrast[position, rows] = _strongest(plan, picked_cosines, (plan.near[position], plan.generic[position]))
+
+
+def _concerned(plan: ConceptPlan, rule: CompiledRule, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Rows whose nearest phrases may be asked for: those in a band, or all where the dataset ranks the rule."""
+    if rule.id in plan.always_explained:
+        return valid
+    if not rule.thresholds:
+        return np.zeros(len(values), dtype=bool)
+    return values < np.float32(max(rule.thresholds)) if rule.direction == "below" else values > np.float32(min(rule.thresholds))
+
+
+def _strongest(plan: ConceptPlan, cosines: np.ndarray, groups: Sequence[int]) -> np.ndarray:
+    """Column of the highest cosine among these groups, int32 [m]; -1 where the rule has no such phrases."""
+    best = np.full(cosines.shape[1], -1, dtype=np.int32)
+    top = np.full(cosines.shape[1], -np.inf, dtype=np.float32)
+    for group in groups:
+        if group < len(plan.bounds):
+            start, stop = plan.bounds[group]
+            part = cosines[start:stop]
+            index = part.argmax(axis=0)
+            value = np.take_along_axis(part, index[None], axis=0)[0]
+            better = value > top
+            best[better], top[better] = (index + start)[better], value[better]
+    return best
+
+
+def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
+    """Scores [R, m] of all concept rules from cosines [k, m] (float32 or float64; the result has the same type).
+
+    probability, softmax models: sigmoid(logmeanexp(s * positives) - logmeanexp(s * (near misses and generics))), with
+    s the model's logit scale: the softmax of the two, in which synonyms add no weight. Sigmoid models: max over
+    positives minus max over negatives of sigmoid(s * cosine + bias). margin: the same difference in cosines. cosine:
+    the highest positive alone.
+    """
+    dtype = cosines.dtype
+    groups, width = len(plan.bounds), cosines.shape[1]
+    scale, bias = dtype.type(plan.logit_scale), dtype.type(plan.logit_bias)
+    top = np.full((groups + 1, width), -np.inf, dtype=dtype)  # highest cosine of each group; the last is "none"
+    for group, (start, stop) in enumerate(plan.bounds):
+        np.maximum.reduce(cosines[start:stop], axis=0, out=top[group])
+    positive, near, generic = top[plan.positives], top[plan.near], top[plan.generic]
+    negative = np.maximum(near, generic)
+
+    kinds = np.array(plan.score_kinds)
+    soft = (kinds == "probability") & (not plan.sigmoid)
+    result = np.empty((len(plan.rules), width), dtype=dtype)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        if soft.any():
+            spread = cosines - top[plan.group_of]
+            spread *= scale
+            np.exp(spread, out=spread)
+            total = np.zeros((groups + 1, width), dtype=dtype)  # sum of exp, relative to the highest of the group
+            for group, (start, stop) in enumerate(plan.bounds):
+                np.add.reduce(spread[start:stop], axis=0, out=total[group])
+            against = total[plan.near] * np.exp(scale * (near - negative))
+            against += total[plan.generic] * np.exp(scale * (generic - negative))
+            ratio = plan.counts[0].astype(dtype) / plan.counts[1].astype(dtype)
+            odds = against / total[plan.positives] * ratio[:, None] * np.exp(scale * (negative - positive))
+            np.divide(dtype.type(1), odds + dtype.type(1), out=result)
+        for row, kind in enumerate(plan.score_kinds):
+            if soft[row]:
+                continue
+            if kind == "cosine":
+                result[row] = positive[row]
+            elif kind == "margin":
+                result[row] = positive[row] - negative[row]
+            else:
+                result[row] = _sigmoid(scale * positive[row] + bias) - _sigmoid(scale * negative[row] + bias)
+    return result
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-x)), dtype=x.dtype)
+
+
+def _alignment(rule: CompiledRule, similarity: np.ndarray, images: np.ndarray, texts: np.ndarray | None) -> np.ndarray:
+    """Cosines of one alignment rule, those close to its thresholds settled in float64."""
+    values = similarity.copy()
+    close = np.zeros(len(values), dtype=bool)
+    for threshold in rule.thresholds:
+        close |= np.abs(values - np.float32(threshold)) <= RECHECK
+    picked = np.flatnonzero(close)
+    if len(picked):
+        exact = (
+            values[picked].astype(np.float64)
+            if texts is None
+            else np.array([images[row].astype(np.float64) @ texts[row].astype(np.float64) for row in picked])
+        )
+        values[picked] = settle(exact, rule.thresholds)
+    return values
+
+
+@cache
+def _blas() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+def _one_blas_thread() -> Any:
+    """One thread for the small products here: waking more costs more than they take, above all beside an encoder."""
+    return _blas().limit(limits=1, user_api="blas")
+
+
+# ---------------------------------------------------------------- deciding
+
+
+def decide(compiled: CompiledPolicy, scores: Scores, thresholds: dict[str, float | None]) -> Decisions:
+    """The worst of the rules' outcomes for every row, with a reason for every rule that fired.
+
+    `thresholds` holds the fixed numbers of dataset-level rules by `DatasetThreshold.key` ("<rule>.reject"); None means
+    that no row had a score. A band fires strictly beyond its threshold; a rule that has bands and no score fires as
+    its `on_missing` says. Reasons are sorted by severity, then by the order of the rules.
+    """
+    n = scores.rows
+    outcomes: list[tuple[int, str, np.ndarray, float]] = []  # severity, band, rows, threshold; in rule order
+    order: list[CompiledRule] = []
+    codes = np.zeros(n, dtype=np.int8)
+    counts = {rule.id: dict.fromkeys(BANDS, 0) for rule in compiled.rules}
+    for rule in compiled.rules:
+        bands = _bands(rule, compiled, thresholds)
+        if not bands:
+            continue
+        values = scores.values[rule.id]
+        missing = np.isnan(values)
+        if any(np.isnan(threshold) for _, threshold in bands.values()):
+            missing = np.ones(n, dtype=bool)
+        left = ~missing
+        for severity, name in ((REJECT, "reject"), (REVIEW, "review")):
+            if name in bands:
+                fired = left & _beyond(values, *bands[name])
+                left &= ~fired
+                outcomes.append((severity, name, np.flatnonzero(fired), bands[name][1]))
+                order.append(rule)
+        if rule.on_missing != "keep":
+            outcomes.append((REJECT if rule.on_missing == "reject" else REVIEW, "missing", np.flatnonzero(missing), np.nan))
+            order.append(rule)
+    for (severity, name, rows, _), rule in zip(outcomes, order, strict=True):
+        codes[rows] = np.maximum(codes[rows], severity)
+        counts[rule.id][name] += len(rows)
+    return Decisions(codes, _reasons(compiled, scores, outcomes, order), counts)
+
+
+def _bands(rule: CompiledRule, compiled: CompiledPolicy, thresholds: dict[str, float | None]) -> dict[str, tuple[str, float]]:
+    """Band name -> (direction, threshold) with "above"/"below" for every band of the rule."""
+    if rule.kind != "fraction":
+        pairs = (("review", rule.review), ("reject", rule.reject))
+        return {name: (str(rule.direction), float(value)) for name, value in pairs if value is not None}
+    bands = {}
+    for entry in compiled.dataset_thresholds:
+        if entry.rule == rule.id:
+            if entry.key not in thresholds:
+                raise ValueError(f"the dataset-level threshold {entry.key!r} is not fixed yet")
+            value = thresholds[entry.key]
+            # Rows equal to the threshold are inside the fraction, so they are kept.
+            bands[entry.key.removeprefix(f"{rule.id}.")] = (
+                "below" if entry.tail == "top" else "above",
+                float("nan") if value is None else float(value),
+            )
+    return bands
+
+
+def _beyond(values: np.ndarray, direction: str, threshold: float) -> np.ndarray:
+    single = np.float32(threshold)
+    return values > single if direction == "above" else values < single
+
+
+def _reasons(
+    compiled: CompiledPolicy,
+    scores: Scores,
+    outcomes: Sequence[tuple[int, str, np.ndarray, float]],
+    order: Sequence[CompiledRule],
+) -> pa.ListArray:
+    """All reasons as one list<struct> array, put together from flat arrays."""
+    n = scores.rows
+    per_row = np.zeros(n, dtype=np.int32)
+    for _, _, rows, _ in outcomes:
+        per_row[rows] += 1
+    offsets = np.zeros(n + 1, dtype=np.int32)
+    np.cumsum(per_row, out=offsets[1:])
+    total = int(offsets[-1])
+    cursor = offsets[:-1].copy()
+    rule_index, band_index = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32)
+    score, threshold = np.full(total, np.nan, dtype=np.float32), np.full(total, np.nan, dtype=np.float32)
+    nearest, contrast = np.full(total, -1, dtype=np.int32), np.full(total, -1, dtype=np.int32)
+    position = {rule.id: index for index, rule in enumerate(compiled.rules)}
+
+    by_severity = sorted(range(len(outcomes)), key=lambda index: (-outcomes[index][0], index))
+    for index in by_severity:
+        _, band, rows, limit = outcomes[index]
+        rule = order[index]
+        at = cursor[rows]
+        cursor[rows] += 1
+        rule_index[at] = position[rule.id]
+        band_index[at] = BANDS.index(band)
+        if band == "missing":
+            continue
+        score[at] = scores.values[rule.id][rows]
+        threshold[at] = np.float32(limit)
+        source = rule.of or rule.id
+        if source in scores.nearest:
+            nearest[at] = scores.nearest[source][rows]
+            contrast[at] = scores.contrast[source][rows]
+
+    phrases = compiled.concepts.phrases
+    items = pa.StructArray.from_arrays(
+        [
+            _strings(rule_index, [rule.id for rule in compiled.rules]),
+            _strings(band_index, BANDS),
+            _floats(score),
+            _floats(threshold),
+            _strings(nearest, phrases),
+            _strings(contrast, phrases),
+        ],
+        fields=list(REASON),
+    )
+    return pa.ListArray.from_arrays(pa.array(offsets), items, type=REASONS)
+
+
+def _strings(index: np.ndarray, names: Sequence[str]) -> pa.Array:
+    """Names by position, null where the position is negative; string, not dictionary."""
+    positions = pa.array(index, mask=index < 0)
+    return pa.DictionaryArray.from_arrays(positions, pa.array(list(names), pa.string())).dictionary_decode()
+
+
+def _floats(values: np.ndarray) -> pa.Array:
+    return pa.array(values, type=pa.float32(), mask=np.isnan(values))
+
+
+def annotation(compiled: CompiledPolicy, scores: Scores, decisions: Decisions | None) -> pa.Table:
+    """The columns beside a row: cf_similarity, cf_score.<rule> of every rule, cf_decision, cf_reasons.
+
+    Null scores could not be evaluated. Without decisions (a run that only scores, or before dataset-level thresholds
+    are fixed) cf_decision and cf_reasons are null. The schema's metadata (key `clipfilter`) is `compiled.record()`.
+    """
+    n = scores.rows
+    names = ["cf_similarity", *(f"cf_score.{rule.id}" for rule in compiled.rules), "cf_decision", "cf_reasons"]
+    arrays: list[pa.Array] = [_floats(scores.similarity)]
+    arrays += [_floats(scores.values[rule.id]) for rule in compiled.rules]
+    if decisions is None:
+        arrays += [pa.nulls(n, pa.string()), pa.nulls(n, REASONS)]
+    else:
+        arrays += [decisions.decision, decisions.reasons]
+    metadata = {"clipfilter": json.dumps(compiled.record(), sort_keys=True)}
+    schema = pa.schema([pa.field(name, array.type) for name, array in zip(names, arrays, strict=True)], metadata=metadata)
+    return pa.Table.from_arrays(arrays, schema=schema)
