@@ -1,0 +1,324 @@
+"""Where a source is and what lies there: walking, globs, `{00000..00010}`, and telling the formats apart."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from clipfilter import storage
+from clipfilter.errors import ClipfilterError, RefusedError
+from clipfilter.sources.tar import IMAGE_EXTENSIONS
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+_SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log"})
+_SKIPPED_FILES = frozenset({"thumbs.db", "desktop.ini"})
+_LOOK_AT = 100_000  # files, before deciding what a folder without tars or Parquet holds
+
+
+class Entry(NamedTuple):
+    """One listed file: its name within its folder, size in bytes, and etag."""
+
+    name: str
+    size: int
+    etag: str
+
+
+class Folder(NamedTuple):
+    """One listed folder: its path below the root ("" for the root), subfolder names, and files; both sorted."""
+
+    path: str
+    folders: list[str]
+    files: list[Entry]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A source's root and, when not everything below it belongs to the source, the pattern of the files that do."""
+
+    root: str
+    pattern: str | None = None
+
+    def url(self, relative: str) -> str:
+        return self.root if relative in ("", ".") else storage.join(self.root, relative)
+
+    def walk(self) -> Iterator[Folder]:
+        """Folders with their files, a folder before its subfolders, names in order; skips hidden and temporary ones."""
+        if self.pattern is not None:
+            yield from _walk_pattern(self)
+        elif storage.is_local(self.root):
+            yield from _walk_local(str(storage.local_path(self.root)), "", set())
+        else:
+            yield from _walk_remote(self.root)
+
+    def files(self, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
+        """(path below the root, entry) of every file with one of these endings."""
+        for folder in self.walk():
+            for entry in folder.files:
+                if entry.name.lower().endswith(suffixes):
+                    yield below(folder.path, entry.name), entry
+
+
+def below(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+@contextmanager
+def refusing(url: str) -> Iterator[None]:
+    """Turn whatever a filesystem raises while a source is first looked at into one sentence with the fix."""
+    try:
+        yield
+    except ClipfilterError:
+        raise
+    except FileNotFoundError as error:
+        raise RefusedError(f"{url} does not exist; check the spelling of the path or URL.") from error
+    except PermissionError as error:
+        raise RefusedError(f"{url} may not be read ({_reason(error)}); check its permissions or your credentials.") from error
+    except Exception as error:  # every filesystem has exceptions of its own (botocore, aiohttp, gcsfs)
+        if "credential" in repr(error).lower() or "token" in repr(error).lower():
+            fix = "set the credentials of this store in the environment"
+        else:
+            fix = "check the address, the network and your credentials"
+        raise RefusedError(f"{url} cannot be read ({_reason(error)}); {fix}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return (text or type(error).__name__)[:200]
+
+
+def locate(url: str) -> Location:
+    """The root and pattern that `url` means; raises RefusedError when nothing is there."""
+    url = storage.normalise(url)
+    if url.startswith(("pipe:", "rtsp:", "gopen:")):
+        raise RefusedError(f"{url} would start a program; give a path or an fsspec URL such as s3://bucket/folder.")
+    fs, path = storage.filesystem(url)
+    with refusing(url):
+        special = re.search(r"[*?\[{]", path)
+        if special and not fs.exists(path):
+            fixed = special.start() - len(path)  # counted from the end: url and path share their tail
+            head = url[: len(url) + fixed]
+            root, _, _ = head.rpartition("/")
+            return Location(root or "/", url[len(root) + 1 :])
+        if url.startswith(("http://", "https://")) and url.lower().endswith(TAR_SUFFIXES + PARQUET_SUFFIXES):
+            is_folder = False
+        else:
+            is_folder = fs.info(path)["type"] == "directory"
+    if is_folder:
+        return Location(url)
+    root, _, name = url.rpartition("/")
+    return Location(root or "/", name)
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """`a{00..02}b` and `{x,y}` as bash and webdataset write them, lazily; a brace with neither `..` nor `,` stays."""
+    opening = pattern.find("{")
+    while opening >= 0:
+        closing = _closing(pattern, opening)
+        if closing < 0:
+            break
+        inner = pattern[opening + 1 : closing]
+        choices = _choices(inner)
+        if choices is not None:
+            head, tail = pattern[:opening], pattern[closing + 1 :]
+            for choice in choices:
+                for rest in expand_braces(tail):
+                    yield head + choice + rest
+            return
+        opening = pattern.find("{", opening + 1)
+    yield pattern
+
+
+def _closing(pattern: str, opening: int) -> int:
+    depth = 0
+    for place in range(opening, len(pattern)):
+        if pattern[place] == "{":
+            depth += 1
+        elif pattern[place] == "}":
+            depth -= 1
+            if not depth:
+                return place
+    return -1
+
+
+def _choices(inner: str) -> Iterator[str] | None:
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inner)
+    if span:
+        first, last = span.groups()
+        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        low, high = int(first), int(last)
+        numbers = range(low, high + 1) if low <= high else range(low, high - 1, -1)
+        return (str(number).zfill(width) for number in numbers)
+    parts: list[str] = [""]
+    depth = 0
+    for letter in inner:
+        if letter == "," and not depth:
+            parts.append("")
+            continue
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        parts[-1] += letter
+    if len(parts) < 2:
+        return None
+    return itertools.chain.from_iterable(expand_braces(part) for part in parts)
+
+
+def _walk_local(root: str, path: str, above: set[tuple[int, int]]) -> Iterator[Folder]:
+    here = os.path.join(root, path)
+    status = os.stat(here)
+    if (status.st_dev, status.st_ino) in above:  # a symbolic link that leads back up
+        return
+    above = above | {(status.st_dev, status.st_ino)}
+    folders, files = [], []
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if _skipped(entry.name):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            else:
+                try:
+                    found = entry.stat()
+                except FileNotFoundError:  # a dangling link, or deleted just now
+                    continue
+                files.append(Entry(entry.name, found.st_size, storage.etag({"size": found.st_size, "mtime": found.st_mtime})))
+    folders = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+    yield Folder(path, folders, sorted(files))
+    for name in folders:
+        yield from _walk_local(root, below(path, name), above)
+
+
+def _walk_remote(url: str) -> Iterator[Folder]:
+    fs, root = storage.filesystem(url)
+    found: dict[tuple[str, ...], list[Entry]] = {(): []}
+    for path, info in fs.find(root, detail=True).items():
+        parts = path[len(root) :].strip("/").split("/")
+        if any(_skipped(part) for part in parts) or not _SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
+            continue
+        for depth in range(1, len(parts)):
+            found.setdefault(tuple(parts[:depth]), [])
+        found.setdefault(tuple(parts[:-1]), []).append(Entry(parts[-1], info.get("size") or 0, _etag(info)))
+    children: dict[tuple[str, ...], list[str]] = {}
+    for parents in found:
+        if parents:
+            children.setdefault(parents[:-1], []).append(parents[-1])
+    for parents in sorted(found):
+        yield Folder("/".join(parents), sorted(children.get(parents, [])), sorted(found[parents]))
+
+
+def _walk_pattern(location: Location) -> Iterator[Folder]:
+    """One Folder per run of matches in the same folder; brace expansions in the order written, globs sorted."""
+    fs, root = storage.filesystem(location.root)
+    assert location.pattern is not None
+    listed: tuple[str, list[Entry]] | None = None
+    for name, info in _matches(fs, root, location.pattern):
+        folder, _, base = name.rpartition("/")
+        entry = Entry(base, info.get("size") or 0, _etag(info))
+        if listed is not None and listed[0] == folder and len(listed[1]) < 1000:
+            listed[1].append(entry)
+            continue
+        if listed is not None:
+            yield Folder(listed[0], [], listed[1])
+        listed = (folder, [entry])
+    if listed is not None:
+        yield Folder(listed[0], [], listed[1])
+
+
+def _matches(fs: Any, root: str, pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in expand_braces(pattern):
+        path = f"{root.rstrip('/')}/{name}"
+        if not re.search(r"[*?\[]", name) or fs.exists(path):
+            try:
+                yield name, fs.info(path)
+            except FileNotFoundError:
+                yield name, {}  # a shard that is listed but missing must show up as failed, not vanish
+            continue
+        for match, info in sorted(fs.glob(path, detail=True).items()):
+            relative = match[len(root) :].lstrip("/")
+            if info.get("type") != "directory" and not any(_skipped(part) for part in relative.split("/")):
+                yield relative, info
+
+
+def _etag(info: dict[str, Any]) -> str:
+    """The etag of a listed file; "" where the listing does not tell (web servers' index pages)."""
+    return storage.etag(info) if info.get("size") is not None else ""
+
+
+def _skipped(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SKIPPED_FILES
+
+
+def is_image_name(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
+
+
+@dataclass
+class Found:
+    """What the first folders of a source hold: enough to tell its format and to draw a bounded sample."""
+
+    kind: str
+    tars: list[tuple[str, Entry]] = field(default_factory=list)
+    parquets: list[tuple[str, Entry]] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)  # csv, tsv and jsonl files
+    stats: bool = False  # some _stats.json of img2dataset
+    others: list[str] = field(default_factory=list)
+
+
+def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
+    """Look at a source's listing until its format is clear; raises RefusedError when there is nothing to read.
+
+    Tars win over Parquet (img2dataset's sidecars), Parquet over images, except where a Parquet file is the sidecar of
+    a folder of the same name (img2dataset's `files`).
+    """
+    found = Found("")
+    seen = 0
+    sidecar_folders = False
+    for folder in location.walk():
+        seen += len(folder.files)
+        for entry in folder.files:
+            name, path = entry.name.lower(), below(folder.path, entry.name)
+            if name.endswith(TAR_SUFFIXES):
+                found.tars.append((path, entry))
+            elif name.endswith(PARQUET_SUFFIXES):
+                found.parquets.append((path, entry))
+                sidecar_folders |= entry.name.rpartition(".")[0] in folder.folders
+            elif is_image_name(entry.name):
+                if len(found.images) < images:
+                    found.images.append(path)
+            elif name.endswith((".csv", ".tsv", ".jsonl")):
+                found.tables.append(path)
+            elif name.endswith("_stats.json"):
+                found.stats = True
+            elif len(found.others) < 5:
+                found.others.append(path)
+        if found.tars or (found.parquets and not sidecar_folders) or (sidecar_folders and found.images):
+            break
+        if seen > _LOOK_AT or (found.images and len(found.images) >= images and not sidecar_folders):
+            break
+    if found.tars:
+        stems = {path.rpartition(".")[0] for path, _ in found.parquets}
+        paired = any(path.partition(".tar")[0] in stems for path, _ in found.tars)
+        found.kind = "img2dataset-webdataset" if found.stats or paired else "webdataset"
+    elif sidecar_folders and found.images:
+        found.kind = "img2dataset-files"
+    elif found.parquets:
+        found.kind = "parquet"
+    elif found.images:
+        found.kind = "folder"
+    else:
+        where = location.url(location.pattern or "")
+        if not seen:
+            what = f"No file matches {where}" if location.pattern else f"{where} is empty"
+        else:
+            examples = ", ".join(path.rpartition("/")[2] for path in (found.tables + found.others)[:3])
+            what = f"{where} holds no tar, Parquet or image file (but {examples})"
+        raise RefusedError(
+            f"{what}; give webdataset tars, Parquet files, an image folder or img2dataset's output folder."
+        )
+    del found.tars[sample:], found.parquets[sample:]
+    return found

@@ -1,0 +1,131 @@
+"""Rows that come one by one (tars, folders): captions and uids from their records, batches of bounded size."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from clipfilter.errors import RefusedError
+from clipfilter.sources.model import ReadStats, SourceOptions, row_uid
+from clipfilter.sources.schema import PREFIX, fit_records, full_schema
+
+# Where a caption is looked for when nobody says, best first. A list under `captions` counts as all captions of a row.
+CAPTION_NAMES = (
+    "captions caption text TEXT txt alt_text alt alttext Caption CAPTION Text prompt description sentence sentences title"
+).split()
+UID_PATTERN = "^[0-9a-fA-F]{32}$"
+_UID = re.compile(UID_PATTERN)
+
+
+@dataclass(slots=True)
+class Row:
+    """One row before it becomes part of a batch; `image` is None exactly where `error_class` is set (or unread)."""
+
+    number: int
+    key: str
+    uid: str
+    image: bytes | None
+    captions: list[str] | None
+    record: dict[str, Any]
+    error_class: str | None = None
+    error: str | None = None
+    unfit: dict[str, Any] | None = None  # already known not to fit any column
+
+
+def clean_captions(values: Iterable[Any]) -> list[str] | None:
+    """The non-blank texts among `values`, each once, as valid Unicode; None when there is none."""
+    kept: list[str] = []
+    for value in values:
+        if isinstance(value, str) and value.strip():
+            value = value.encode("utf-8", "replace").decode("utf-8")
+            if value not in kept:
+                kept.append(value)
+    return kept or None
+
+
+def record_captions(record: dict[str, Any], texts: Sequence[str], column: str | None, guessed: Sequence[str]) -> Any:
+    """All captions of one row: the named field's; else the caption members' and any list under a caption name;
+    else the first caption field that holds text."""
+    if column is not None:
+        value = record.get(column)
+        return clean_captions(value if isinstance(value, list) else [value])
+    found: list[Any] = list(texts)
+    for name in guessed:
+        value = record.get(name)
+        if isinstance(value, list) and any(isinstance(item, str) for item in value):
+            return clean_captions([*found, *value])
+    if not any(text.strip() for text in texts):
+        for name in guessed:
+            value = record.get(name)
+            if isinstance(value, str) and value.strip():
+                return clean_captions([value])
+    return clean_captions(found)
+
+
+def record_uid(record: dict[str, Any], column: str | None, path: str, key: str, occurrence: int = 1) -> str:
+    """The row's own uid (from `column`, else a field `uid` of 32 hex digits), else the hash of (path, key)."""
+    value = record.get(column or "uid")
+    if column is not None and value not in (None, ""):
+        return str(value)
+    if column is None and isinstance(value, str) and _UID.match(value):
+        return value
+    return row_uid(path, key, occurrence)
+
+
+def parse_json(data: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(fields, unfit): a JSON object's fields; anything else is kept as text under "json" for cf_source_json."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}, {"json": data.decode("utf-8", "replace")}
+    return (value, None) if isinstance(value, dict) else ({}, {"json": value})
+
+
+def decode_text(data: bytes) -> str:
+    return data.decode("utf-8-sig", "replace").strip("\0\r\n")
+
+
+def batches(rows: Iterable[Row], columns: pa.Schema, options: SourceOptions, stats: ReadStats) -> Iterator[pa.RecordBatch]:
+    """Group rows into record batches of at most max_batch_rows rows and max_batch_bytes image bytes."""
+    schema = full_schema(columns)
+    pending: list[Row] = []
+    size = 0
+    for row in rows:
+        more = len(row.image) if row.image is not None else 0
+        if pending and (len(pending) >= options.max_batch_rows or size + more > options.max_batch_bytes):
+            yield _batch(pending, columns, schema, stats)
+            pending, size = [], 0
+        pending.append(row)
+        size += more
+    if pending:
+        yield _batch(pending, columns, schema, stats)
+
+
+def _batch(rows: list[Row], columns: pa.Schema, schema: pa.Schema, stats: ReadStats) -> pa.RecordBatch:
+    fitted, misfits = fit_records([row.record for row in rows], columns, [row.unfit for row in rows])
+    stats.misfits += sum(1 for text in misfits if text is not None)
+    prefix = [
+        [row.number for row in rows],
+        [row.key for row in rows],
+        [row.uid for row in rows],
+        [row.image for row in rows],
+        [row.captions for row in rows],
+        [row.error_class for row in rows],
+        [row.error for row in rows],
+        misfits,
+    ]
+    arrays = [pa.array(values, item.type) for values, item in zip(prefix, PREFIX, strict=True)]
+    return pa.RecordBatch.from_arrays([*arrays, *fitted], schema=schema)
+
+
+def check_field(name: str | None, option: str, known: Iterable[str], where: str) -> None:
+    """Refuse an option that names a field no sampled record has."""
+    known = sorted(set(known))
+    if name is not None and name not in known:
+        listed = ", ".join(known[:30]) or "none"
+        raise RefusedError(f"{option} {name} is not in {where}; its fields are: {listed}.")

@@ -1,0 +1,132 @@
+"""A local, seekable view of a tar wherever it is: opened in place, or copied (and unzipped) once to a temporary file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from typing import Any
+
+from clipfilter import storage
+from clipfilter.errors import ShardError
+from clipfilter.sources.tar import TarFile
+
+_PIECE = 8 << 20
+_ATTEMPTS = 3
+_GZIP_MAGIC = b"\x1f\x8b"
+_KEPT_OPEN = 2
+
+
+class TarCache:
+    """The tars opened last, so that copying rows does not fetch and index a tar again that was just read.
+
+    Copies are unnamed temporary files: they vanish with the process, however it ends.
+    """
+
+    def __init__(self, image_extension: str | None = None) -> None:
+        self._image_extension = image_extension
+        self._lock = threading.Lock()
+        self._open: OrderedDict[tuple[str, str], TarFile] = OrderedDict()
+
+    def open(self, url: str, etag: str) -> TarFile:
+        """The tar at `url` as it was listed (`etag`, "" for whatever is there); raises ShardError."""
+        with self._lock:
+            tar = self._open.get((url, etag))
+            if tar is not None:
+                self._open.move_to_end((url, etag))
+                return tar
+        try:
+            tar = self._fetch(url, etag)
+        except FileNotFoundError as error:
+            raise ShardError(f"{url} does not exist any more.") from error
+        except ShardError:
+            raise
+        except Exception as error:  # every filesystem has exceptions of its own
+            raise ShardError(f"{url} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+        with self._lock:
+            self._open[(url, etag)] = tar
+            while len(self._open) > _KEPT_OPEN:
+                self._open.popitem(last=False)
+        return tar
+
+    def _fetch(self, url: str, etag: str) -> TarFile:
+        fs, path = storage.filesystem(url)
+        if etag:
+            check_unchanged(fs, path, url, etag)
+        if storage.is_local(url):
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            if os.pread(descriptor, 2, 0) != _GZIP_MAGIC:
+                return TarFile(descriptor, os.fstat(descriptor).st_size, self._image_extension)
+            os.close(descriptor)
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._copy(fs, path)
+            except FileNotFoundError:
+                raise
+            except Exception:
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+                time.sleep(0.5 * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _copy(self, fs: Any, path: str) -> TarFile:
+        with tempfile.TemporaryFile(prefix="clipfilter-") as copy, fs.open(path, "rb", block_size=_PIECE) as source:
+            piece = source.read(_PIECE)
+            if piece[:2] == _GZIP_MAGIC:
+                gunzip(piece, source, copy)
+            else:
+                while piece:
+                    copy.write(piece)
+                    piece = source.read(_PIECE)
+            copy.flush()
+            total = copy.tell()
+            return TarFile(os.dup(copy.fileno()), total, self._image_extension)
+
+
+def gunzip(piece: bytes, source: Any, target: Any, limit: int | None = None) -> None:
+    """Unzip `piece` and the rest of `source` into `target` (at most about `limit` bytes); stops quietly where it breaks.
+
+    What could be unzipped is kept: the tar index then says where the archive breaks off.
+    """
+    inflate = zlib.decompressobj(wbits=31)
+    written = 0
+    while piece:
+        try:
+            data = inflate.decompress(piece, _PIECE)
+        except zlib.error:
+            return
+        target.write(data)
+        written += len(data)
+        if limit is not None and written >= limit:
+            return
+        if inflate.eof:
+            piece = inflate.unused_data.lstrip(b"\0") or source.read(_PIECE)
+            inflate = zlib.decompressobj(wbits=31)  # gzip files may be put end to end
+        else:
+            piece = inflate.unconsumed_tail or source.read(_PIECE)
+
+
+def read_prefix(url: str, size: int) -> tuple[bytes, bool]:
+    """The first `size` bytes of a tar (unzipped where it is zipped) and whether that is all of it."""
+    import io
+
+    fs, path = storage.filesystem(url)
+    with fs.open(path, "rb", block_size=min(size, _PIECE)) as source:
+        data = source.read(size)
+        if data[:2] == _GZIP_MAGIC:
+            target = io.BytesIO()
+            gunzip(data, source, target, size)
+            return target.getvalue(), False
+        return data, len(data) < size
+
+
+def check_unchanged(fs: Any, path: str, url: str, etag: str) -> None:
+    """Raise ShardError when the file is not the one that was listed."""
+    if storage.etag(fs.info(path)) != etag:
+        raise ShardError(f"{url} has changed since it was listed; run again to process the new content.")
+
+
+__all__ = ["TarCache", "check_unchanged", "gunzip", "read_prefix"]
