@@ -20,7 +20,7 @@ from clipfilter.engine.plan import Job, Plan, read_plan, refuse_if_different, se
 from clipfilter.engine.worker import JobSpec
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, load_policy
-from clipfilter.sources import Source, SourceOptions, open_source
+from clipfilter.sources import Shard, Source, SourceOptions, open_source
 from clipfilter.storage import Directory, normalise
 
 log = logging.getLogger("clipfilter.engine")
@@ -412,18 +412,29 @@ def _log_file(directory: Directory) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def describe_plan(prepared: Preparation, executor_name: str, shards: list[Any]) -> dict[str, Any]:
-    """What `--dry-run` shows: the work, without doing any."""
+def plan_overview(request: JobRequest) -> dict[str, Any]:
+    """What `--dry-run` shows: the request checked and its shards listed, nothing started or written."""
+    prepared = prepare(request)
+    _refuse_other_plan(prepared)
+    if prepared.source is not None:
+        shards = list(prepared.source.iter_shards())
+        kind = prepared.source.kind
+    else:
+        assert prepared.base is not None
+        run, _, version, _ = prepared.base
+        shards = [Shard.from_json(c["shard"]) for c in ledger.read_commits(run, version["commits"])]
+        kind = "run"
+    sizes = {shard.path: shard.size for shard in shards}
     return {
-        "job": prepared.request.job,
-        "source": prepared.source_plan,
-        "out": prepared.directory.url,
-        "policy": prepared.policy.name if prepared.policy else None,
-        "model": prepared.model,
-        "engine": executor_name,
+        "job": request.job,
+        "source": request.source,
+        "kind": kind,
         "shards": len(shards),
-        "bytes": sum(unit.shard.size for unit in shards),
+        "bytes": sum(sizes.values()),
+        "out": prepared.directory.url,
         "resumes": prepared.existing is not None,
+        "policy": f"{prepared.policy.name} version {prepared.policy.version}" if prepared.policy else None,
+        "rules": [rule.id for rule in prepared.policy.rules] if prepared.policy else [],
+        "model": prepared.model,
+        "captions": prepared.text,
     }
-
-

@@ -1,0 +1,210 @@
+"""`run`, `embed`, `score` and `filter`: the commands that process a dataset."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any
+
+import typer
+
+Source = Annotated[str, typer.Argument(help="Parquet, webdataset tars, an image folder or img2dataset output; path or URL.")]
+Out = Annotated[str, typer.Option("--out", "-o", help="Run directory to write (path or URL); resumed when it exists.")]
+Model = Annotated[str, typer.Option(help="nano, an open_clip name/pretrained tag, or ARCH=/path/to/checkpoint.")]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; without it Ray runs on this machine.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Encoder processes or actors [default: one per GPU, or per 8 cores].")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each worker.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass [default: 64 on CPU, 256 on GPU].")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Images with more pixels are refused from their header.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column with image bytes, paths or URLs.")]
+CaptionColumn = Annotated[str | None, typer.Option(help="Column with captions.")]
+UidColumn = Annotated[str | None, typer.Option(help="Column with the rows' own unique ids.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")]
+Sample = Annotated[float | None, typer.Option(help="Only this share of the rows, chosen by a hash of their uid.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try damaged shards and transient failures again.")]
+MaxFailures = Annotated[float, typer.Option(min=0, max=1, help="Share of rows that may fail before the exit code is 3.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")]
+
+
+class Engine(enum.StrEnum):
+    auto = "auto"
+    local = "local"
+    ray = "ray"
+
+
+class Decode(enum.StrEnum):
+    fast = "fast"
+    exact = "exact"
+
+
+class Captions(enum.StrEnum):
+    first = "first"
+    max = "max"
+    mean = "mean"
+    none = "none"
+
+
+class Thumbnails(enum.StrEnum):
+    none = "none"
+    blur = "blur"
+    show = "show"
+
+
+ThumbnailsOption = Annotated[
+    Thumbnails, typer.Option(help="Thumbnails of review and rejected rows in the report: none, blur or show.")
+]
+EngineOption = Annotated[Engine, typer.Option(help="Where the work runs; auto takes ray for an address or several GPUs.")]
+DecodeOption = Annotated[Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")]
+CaptionsOption = Annotated[Captions, typer.Option(help="Which caption counts when a row has several; none ignores them.")]
+_MAX_PIXELS = 178_956_970
+
+
+def run(
+    source: Source,
+    out: Out,
+    policy: Annotated[str, typer.Option("--policy", "-p", help="Policy file, or the name of a pack.")],
+    model: Model = "nano",
+    engine: EngineOption = Engine.auto,
+    address: Address = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    batch_size: BatchSize = None,
+    decode: DecodeOption = Decode.fast,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    captions: CaptionsOption = Captions.first,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    uid_column: UidColumn = None,
+    limit: Limit = None,
+    sample: Sample = None,
+    copy: Annotated[bool, typer.Option("--copy/--no-copy", help="Write kept and review images beside the decisions.")] = True,
+    thumbnails: ThumbnailsOption = Thumbnails.blur,
+    retry_failed: RetryFailed = False,
+    max_failures: MaxFailures = 0.01,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decide a dataset: embed every image, score it by a policy, write kept, review and rejected rows."""
+    _job("run", **locals())
+
+
+def embed(
+    source: Source,
+    out: Out,
+    model: Model = "nano",
+    engine: EngineOption = Engine.auto,
+    address: Address = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    batch_size: BatchSize = None,
+    decode: DecodeOption = Decode.fast,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    captions: CaptionsOption = Captions.first,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    uid_column: UidColumn = None,
+    limit: Limit = None,
+    sample: Sample = None,
+    retry_failed: RetryFailed = False,
+    max_failures: MaxFailures = 0.01,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Embed a dataset once; `filter` decides it later, as often as you like, without images."""
+    _job("embed", **locals())
+
+
+def score(
+    source: Source,
+    out: Out,
+    model: Model = "nano",
+    engine: EngineOption = Engine.auto,
+    address: Address = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    batch_size: BatchSize = None,
+    decode: DecodeOption = Decode.fast,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    captions: CaptionsOption = Captions.first,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    uid_column: UidColumn = None,
+    limit: Limit = None,
+    sample: Sample = None,
+    retry_failed: RetryFailed = False,
+    max_failures: MaxFailures = 0.01,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add the image-caption similarity (CLIP score) to every row as a column; no decisions."""
+    _job("score", **locals())
+
+
+def filter_(
+    run: Annotated[str, typer.Argument(help="Run directory of an earlier run, embed or score.")],
+    out: Out,
+    policy: Annotated[str, typer.Option("--policy", "-p", help="Policy file, or the name of a pack.")],
+    engine: EngineOption = Engine.auto,
+    address: Address = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    max_failures: MaxFailures = 0.01,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decide an embedded dataset again with a policy, without reading any image."""
+    _job("filter", source=run, **{name: value for name, value in locals().items() if name != "run"})
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("run")(run)
+    app.command("embed")(embed)
+    app.command("filter")(filter_)
+    app.command("score")(score)
+
+
+def _job(job: str, **given: Any) -> None:
+    from clipfilter.cli import display
+    from clipfilter.engine.job import JobRequest, run_job
+    from clipfilter.sources import SourceOptions
+
+    dry_run, as_json, quiet = given.pop("dry_run"), given.pop("as_json"), given.pop("quiet")
+    thumbnails = given.pop("thumbnails", None)
+    columns = {name: given.pop(name, None) for name in ("image_column", "caption_column", "uid_column")}
+    captions = given.get("captions", "first")
+    options = SourceOptions(**columns, captions="first" if captions == "none" else str(captions))  # type: ignore[arg-type]
+    request = JobRequest(
+        job=job,  # type: ignore[arg-type]
+        source_options=options,
+        **{name: str(value) if isinstance(value, enum.StrEnum) else value for name, value in given.items()},
+    )
+    if dry_run:
+        display.print_plan(request, as_json)
+        return
+    with display.progress(enabled=not (quiet or as_json)) as shown:
+        result = run_job(request, shown)
+    report = None
+    if job in ("run", "filter"):
+        from clipfilter.report import write_report
+
+        choice = str(thumbnails) if thumbnails else "none"
+        report = write_report(result.out, thumbnails=choice)
+    if as_json:
+        display.print_json(result, report)
+    elif not quiet:
+        display.print_result(result, report)
+    raise typer.Exit(result.exit_code)

@@ -1,0 +1,42 @@
+"""`clipfilter policy`: check and show policies."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+PolicyArgument = Annotated[str, typer.Argument(help="Policy file, or the name of a pack.")]
+
+policy_app = typer.Typer(no_args_is_help=True, help="Check and show policies.", rich_markup_mode=None)
+
+
+@policy_app.command("validate")
+def validate(policy: PolicyArgument) -> None:
+    """Check a policy; exit code 2 and one sentence with the line when something is wrong."""
+    from clipfilter.policies import load_policy
+
+    loaded = load_policy(policy)
+    typer.echo(f"{loaded.name} version {loaded.version}: {len(loaded.rules)} rules, sha256 {loaded.sha256[:12]}")
+
+
+@policy_app.command("show")
+def show(policy: PolicyArgument) -> None:
+    """Print the resolved policy as JSON: defaults filled in, templates expanded."""
+    from clipfilter.policies import load_policy
+
+    typer.echo(json.dumps(load_policy(policy).canonical(), indent=2, ensure_ascii=False))
+
+
+@policy_app.command("list")
+def list_packs() -> None:
+    """List the policy packs that come with clipfilter."""
+    from clipfilter.policies import pack_names
+
+    for name in pack_names():
+        typer.echo(name)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(policy_app, name="policy")
