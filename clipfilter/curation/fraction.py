@@ -1,13 +1,13 @@
 """Exact thresholds for "the best 30 %" over any number of float32 scores, in flat memory.
 
-Two passes of radix selection: float32 scores map to unsigned 32-bit keys of the same order; the first pass counts the
-keys' upper 16 bits, the second the lower 16 bits of the one bucket that holds the wanted rank. Each pass needs one
-histogram of 65 536 counts, which partial histograms of shards add up to in any order, so shards may contribute in
-parallel and the result does not depend on how the scores were cut or ordered.
+Two passes of radix selection: float32 scores map to unsigned 32-bit keys of the same order; the first pass
+counts the keys' upper 16 bits, the second the lower 16 bits of the one bucket that holds the wanted rank.
+Each pass needs one histogram of 65 536 counts, which partial histograms of shards add up to in any order, so
+shards may contribute in parallel and the result does not depend on how the scores were cut or ordered.
 
-Ties and rounding are DataComp's (baselines/apply_filter.py): of N scored rows and a fraction f, n = int(N * f), the
-threshold is the score at position n (from 0) in descending order, and rows at or above it are kept: at least n + 1
-rows, plus ties. f = 1 keeps all. Rows without a score (NaN) are not ranked and not counted.
+Ties and rounding are DataComp's (baselines/apply_filter.py): of N scored rows and a fraction f, n = int(N *
+f), the threshold is the score at position n (from 0) in descending order, and rows at or above it are kept:
+at least n + 1 rows, plus ties. f = 1 keeps all. Rows without a score (NaN) are not ranked and not counted.
 """
 
 from __future__ import annotations
@@ -91,13 +91,16 @@ def fraction_threshold(chunks: Chunks, fraction: float, tail: str = "top") -> Th
 def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> list[Threshold]:
     """Exact thresholds of several fractions of the same scores.
 
-    chunks: called once per pass, gives all scores as float32 arrays (any cut, any order, NaN where there is none).
-    wanted: (fraction in (0, 1], "top" or "bottom"). Reads the scores twice, whatever the number of fractions; memory
-    is one slice of scores and one histogram per fraction. Raises RefusedError for a fraction outside (0, 1].
+    chunks: called once per pass, gives all scores as float32 arrays (any cut, any order, NaN where there is
+    none). wanted: (fraction in (0, 1], "top" or "bottom"). Reads the scores twice, whatever the number of
+    fractions; memory is one slice of scores and one histogram per fraction. Raises RefusedError for a
+    fraction outside (0, 1].
     """
     for fraction, tail in wanted:
         if not 0.0 < fraction <= 1.0:
-            raise RefusedError(f"a fraction of {fraction} keeps nothing or makes no sense; it must be above 0 and at most 1")
+            raise RefusedError(
+                f"a fraction of {fraction} keeps nothing or makes no sense; it must be above 0 and at most 1"
+            )
         if tail not in ("top", "bottom"):
             raise ValueError(f"tail is {tail!r}, not 'top' or 'bottom'")
     high = np.zeros(BUCKETS, dtype=np.int64)

@@ -28,7 +28,8 @@ BUILTINS = (*_SIZES, *_CAPTIONS, *_FACTS)
 
 
 def check_metadata(name: str, schema: pa.Schema) -> None:
-    """Refuse a metadata rule that this data can never answer: an unknown column, or one that holds no numbers.
+    """Refuse a metadata rule that this data can never answer: an unknown column, or one that holds no
+    numbers.
 
     Caption lengths are never refused: where there is no caption the rule's `on_missing` applies.
     """
@@ -44,16 +45,18 @@ def check_metadata(name: str, schema: pa.Schema) -> None:
         )
     kind = schema.field(index).type
     if not _numeric(kind):
-        raise RefusedError(f"the column {name!r} holds {kind}, and a metadata rule compares numbers; name a numeric column")
+        raise RefusedError(
+            f"the column {name!r} holds {kind}, and a metadata rule compares numbers; name a numeric column"
+        )
 
 
 def metadata_values(name: str, table: pa.Table) -> Floats:
     """The number that a metadata rule of this name compares, float64 [n]; NaN where a row has none.
 
-    Sizes are `original_width` x `original_height` where the source has both (img2dataset resizes and pads, so the
-    stored image's size says nothing about the original), else the decoded image's. Captions count as DataComp
-    counts them: words split at white space, characters as code points, of the first caption.
-    Raises RefusedError as `check_metadata`.
+    Sizes are `original_width` x `original_height` where the source has both (img2dataset resizes and pads, so
+    the stored image's size says nothing about the original), else the decoded image's. Captions count as
+    DataComp counts them: words split at white space, characters as code points, of the first caption. Raises
+    RefusedError as `check_metadata`.
     """
     check_metadata(name, table.schema)
     if name in _SIZES:
@@ -67,7 +70,8 @@ def metadata_values(name: str, table: pa.Table) -> Floats:
 
 
 def _numeric(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind)
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+    return any(test(kind) for test in tests)
 
 
 def _column(name: str, table: pa.Table) -> Floats:

@@ -1,7 +1,7 @@
 """Compiles a policy for one model: every phrase becomes one column of a single float32 matrix, once.
 
-Also the place where thresholds meet their model (promise 5): calibrated thresholds are taken only where the hashes
-of weights and prompts match, and refused with a sentence where they belong to something else.
+Also the place where thresholds meet their model (promise 5): calibrated thresholds are taken only where the
+hashes of weights and prompts match, and refused with a sentence where they belong to something else.
 """
 
 from __future__ import annotations
@@ -144,10 +144,10 @@ class CompiledPolicy:
 def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast") -> CompiledPolicy:
     """The policy's texts as vectors of this model, its thresholds settled.
 
-    Per phrase: the mean of the unit-norm template embeddings, renormalised (in float64, stored as float32). Equal
-    prompts are embedded once. `decode` is the decode mode the images will have ("fast" or "exact"); calibrated
-    thresholds may be bound to it. Raises RefusedError where a calibration belongs to other weights, prompts,
-    preprocessing or decoding, or where a rule has thresholds for other models only.
+    Per phrase: the mean of the unit-norm template embeddings, renormalised (in float64, stored as float32).
+    Equal prompts are embedded once. `decode` is the decode mode the images will have ("fast" or "exact");
+    calibrated thresholds may be bound to it. Raises RefusedError where a calibration belongs to other
+    weights, prompts, preprocessing or decoding, or where a rule has thresholds for other models only.
     """
     rule_prompts = {
         rule.id: json_sha256(
@@ -299,13 +299,14 @@ def _compile_concepts(policy: Policy, rules: tuple[CompiledRule, ...], encoder: 
         if not norm > 1e-6:
             raise RefusedError(f"the model {encoder.name} gives no usable vector for the phrase {phrase!r}")
         weights[index] = mean / norm
-    watched = {rule.of for rule in rules if rule.of is not None}
+    thresholds = {rule.id: rule.thresholds for rule in rules}
     plan = ConceptPlan.build(
         weights=weights,
         phrases=tuple(phrase for phrase, _ in columns),
         starts=starts,
         members=members,
-        always_explained={rule_id for rule_id in watched if rule_id is not None},
+        thresholds=[thresholds[member[0]] for member in members],
+        always_explained={rule.of for rule in rules if rule.of is not None},
         logit_scale=float(encoder.logit_scale),
         logit_bias=float(encoder.logit_bias or 0.0),
         sigmoid=encoder.score_kind == "sigmoid",

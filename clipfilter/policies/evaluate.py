@@ -1,10 +1,11 @@
 """Scores and decides columns of rows: pure functions, fixed blocks, no Python object per row.
 
-What makes results reproducible: rows are scored in zero-padded blocks of 1024, always of the same shape, so a score
-never depends on how many rows follow. A score within 1e-5 of one of its thresholds is computed again in float64 from
-the same float16 embedding and compared with the exact threshold; the float32 that is stored is then moved, by at most
-one unit in the last place, to the side of the float32 threshold where the float64 value lies. `decide` compares
-nothing but stored float32 scores with float32 thresholds, so record and decision cannot contradict each other.
+What makes results reproducible: rows are scored in zero-padded blocks of 1024, always of the same shape, so a
+score never depends on how many rows follow. A score within 1e-5 of one of its thresholds is computed again in
+float64 from the same float16 embedding and compared with the exact threshold; the float32 that is stored is
+then moved, by at most one unit in the last place, to the side of the float32 threshold where the float64
+value lies. `decide` compares nothing but stored float32 scores with float32 thresholds, so record and
+decision cannot contradict each other.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ REASONS = pa.list_(REASON)
 
 @dataclass(frozen=True)
 class ConceptPlan:
-    """The concept rules of a policy as arrays: k phrase columns in G groups of neighbours, R rules that read groups.
+    """The concept rules of a policy as arrays: k phrase columns in G groups of neighbours, R rules that read
+    groups.
 
     A group index of G means "no such group".
     """
@@ -60,6 +62,8 @@ class ConceptPlan:
     generic: np.ndarray  # intp [R] group of generic negatives
     counts: np.ndarray  # float64 [2, R]: how many positives, how many negatives
     score_kinds: tuple[str, ...]  # [R] probability | margin | cosine
+    thresholds: np.ndarray  # float32 [T], of all concept rules
+    threshold_rule: np.ndarray  # intp [T], which rule each belongs to
     always_explained: frozenset[str]
     logit_scale: float
     logit_bias: float
@@ -73,6 +77,7 @@ class ConceptPlan:
         phrases: tuple[str, ...],
         starts: Sequence[int],
         members: Sequence[tuple[str, int, int, int, str]],
+        thresholds: Sequence[Sequence[float]],
         always_explained: set[str],
         logit_scale: float,
         logit_bias: float,
@@ -95,6 +100,8 @@ class ConceptPlan:
             generic=generic,
             counts=np.stack([sizes[positives], sizes[near] + sizes[generic]]),
             score_kinds=tuple(member[4] for member in members),
+            thresholds=np.array([value for own in thresholds for value in own], dtype=np.float32),
+            threshold_rule=np.repeat(np.arange(len(thresholds)), [len(own) for own in thresholds]).astype(np.intp),
             always_explained=frozenset(always_explained),
             logit_scale=logit_scale,
             logit_bias=logit_bias,
@@ -106,8 +113,9 @@ class ConceptPlan:
 class Scores:
     """Scores of n rows. `values[rule]` is float32 [n], NaN where the rule cannot be evaluated.
 
-    `nearest[rule]` and `contrast[rule]` (concept rules) are int32 [n] positions in the policy's phrases: the positive
-    with the highest cosine and the strongest negative; -1 for rows that no band of the rule can concern.
+    `nearest[rule]` and `contrast[rule]` (concept rules) are int32 [n] positions in the policy's phrases: the
+    positive with the highest cosine and the strongest negative; -1 for rows that no band of the rule can
+    concern.
     """
 
     rows: int
@@ -150,16 +158,18 @@ def score(
 ) -> Scores:
     """Scores of n rows, counted in blocks from the first row given (so call it with whole shards).
 
-    image_emb, text_emb: float16 [n, d], unit norm (text_emb may be None); has_text: bool [n], which rows have a
-    caption (None: all). columns: n rows with source columns, sizes and image facts; its `cf_similarity` serves
-    where there are no text embeddings. A zero or non-finite embedding cannot be evaluated (NaN).
+    image_emb, text_emb: float16 [n, d], unit norm (text_emb may be None); has_text: bool [n], which rows have
+    a caption (None: all). columns: n rows with source columns, sizes and image facts; its `cf_similarity`
+    serves where there are no text embeddings. A zero or non-finite embedding cannot be evaluated (NaN).
     Raises RefusedError for a metadata rule whose column is absent or not numeric.
     """
     n = len(image_emb)
     if columns.num_rows != n:
         raise ValueError(f"{n} embeddings but {columns.num_rows} rows of columns")
     if n and image_emb.shape[1] != compiled.concepts.weights.shape[1]:
-        raise ValueError(f"embeddings have {image_emb.shape[1]} numbers, the policy's model {compiled.concepts.weights.shape[1]}")
+        raise ValueError(
+            f"embeddings have {image_emb.shape[1]} numbers, the policy's model {compiled.concepts.weights.shape[1]}"
+        )
     plan = compiled.concepts
     rules = {rule.id: rule for rule in compiled.rules}
     concept_rules = [rules[name] for name in plan.rules]
@@ -214,8 +224,8 @@ def score(
 def settle(exact: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
     """float64 scores as float32 that lie on the same side of every float32 threshold as they did in float64.
 
-    A score equal to the threshold stays equal to it; otherwise rounding may move it onto or across the threshold, and
-    it is put back on its own side, to the next float32.
+    A score equal to the threshold stays equal to it; otherwise rounding may move it onto or across the
+    threshold, and it is put back on its own side, to the next float32.
     """
     stored = exact.astype(np.float32)
     for threshold in thresholds:
@@ -240,7 +250,7 @@ def _upcast(half: np.ndarray, out: np.ndarray) -> None:
 
 def _usable(block: np.ndarray) -> np.ndarray:
     squares = np.vecdot(block, block)
-    return np.isfinite(squares) & (squares > 0)
+    return np.asarray(np.isfinite(squares) & (squares > 0))
 
 
 def _score_concepts(
@@ -260,63 +270,55 @@ def _score_concepts(
         out[:] = concept_scores(plan, cosines)[:, :size]
     out[:, ~valid] = np.nan
 
-    close = np.zeros(size, dtype=bool)
-    doubtful = []
-    for position, rule in enumerate(rules):
-        rows = np.zeros(size, dtype=bool)
-        for threshold in rule.thresholds:
-            rows |= np.abs(out[position] - np.float32(threshold)) <= RECHECK
-        doubtful.append(rows)
-        close |= rows
-    if close.any():
-        picked = np.flatnonzero(close)
+    doubtful = np.abs(out[plan.threshold_rule] - plan.thresholds[:, None]) <= RECHECK
+    picked = np.flatnonzero(doubtful.any(axis=0))
+    if len(picked):
         weights = plan.weights.astype(np.float64)
-        # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are close.
+        # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are
+        # close.
         exact_cosines = np.stack([weights @ half[row].astype(np.float64) for row in picked], axis=1)
         exact = concept_scores(plan, exact_cosines)
         for position, rule in enumerate(rules):
-            chosen = doubtful[position][picked]
+            chosen = doubtful[plan.threshold_rule == position].any(axis=0)[picked]
             out[position, picked[chosen]] = settle(exact[position, chosen], rule.thresholds)
 
     for position, rule in enumerate(rules):
         rows = np.flatnonzero(_concerned(plan, rule, out[position], valid))
         if len(rows):
-            picked_cosines = cosines[:, rows]
-            nearest[position, rows] = _strongest(plan, picked_cosines, (plan.positives[position],))
-            contrast[position, rows] = _strongest(plan, picked_cosines, (plan.near[position], plan.generic[position]))
+            groups = [g for g in (plan.near[position], plan.generic[position]) if g < len(plan.bounds)]
+            nearest[position, rows] = _strongest(plan, cosines, rows, [plan.positives[position]])
+            contrast[position, rows] = _strongest(plan, cosines, rows, groups)
 
 
 def _concerned(plan: ConceptPlan, rule: CompiledRule, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Rows whose nearest phrases may be asked for: those in a band, or all where the dataset ranks the rule."""
     if rule.id in plan.always_explained:
         return valid
-    if not rule.thresholds:
-        return np.zeros(len(values), dtype=bool)
-    return values < np.float32(max(rule.thresholds)) if rule.direction == "below" else values > np.float32(min(rule.thresholds))
+    if rule.direction == "below":
+        return np.asarray(values < np.float32(max(rule.thresholds)))
+    if rule.direction == "above":
+        return np.asarray(values > np.float32(min(rule.thresholds)))
+    return np.zeros(len(values), dtype=bool)
 
 
-def _strongest(plan: ConceptPlan, cosines: np.ndarray, groups: Sequence[int]) -> np.ndarray:
-    """Column of the highest cosine among these groups, int32 [m]; -1 where the rule has no such phrases."""
-    best = np.full(cosines.shape[1], -1, dtype=np.int32)
-    top = np.full(cosines.shape[1], -np.inf, dtype=np.float32)
-    for group in groups:
-        if group < len(plan.bounds):
-            start, stop = plan.bounds[group]
-            part = cosines[start:stop]
-            index = part.argmax(axis=0)
-            value = np.take_along_axis(part, index[None], axis=0)[0]
-            better = value > top
-            best[better], top[better] = (index + start)[better], value[better]
-    return best
+def _strongest(plan: ConceptPlan, cosines: np.ndarray, rows: np.ndarray, groups: Sequence[int]) -> np.ndarray:
+    """Column with the highest cosine in these groups for each of the rows, int32; -1 where there are no groups."""
+    if not groups:
+        return np.full(len(rows), -1, dtype=np.int32)
+    columns = np.concatenate([np.arange(*plan.bounds[group], dtype=np.int32) for group in groups])
+    # Phrases side by side per row, which is the order argmax is fast in.
+    part = np.ascontiguousarray(cosines[columns[:, None], rows[None, :]].T)
+    return np.asarray(columns[part.argmax(axis=1)])
 
 
 def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
-    """Scores [R, m] of all concept rules from cosines [k, m] (float32 or float64; the result has the same type).
+    """Scores [R, m] of all concept rules from cosines [k, m] (float32 or float64; the result has the same
+    type).
 
-    probability, softmax models: sigmoid(logmeanexp(s * positives) - logmeanexp(s * (near misses and generics))), with
-    s the model's logit scale: the softmax of the two, in which synonyms add no weight. Sigmoid models: max over
-    positives minus max over negatives of sigmoid(s * cosine + bias). margin: the same difference in cosines. cosine:
-    the highest positive alone.
+    probability, softmax models: sigmoid(logmeanexp(s * positives) - logmeanexp(s * (near misses and
+    generics))), with s the model's logit scale: the softmax of the two, in which synonyms add no weight.
+    Sigmoid models: max over positives minus max over negatives of sigmoid(s * cosine + bias). margin: the
+    same difference in cosines. cosine: the highest positive alone.
     """
     dtype = cosines.dtype
     groups, width = len(plan.bounds), cosines.shape[1]
@@ -362,10 +364,8 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def _alignment(rule: CompiledRule, similarity: np.ndarray, images: np.ndarray, texts: np.ndarray | None) -> np.ndarray:
     """Cosines of one alignment rule, those close to its thresholds settled in float64."""
     values = similarity.copy()
-    close = np.zeros(len(values), dtype=bool)
-    for threshold in rule.thresholds:
-        close |= np.abs(values - np.float32(threshold)) <= RECHECK
-    picked = np.flatnonzero(close)
+    close = np.abs(values - np.array(rule.thresholds, dtype=np.float32)[:, None]) <= RECHECK
+    picked = np.flatnonzero(close.any(axis=0))
     if len(picked):
         exact = (
             values[picked].astype(np.float64)
@@ -378,7 +378,7 @@ def _alignment(rule: CompiledRule, similarity: np.ndarray, images: np.ndarray, t
 
 @cache
 def _blas() -> Any:
-    from threadpoolctl import ThreadpoolController
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
     return ThreadpoolController()
 
@@ -394,9 +394,9 @@ def _one_blas_thread() -> Any:
 def decide(compiled: CompiledPolicy, scores: Scores, thresholds: dict[str, float | None]) -> Decisions:
     """The worst of the rules' outcomes for every row, with a reason for every rule that fired.
 
-    `thresholds` holds the fixed numbers of dataset-level rules by `DatasetThreshold.key` ("<rule>.reject"); None means
-    that no row had a score. A band fires strictly beyond its threshold; a rule that has bands and no score fires as
-    its `on_missing` says. Reasons are sorted by severity, then by the order of the rules.
+    `thresholds` holds the fixed numbers of dataset-level rules by `DatasetThreshold.key` ("<rule>.reject");
+    None means that no row had a score. A band fires strictly beyond its threshold; a rule that has bands and
+    no score fires as its `on_missing` says. Reasons are sorted by severity, then by the order of the rules.
     """
     n = scores.rows
     outcomes: list[tuple[int, str, np.ndarray, float]] = []  # severity, band, rows, threshold; in rule order
@@ -419,7 +419,9 @@ def decide(compiled: CompiledPolicy, scores: Scores, thresholds: dict[str, float
                 outcomes.append((severity, name, np.flatnonzero(fired), bands[name][1]))
                 order.append(rule)
         if rule.on_missing != "keep":
-            outcomes.append((REJECT if rule.on_missing == "reject" else REVIEW, "missing", np.flatnonzero(missing), np.nan))
+            outcomes.append(
+                (REJECT if rule.on_missing == "reject" else REVIEW, "missing", np.flatnonzero(missing), np.nan)
+            )
             order.append(rule)
     for (severity, name, rows, _), rule in zip(outcomes, order, strict=True):
         codes[rows] = np.maximum(codes[rows], severity)
@@ -427,7 +429,9 @@ def decide(compiled: CompiledPolicy, scores: Scores, thresholds: dict[str, float
     return Decisions(codes, _reasons(compiled, scores, outcomes, order), counts)
 
 
-def _bands(rule: CompiledRule, compiled: CompiledPolicy, thresholds: dict[str, float | None]) -> dict[str, tuple[str, float]]:
+def _bands(
+    rule: CompiledRule, compiled: CompiledPolicy, thresholds: dict[str, float | None]
+) -> dict[str, tuple[str, float]]:
     """Band name -> (direction, threshold) with "above"/"below" for every band of the rule."""
     if rule.kind != "fraction":
         pairs = (("review", rule.review), ("reject", rule.reject))
@@ -516,8 +520,9 @@ def _floats(values: np.ndarray) -> pa.Array:
 def annotation(compiled: CompiledPolicy, scores: Scores, decisions: Decisions | None) -> pa.Table:
     """The columns beside a row: cf_similarity, cf_score.<rule> of every rule, cf_decision, cf_reasons.
 
-    Null scores could not be evaluated. Without decisions (a run that only scores, or before dataset-level thresholds
-    are fixed) cf_decision and cf_reasons are null. The schema's metadata (key `clipfilter`) is `compiled.record()`.
+    Null scores could not be evaluated. Without decisions (a run that only scores, or before dataset-level
+    thresholds are fixed) cf_decision and cf_reasons are null. The schema's metadata (key `clipfilter`) is
+    `compiled.record()`.
     """
     n = scores.rows
     names = ["cf_similarity", *(f"cf_score.{rule.id}" for rule in compiled.rules), "cf_decision", "cf_reasons"]
@@ -528,5 +533,7 @@ def annotation(compiled: CompiledPolicy, scores: Scores, decisions: Decisions | 
     else:
         arrays += [decisions.decision, decisions.reasons]
     metadata = {"clipfilter": json.dumps(compiled.record(), sort_keys=True)}
-    schema = pa.schema([pa.field(name, array.type) for name, array in zip(names, arrays, strict=True)], metadata=metadata)
+    schema = pa.schema(
+        [pa.field(name, array.type) for name, array in zip(names, arrays, strict=True)], metadata=metadata
+    )
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import inspect
 import typing
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,7 @@ def load_policy(path_or_pack_name: str | Path) -> Policy:
 
 
 def parse_policy(raw: bytes | str, source: str = "policy") -> Policy:
-    """The policy in this YAML (or JSON, which is YAML) text; `source` is named in refusals.
-
-    Raises RefusedError.
-    """
+    """The policy in this YAML (or JSON, which is YAML) text; `source` is named in refusals. Raises RefusedError."""
     if isinstance(raw, str):
         raw = raw.encode("utf-8", "surrogatepass")
     try:
@@ -72,7 +69,8 @@ def parse_policy(raw: bytes | str, source: str = "policy") -> Policy:
         raise RefusedError(f"{source}:{error.line}:{error.column}: {error.message}") from None
     if not isinstance(root.data, dict):
         raise RefusedError(
-            f"{source}:{root.line}:{root.column}: a policy is a map with the keys policy, version and rules, not {_kind(root.data)}"
+            f"{source}:{root.line}:{root.column}: a policy is a map with the keys policy, version and rules, "
+            f"not {_kind(root.data)}"
         )
     empty = _first_empty(root)
     if empty is not None:
@@ -98,7 +96,11 @@ def _kind(value: Any) -> str:
 
 
 def _first_empty(node: Node) -> tuple[str, int, int] | None:
-    children = node.data.items() if isinstance(node.data, dict) else enumerate(node.data if isinstance(node.data, list) else ())
+    children = (
+        node.data.items()
+        if isinstance(node.data, dict)
+        else enumerate(node.data if isinstance(node.data, list) else ())
+    )
     for name, child in children:
         if child.data is None:
             line, column = node.place((name,), key=True)
@@ -180,8 +182,8 @@ def _keys_at(path: tuple[Any, ...]) -> list[str]:
 
 def _model_in(annotation: Any) -> Any:
     """The model inside Optional[...], Annotated[...], tuple[...] or dict[str, ...]."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return annotation
     for part in typing.get_args(annotation):
         model = _model_in(part)
         if model is not None:

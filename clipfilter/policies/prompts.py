@@ -35,8 +35,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 DEFAULT_TEMPLATES = "photo"
 
-# What ordinary images show. A concept is contrasted with these beside its own near misses, so that an image of
-# something else altogether does not count as the concept only because it is no near miss either.
+# What ordinary images show. A concept is contrasted with these beside its own near misses, so that an image
+# of something else altogether does not count as the concept only because it is no near miss either.
 GENERIC_NEGATIVES: dict[int, tuple[str, ...]] = {
     1: (
         "people",

@@ -1,8 +1,8 @@
 """The policy language: what a policy file may say, as pydantic models, and its one canonical form.
 
-Every rule yields one float32 score per row and has `review` and `reject` bands with one direction. Values are strict
-(a number in quotes is text), keys that are not listed are refused, and whatever cannot make sense is refused here,
-with the path of the value at fault, so that the loader can name its line.
+Every rule yields one float32 score per row and has `review` and `reject` bands with one direction. Values are
+strict (a number in quotes is text), keys that are not listed are refused, and whatever cannot make sense is
+refused here, with the path of the value at fault, so that the loader can name its line.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def _shown(value: Any) -> str:
 
 def _identifier(value: Any) -> Any:
     if not isinstance(value, str) or not _ID.match(value):
-        fail(f"{_shown(value)} is not a name: use 1 to 64 letters, digits, '-' and '_', beginning with a letter or digit")
+        fail(
+            f"{_shown(value)} is not a name: use 1 to 64 letters, digits, '-' and '_', beginning with a letter or digit"
+        )
     return value
 
 
@@ -133,7 +135,9 @@ def _templates(value: Any) -> Any:
     if isinstance(value, str):
         if value not in TEMPLATES:
             names = ", ".join(TEMPLATES)
-            fail(f"{_shown(value)} is no prompt ensemble (there are {names}; or give a list)" + suggest(value, TEMPLATES))
+            fail(
+                f"{_shown(value)} is no prompt ensemble (there are {names}; or give a list)" + suggest(value, TEMPLATES)
+            )
         return TEMPLATES[value]
     if not isinstance(value, list | tuple) or not value:
         fail(f"templates must be one of {', '.join(TEMPLATES)}, or a list of texts that hold {{}}")
@@ -188,7 +192,8 @@ class _Model(BaseModel):
 class Band(_Model):
     """One threshold with its direction: the band holds the rows strictly above or below it.
 
-    `outside_top: f` and `outside_bottom: f` (fraction rules) hold the rows outside the best or worst fraction f.
+    `outside_top: f` and `outside_bottom: f` (fraction rules) hold the rows outside the best or worst fraction
+    f.
     """
 
     above: Number | None = None
@@ -272,7 +277,11 @@ class Rule(_Model):
         if not kinds:
             fail(f"the rule {self.id!r} has no kind; give it one of {', '.join(KINDS)}")
         if len(kinds) > 1:
-            fail(f"the rule {self.id!r} is of kind {' and '.join(kinds)}; a rule has exactly one kind", kinds[1], key=True)
+            fail(
+                f"the rule {self.id!r} is of kind {' and '.join(kinds)}; a rule has exactly one kind",
+                kinds[1],
+                key=True,
+            )
         if self.templates is not None and self.concept is None:
             fail(f"templates belong to concept rules, and {self.id!r} is of kind {self.kind}", "templates", key=True)
         for name, band in (("review", self.review), ("reject", self.reject)):
@@ -281,7 +290,11 @@ class Rule(_Model):
         if self.review is not None and self.reject is not None:
             check_order(self.id, self.review, self.reject)
         if self.fraction is not None and self.review is None and self.reject is None:
-            fail(f"the fraction rule {self.id!r} needs a band, for example reject: {{outside_top: 0.30}}", "fraction", key=True)
+            fail(
+                f"the fraction rule {self.id!r} needs a band, for example reject: {{outside_top: 0.30}}",
+                "fraction",
+                key=True,
+            )
         return self
 
     @property
@@ -296,12 +309,22 @@ def check_band(rule: Rule, name: str, band: Band, at: tuple[str | int, ...] | No
     ranked = direction.startswith("outside_")
     if rule.fraction is not None:
         if not ranked:
-            fail(f"a fraction rule ranks, so write outside_top or outside_bottom instead of {direction}", *where, direction, key=True)
+            fail(
+                f"a fraction rule ranks, so write outside_top or outside_bottom instead of {direction}",
+                *where,
+                direction,
+                key=True,
+            )
         if not 0.0 < value <= 1.0:
             hint = f"; did you mean {value / 100:g}?" if 1.0 < value <= 100.0 else ""
             fail(f"{direction} is {value:g}, but a fraction is above 0 and at most 1{hint}", *where, direction)
     elif ranked:
-        fail(f"{direction} belongs to fraction rules; a {rule.kind} rule takes above or below", *where, direction, key=True)
+        fail(
+            f"{direction} belongs to fraction rules; a {rule.kind} rule takes above or below",
+            *where,
+            direction,
+            key=True,
+        )
     elif rule.concept is not None and rule.concept.score == "probability":
         if not 0.0 < value < 1.0:
             hint = f"; did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
@@ -310,7 +333,11 @@ def check_band(rule: Rule, name: str, band: Band, at: tuple[str | int, ...] | No
         limit = 2.0 if rule.concept is not None and rule.concept.score == "margin" else 1.0
         if abs(value) >= limit:
             what = "margin" if limit == 2.0 else "cosine"
-            fail(f"{direction} is {value:g}, but a {what} threshold is between {-limit:g} and {limit:g}", *where, direction)
+            fail(
+                f"{direction} is {value:g}, but a {what} threshold is between {-limit:g} and {limit:g}",
+                *where,
+                direction,
+            )
 
 
 def check_order(rule_id: str, review: Band, reject: Band, *at: str | int) -> None:
@@ -416,7 +443,8 @@ class Policy(_Model):
         for position, rule in enumerate(self.rules):
             if rule.review is None and rule.reject is None and rule.id not in ranked | calibrated:
                 fail(
-                    f"the rule {rule.id!r} would decide nothing: give it a review or reject band, or rank it in a fraction rule",
+                    f"the rule {rule.id!r} would decide nothing: "
+                    "give it a review or reject band, or rank it in a fraction rule",
                     "rules", position,
                 )  # fmt: skip
         return self
@@ -443,7 +471,11 @@ class Policy(_Model):
             here = (*at, "rules", name)
             rule = rules.get(name)
             if rule is None:
-                fail(f"the calibration names {_shown(name)}, but there is no such rule" + suggest(name, rules), *here, key=True)
+                fail(
+                    f"the calibration names {_shown(name)}, but there is no such rule" + suggest(name, rules),
+                    *here,
+                    key=True,
+                )
             if rule.concept is None and rule.alignment is None:
                 fail(f"{name!r} is of kind {rule.kind}, whose threshold depends on no model", *here, key=True)
             merged = rule
@@ -454,7 +486,9 @@ class Policy(_Model):
                 band = calibrated.band()
                 written: Band | None = getattr(rule, which)
                 if written is not None and written.direction != band.direction:
-                    fail(f"the rule {name!r} points {written.direction}, its calibration {band.direction}", *here, which)
+                    fail(
+                        f"the rule {name!r} points {written.direction}, its calibration {band.direction}", *here, which
+                    )
                 check_band(rule, which, band, (*here, which))
                 merged = merged.model_copy(update={which: band})
             if merged.review is not None and merged.reject is not None:
@@ -465,10 +499,11 @@ class Policy(_Model):
         return self.policy
 
     def canonical(self) -> dict[str, Any]:
-        """The policy as JSON data with everything resolved into its rules: named lists written out, defaults filled in.
+        """The policy as JSON data with everything resolved into its rules: named lists written out, defaults
+        filled in.
 
-        It holds exactly what can change a decision (so not the description), is itself a valid policy, and has
-        itself as its canonical form.
+        It holds exactly what can change a decision (so not the description), is itself a valid policy, and
+        has itself as its canonical form.
         """
         rules = []
         for rule in self.rules:

@@ -1,9 +1,10 @@
 """Reads one small YAML document into plain data, knowing the line and column of every key and value.
 
-Policies come from strangers (pull requests, shared folders), so only the harmless part of YAML 1.2 is accepted: maps
-with text keys, lists, text, numbers, true/false. Tags, merge keys, several documents and duplicate keys are refused,
-and size, depth and the growth by aliases are limited. The document is built from parser events on an explicit stack:
-nothing recurses while the input is untrusted, and no constructor of the YAML library ever runs.
+Policies come from strangers (pull requests, shared folders), so only the harmless part of YAML 1.2 is
+accepted: maps with text keys, lists, text, numbers, true/false. Tags, merge keys, several documents and
+duplicate keys are refused, and size, depth and the growth by aliases are limited. The document is built from
+parser events on an explicit stack: nothing recurses while the input is untrusted, and no constructor of the
+YAML library ever runs.
 """
 
 from __future__ import annotations
@@ -103,13 +104,17 @@ def read_yaml(raw: bytes) -> Node:
     """
     if len(raw) > MAX_BYTES:
         line = raw.count(b"\n", 0, MAX_BYTES) + 1
-        raise YamlRefusedError(f"the file has {len(raw):,} bytes, more than the {MAX_BYTES:,} a policy may have", line, 1)
+        raise YamlRefusedError(
+            f"the file has {len(raw):,} bytes, more than the {MAX_BYTES:,} a policy may have", line, 1
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode("utf-8", "replace")
         line, column = _place_of(before, len(before))
-        raise YamlRefusedError(f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8 text", line, column) from None
+        raise YamlRefusedError(
+            f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8 text", line, column
+        ) from None
     try:
         return _build(text)
     except MarkedYAMLError as error:
@@ -119,7 +124,9 @@ def read_yaml(raw: bytes) -> Node:
         raise YamlRefusedError(f"this is not valid YAML: {problem[:200]}", line, column) from None
     except ReaderError as error:
         line, column = _place_of(text, error.position)
-        raise YamlRefusedError("this is not valid YAML: a control character that text may not contain", line, column) from None
+        raise YamlRefusedError(
+            "this is not valid YAML: a control character that text may not contain", line, column
+        ) from None
 
 
 def _place_of(text: str, position: int) -> tuple[int, int]:
@@ -156,9 +163,13 @@ def _build(text: str) -> Node:
         nodes += 1
         if nodes > MAX_NODES:
             raise YamlRefusedError(f"the policy has more than {MAX_NODES:,} entries", line, column)
-        if getattr(event, "tag", None) is not None:
-            tag = str(event.tag)[:60]
-            raise YamlRefusedError(f"the tag {tag!r} is not allowed; policies are plain text, numbers, lists and maps", line, column)
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise YamlRefusedError(
+                f"the tag {str(tag)[:60]!r} is not allowed; policies are plain text, numbers, lists and maps",
+                line,
+                column,
+            )
 
         if isinstance(event, ev.AliasEvent):
             if event.anchor not in anchors:
@@ -206,7 +217,9 @@ def _attach(parent: Node, node: Node, event: ev.NodeEvent) -> None:
         raise YamlRefusedError("merge keys (`<<`) are not supported; write the keys out", node.line, node.column)
     if key in parent.data:
         first = parent.keys[key][0]
-        raise YamlRefusedError(f"the key {key[:60]!r} is given twice; the first one is on line {first}", node.line, node.column)
+        raise YamlRefusedError(
+            f"the key {key[:60]!r} is given twice; the first one is on line {first}", node.line, node.column
+        )
     parent.keys[key] = (node.line, node.column)
     parent.data[key] = node
     parent.open_key = key
