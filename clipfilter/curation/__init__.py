@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from clipfilter.curation.fraction import Threshold, fraction_threshold, fraction_thresholds
+from clipfilter.curation.fraction import Threshold, dataset_thresholds, fraction_threshold, fraction_thresholds
 
-__all__ = ["Threshold", "fraction_threshold", "fraction_thresholds"]
+__all__ = ["Threshold", "dataset_thresholds", "fraction_threshold", "fraction_thresholds"]

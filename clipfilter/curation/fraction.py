@@ -13,7 +13,9 @@ at least n + 1 rows, plus ties. f = 1 keeps all. Rows without a score (NaN) are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +24,25 @@ from clipfilter.errors import RefusedError
 BUCKETS = 1 << 16
 _SIGN = np.uint32(0x80000000)
 _SLICE = 1 << 20  # scores handled at once, so that one huge chunk costs no more memory than a few
+
+
+class _Entry(Protocol):
+    @property
+    def key(self) -> str: ...
+    @property
+    def of(self) -> str: ...
+    @property
+    def fraction(self) -> float: ...
+    @property
+    def tail(self) -> str: ...
+
+
+class HasDatasetThresholds(Protocol):
+    """What is needed of a policy, compiled or not: which fractions of which scores it asks for."""
+
+    @property
+    def dataset_thresholds(self) -> Sequence[_Entry]: ...
+
 
 Chunks = Callable[[], Iterable[np.ndarray]]
 
@@ -128,6 +149,25 @@ def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> 
         kept = ranked - below if tail == "top" else below + int(low[last])
         result.append(Threshold(key_score(bucket << 16 | last), fraction, tail, ranked, kept))
     return result
+
+
+def dataset_thresholds(
+    policy: HasDatasetThresholds, chunks: Callable[[str], Iterable[np.ndarray]]
+) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
+    """All numbers that a policy needs of the whole dataset, by their keys, and the evidence for each (JSON data).
+
+    chunks(rule): called once per pass and ranked rule, gives all scores of that rule. A number is None where no row
+    has a score.
+    """
+    numbers: dict[str, float | None] = {}
+    evidence: dict[str, dict[str, Any]] = {}
+    for of in dict.fromkeys(entry.of for entry in policy.dataset_thresholds):
+        entries = [entry for entry in policy.dataset_thresholds if entry.of == of]
+        found = fraction_thresholds(partial(chunks, of), [(entry.fraction, entry.tail) for entry in entries])
+        for entry, threshold in zip(entries, found, strict=True):
+            numbers[entry.key] = threshold.value
+            evidence[entry.key] = {"of": of, **asdict(threshold)}
+    return numbers, evidence
 
 
 def _slices(scores: np.ndarray) -> Iterable[np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clipfilter.policies.compile import CompiledPolicy, compile_policy
 from clipfilter.policies.evaluate import Decisions, Scores
-from clipfilter.policies.load import list_packs, load_policy, parse_policy, policy_from_canonical
+from clipfilter.policies.load import load_policy, pack_names, parse_policy
 from clipfilter.policies.schema import Policy
 
 __all__ = [
@@ -13,8 +13,7 @@ __all__ = [
     "Policy",
     "Scores",
     "compile_policy",
-    "list_packs",
     "load_policy",
+    "pack_names",
     "parse_policy",
-    "policy_from_canonical",
 ]

@@ -99,37 +99,30 @@ def _size(name: str, table: pa.Table) -> Floats:
 
 
 def _caption(name: str, table: pa.Table) -> Floats:
-    stored = f"cf_{name}"
-    if stored in table.column_names:
-        return _column(stored, table)
-    result = np.full(table.num_rows, np.nan)
-    if "cf_captions" in table.column_names:
-        words, chars = caption_counts(table.column("cf_captions"))
-        counted = words if name == "caption_words" else chars
-        result = _column("x", pa.table({"x": counted}))
-    return result
+    """Words or characters of `cf_caption` (text), or of the first of `cf_captions` (list of texts)."""
+    if "cf_caption" in table.column_names:
+        captions = table.column("cf_caption")
+    elif "cf_captions" in table.column_names:
+        captions = _first(table.column("cf_captions"))
+    else:
+        return np.full(table.num_rows, np.nan)
+    if name == "caption_chars":
+        counts = pc.utf8_length(captions)
+    else:
+        trimmed = pc.utf8_trim_whitespace(captions)
+        words = pc.list_value_length(pc.utf8_split_whitespace(trimmed))
+        counts = pc.if_else(pc.equal(pc.utf8_length(trimmed), 0), pa.scalar(0, pa.int32()), words)
+    return np.array(pc.cast(counts, pa.float64()).to_numpy(), dtype=np.float64)
 
 
-def caption_counts(captions: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Words and characters (int32, null without caption) of the first caption of each row of a list<string> column."""
-    if isinstance(captions, pa.ChunkedArray):
-        captions = captions.combine_chunks()
-        if isinstance(captions, pa.ChunkedArray):
-            captions = pa.concat_arrays(captions.chunks) if captions.num_chunks else pa.array([], captions.type)
-    size = len(captions)
-    first = pc.list_slice(captions, 0, 1)
-    rows = pc.list_parent_indices(first).to_numpy(zero_copy_only=False)
-    texts = pc.list_flatten(first)
-    chars = pc.utf8_length(texts)
-    words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts)))
-    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
-    words = pc.if_else(blank, pa.scalar(0, pa.int32()), words)
-
-    def spread(counts: pa.Array) -> pa.Array:
-        values, present = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=bool)
-        known = pc.is_valid(counts).to_numpy(zero_copy_only=False)
-        values[rows[known]] = pc.fill_null(counts, 0).to_numpy(zero_copy_only=False)[known]
-        present[rows[known]] = True
-        return pa.array(values, mask=~present)
-
-    return spread(words), spread(chars)
+def _first(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The first caption of every row, null where there is none."""
+    offered = pc.fill_null(pc.greater(pc.list_value_length(captions), 0), False)
+    # list_element fails on an empty list, so such rows become null before it looks.
+    return pa.chunked_array(
+        [
+            pc.list_element(pc.if_else(mask, chunk, pa.scalar([None], chunk.type)), 0)
+            for chunk, mask in zip(captions.chunks, offered.chunks, strict=True)
+        ],
+        type=captions.type.value_type,
+    )

@@ -7,7 +7,7 @@ hashes of weights and prompts match, and refused with a sentence where they belo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from clipfilter.policies import columns as column_rules
 from clipfilter.policies import evaluate
 from clipfilter.policies.evaluate import ConceptPlan, Decisions, Scores
 from clipfilter.policies.prompts import fill
-from clipfilter.policies.schema import Calibration, Policy, Rule, json_sha256
+from clipfilter.policies.schema import Calibration, DatasetThreshold, Policy, Rule, json_sha256
 
 _TEXT_BATCH = 1024
 
@@ -58,17 +58,6 @@ class CompiledRule:
 
 
 @dataclass(frozen=True)
-class DatasetThreshold:
-    """A threshold that only the whole dataset can give: `key` names it in `thresholds`, `of` the scores to rank."""
-
-    key: str
-    rule: str
-    of: str
-    fraction: float
-    tail: str  # "top" | "bottom"
-
-
-@dataclass(frozen=True)
 class CompiledPolicy:
     """A policy bound to one model. Immutable; safe to send to workers and to use from several threads."""
 
@@ -80,8 +69,6 @@ class CompiledPolicy:
     model: str
     truncated_texts: int
     calibration: Calibration | None
-    dataset_thresholds: tuple[DatasetThreshold, ...]
-    warnings: tuple[str, ...] = field(default=())
 
     @property
     def matrix(self) -> np.ndarray:
@@ -97,6 +84,28 @@ class CompiledPolicy:
         return [rule.id for rule in self.rules if rule.kind == "fraction"]
 
     @property
+    def uncalibrated(self) -> list[str]:
+        """Rules whose thresholds depend on a model and were not calibrated for this one; every record says so."""
+        return [rule.id for rule in self.rules if rule.calibrated is False and rule.thresholds]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences for the user before a run."""
+        found = []
+        if self.uncalibrated:
+            found.append(
+                f"uncalibrated for {self.model}: {', '.join(self.uncalibrated)}; the thresholds are as written in "
+                "the policy, and the records say so (`clipfilter policy calibrate` sets them from labels)"
+            )
+        if self.truncated_texts:
+            found.append(f"{self.truncated_texts} prompts are longer than {self.model} reads and were cut")
+        return found
+
+    @property
+    def dataset_thresholds(self) -> tuple[DatasetThreshold, ...]:
+        return self.policy.dataset_thresholds
+
+    @property
     def score_columns(self) -> list[str]:
         return [f"cf_score.{rule.id}" for rule in self.rules]
 
@@ -108,19 +117,6 @@ class CompiledPolicy:
                     column_rules.check_metadata(rule.metadata, schema)
                 except RefusedError as error:
                     raise RefusedError(f"rule {rule.id!r}: {error}") from None
-
-    def record(self) -> dict[str, Any]:
-        """What every record (plan, commit, annotated file) says about the policy, as JSON data."""
-        bound = [rule for rule in self.rules if rule.calibrated is not None and rule.thresholds]
-        return {
-            "policy": self.policy.name,
-            "version": self.policy.version,
-            "sha256": self.policy.sha256,
-            "prompts_sha256": self.prompts_sha256,
-            "model": self.model,
-            "calibrated": [rule.id for rule in bound if rule.calibrated],
-            "uncalibrated": [rule.id for rule in bound if not rule.calibrated],
-        }
 
     def score(
         self,
@@ -176,37 +172,6 @@ def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast"
         model=encoder.name,
         truncated_texts=truncated,
         calibration=calibration,
-        dataset_thresholds=_dataset_thresholds(policy),
-        warnings=_warnings(rules, encoder.name, truncated),
-    )
-
-
-def _warnings(rules: tuple[CompiledRule, ...], model: str, truncated: int) -> tuple[str, ...]:
-    found = []
-    bare = [rule.id for rule in rules if rule.calibrated is False and rule.thresholds]
-    if bare:
-        found.append(
-            f"uncalibrated for {model}: {', '.join(bare)}; the thresholds are as written in the policy, "
-            "and every record says so (`clipfilter policy calibrate` sets them from labels)"
-        )
-    if truncated:
-        found.append(f"{truncated} prompts are longer than {model} reads and were cut")
-    return tuple(found)
-
-
-def _dataset_thresholds(policy: Policy) -> tuple[DatasetThreshold, ...]:
-    return tuple(
-        DatasetThreshold(
-            key=f"{rule.id}.{name}",
-            rule=rule.id,
-            of=rule.fraction.of,
-            fraction=band.value,
-            tail=band.direction.removeprefix("outside_"),
-        )
-        for rule in policy.rules
-        if rule.fraction is not None
-        for name, band in (("review", rule.review), ("reject", rule.reject))
-        if band is not None
     )
 
 

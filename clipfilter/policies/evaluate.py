@@ -10,7 +10,6 @@ decision cannot contradict each other.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,37 +176,23 @@ def score(
     concept = np.full((len(plan.rules), n), np.nan, dtype=np.float32)
     nearest = np.full((len(plan.rules), n), -1, dtype=np.int32)
     contrast = np.full((len(plan.rules), n), -1, dtype=np.int32)
-    similarity = np.full(n, np.nan, dtype=np.float32)
+    cosine = similarity(image_emb, text_emb, has_text)
     if text_emb is None and "cf_similarity" in columns.column_names:
-        similarity[:] = metadata_values("cf_similarity", columns)
-
-    with _one_blas_thread():
-        images = np.zeros((BLOCK, plan.weights.shape[1]), dtype=np.float32)
-        texts = np.zeros_like(images) if text_emb is not None else None
-        for start in range(0, n, BLOCK):
-            stop = min(start + BLOCK, n)
-            size = stop - start
-            _upcast(image_emb[start:stop], images)
-            valid = _usable(images)
-            if plan.rules:
-                _score_concepts(
-                    plan, concept_rules, images, image_emb[start:stop], valid[:size],
-                    concept[:, start:stop], nearest[:, start:stop], contrast[:, start:stop],
-                )  # fmt: skip
-            if texts is not None and text_emb is not None:
-                _upcast(text_emb[start:stop], texts)
-                valid &= _usable(texts)
-                cosine = np.vecdot(images, texts)[:size]
-                cosine[~valid[:size]] = np.nan
-                if has_text is not None:
-                    cosine[~np.asarray(has_text[start:stop], dtype=bool)] = np.nan
-                similarity[start:stop] = cosine
+        cosine[:] = metadata_values("cf_similarity", columns)
+    if plan.rules:
+        block = np.zeros((BLOCK, plan.weights.shape[1]), dtype=np.float32)
+        with _one_blas_thread():
+            for start in range(0, n, BLOCK):
+                rows = slice(start, min(start + BLOCK, n))
+                half = image_emb[rows]
+                _upcast(half, block)
+                _score_concepts(plan, concept_rules, block, half, concept[:, rows], nearest[:, rows], contrast[:, rows])
 
     for position, name in enumerate(plan.rules):
         values[name] = concept[position]
     for rule in compiled.rules:
         if rule.kind == "alignment":
-            values[rule.id] = _alignment(rule, similarity, image_emb, text_emb)
+            values[rule.id] = _alignment(rule, cosine, image_emb, text_emb)
         elif rule.metadata is not None:
             values[rule.id] = settle(metadata_values(rule.metadata, columns), rule.thresholds)
         elif rule.of is not None:
@@ -215,10 +200,36 @@ def score(
     return Scores(
         rows=n,
         values={rule.id: values[rule.id] for rule in compiled.rules},
-        similarity=similarity,
+        similarity=cosine,
         nearest=dict(zip(plan.rules, nearest, strict=True)),
         contrast=dict(zip(plan.rules, contrast, strict=True)),
     )
+
+
+def similarity(image_emb: np.ndarray, text_emb: np.ndarray | None, has_text: np.ndarray | None) -> np.ndarray:
+    """Cosine of image and caption, float32 [n], exactly as `score` computes it; NaN without a caption.
+
+    image_emb, text_emb: float16 [n, d], unit norm; has_text: bool [n], or None for all.
+    """
+    n = len(image_emb)
+    result = np.full(n, np.nan, dtype=np.float32)
+    if text_emb is None or n == 0:
+        return result
+    images = np.zeros((BLOCK, image_emb.shape[1]), dtype=np.float32)
+    texts = np.zeros_like(images)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        _upcast(image_emb[start:stop], images)
+        _upcast(text_emb[start:stop], texts)
+        result[start:stop] = _cosines(images, texts)[: stop - start]
+    if has_text is not None:
+        result[~np.asarray(has_text, dtype=bool)] = np.nan
+    return result
+
+
+def _cosines(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Row-wise product of two blocks, NaN where either row is no embedding."""
+    return np.where(_usable(images) & _usable(texts), np.vecdot(images, texts), np.float32(np.nan))
 
 
 def settle(exact: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
@@ -258,13 +269,13 @@ def _score_concepts(
     rules: Sequence[CompiledRule],
     block: np.ndarray,
     half: np.ndarray,
-    valid: np.ndarray,
     out: np.ndarray,
     nearest: np.ndarray,
     contrast: np.ndarray,
 ) -> None:
     """One block of concept scores into `out` [R, m], and phrases of the rows that a band can concern."""
     size = len(half)
+    valid = _usable(block)[:size]
     with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN below
         cosines = np.matmul(plan.weights, block.T)
         out[:] = concept_scores(plan, cosines)[:, :size]
@@ -361,9 +372,9 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-x)), dtype=x.dtype)
 
 
-def _alignment(rule: CompiledRule, similarity: np.ndarray, images: np.ndarray, texts: np.ndarray | None) -> np.ndarray:
+def _alignment(rule: CompiledRule, cosines: np.ndarray, images: np.ndarray, texts: np.ndarray | None) -> np.ndarray:
     """Cosines of one alignment rule, those close to its thresholds settled in float64."""
-    values = similarity.copy()
+    values = cosines.copy()
     close = np.abs(values - np.array(rule.thresholds, dtype=np.float32)[:, None]) <= RECHECK
     picked = np.flatnonzero(close.any(axis=0))
     if len(picked):
@@ -532,8 +543,4 @@ def annotation(compiled: CompiledPolicy, scores: Scores, decisions: Decisions | 
         arrays += [pa.nulls(n, pa.string()), pa.nulls(n, REASONS)]
     else:
         arrays += [decisions.decision, decisions.reasons]
-    metadata = {"clipfilter": json.dumps(compiled.record(), sort_keys=True)}
-    schema = pa.schema(
-        [pa.field(name, array.type) for name, array in zip(names, arrays, strict=True)], metadata=metadata
-    )
-    return pa.Table.from_arrays(arrays, schema=schema)
+    return pa.table(dict(zip(names, arrays, strict=True)))

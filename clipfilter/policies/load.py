@@ -23,7 +23,7 @@ def packs_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "policies"
 
 
-def list_packs() -> list[str]:
+def pack_names() -> list[str]:
     """Names of the policy packs that come with clipfilter, sorted."""
     folder = packs_folder()
     return sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
@@ -37,7 +37,7 @@ def load_policy(path_or_pack_name: str | Path) -> Policy:
     given = str(path_or_pack_name)
     path = Path(given)
     if path.suffix.lower() not in _SUFFIXES and len(path.parts) == 1 and not path.is_file():
-        packs = list_packs()
+        packs = pack_names()
         if given not in packs:
             raise RefusedError(
                 f"there is no policy pack {given[:80]!r} (packs: {', '.join(packs) or 'none'}; "
@@ -48,7 +48,7 @@ def load_policy(path_or_pack_name: str | Path) -> Policy:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        packs = list_packs()
+        packs = pack_names()
         raise RefusedError(
             f"there is no policy file {given!r} (packs that need no file: {', '.join(packs) or 'none'})"
             f"{suggest(path.stem, packs)}"
@@ -81,14 +81,6 @@ def parse_policy(raw: bytes | str, source: str = "policy") -> Policy:
         return Policy.model_validate(root.plain())
     except ValidationError as error:
         raise RefusedError(_sentence(error, root, source)) from None
-
-
-def policy_from_canonical(data: dict[str, Any]) -> Policy:
-    """The policy whose `canonical()` this is, for instance from a run's plan."""
-    try:
-        return Policy.model_validate(data)
-    except ValidationError as error:
-        raise RefusedError(f"the stored policy cannot be used: {error.errors()[0]['msg']}") from None
 
 
 def _kind(value: Any) -> str:

@@ -12,14 +12,17 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from clipfilter.errors import RefusedError
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
 MAX_PHRASES = 256
+MAX_TOTAL_PHRASES = 4096
 MAX_PHRASE_CHARS = 300
 MAX_TEMPLATES = 100
 MAX_RULES = 200
@@ -401,6 +404,17 @@ class Calibration(_Model):
     rules: dict[str, CalibratedRule]
 
 
+@dataclass(frozen=True)
+class DatasetThreshold:
+    """A threshold that only the whole dataset can give: `key` ("<rule>.reject") names its number, `of` what to rank."""
+
+    key: str
+    rule: str
+    of: str
+    fraction: float
+    tail: str  # "top" | "bottom"
+
+
 class Policy(_Model):
     """A whole policy. `canonical()` is its one resolved form and `sha256` the hash of that."""
 
@@ -430,7 +444,11 @@ class Policy(_Model):
         if len(self.rules) > MAX_RULES:
             fail(f"there are {len(self.rules)} rules, more than the {MAX_RULES} allowed", "rules", MAX_RULES)
         seen: dict[str, Rule] = {}
+        phrases = 0
         for position, rule in enumerate(self.rules):
+            phrases += len((*rule.concept.any_of, *rule.concept.but_not)) if rule.concept is not None else 0
+            if phrases > MAX_TOTAL_PHRASES:
+                fail(f"the rules have more than the {MAX_TOTAL_PHRASES:,} phrases allowed in all", "rules", position)
             if rule.id in seen:
                 fail(f"two rules have the id {rule.id!r}", "rules", position, "id")
             if rule.fraction is not None:
@@ -497,6 +515,31 @@ class Policy(_Model):
     @property
     def name(self) -> str:
         return self.policy
+
+    @property
+    def dataset_thresholds(self) -> tuple[DatasetThreshold, ...]:
+        """The thresholds that must be computed over all rows before this policy can decide."""
+        return tuple(
+            DatasetThreshold(
+                key=f"{rule.id}.{name}",
+                rule=rule.id,
+                of=rule.fraction.of,
+                fraction=band.value,
+                tail=band.direction.removeprefix("outside_"),
+            )
+            for rule in self.rules
+            if rule.fraction is not None
+            for name, band in (("review", rule.review), ("reject", rule.reject))
+            if band is not None
+        )
+
+    @classmethod
+    def from_canonical(cls, data: dict[str, Any]) -> Policy:
+        """The policy whose `canonical()` this is, for instance from a run's plan. Raises RefusedError."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RefusedError(f"the stored policy cannot be used: {error.errors()[0]['msg']}") from None
 
     def canonical(self) -> dict[str, Any]:
         """The policy as JSON data with everything resolved into its rules: named lists written out, defaults
