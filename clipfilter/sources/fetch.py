@@ -1,0 +1,194 @@
+"""Images that are named, not held: read many paths or URLs at once, in order, with bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from clipfilter import storage
+from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError
+
+WORKERS = 32
+ATTEMPTS = 3
+AHEAD = 512  # images asked for beyond the one being waited for, so that one slow server does not hold up the rest
+TIMEOUT_SECONDS = 10.0  # of one attempt at one image
+LARGEST_IMAGE = 256 << 20  # bytes; more is not read into memory
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:(//|.*::|image/)|^data:")
+_TRY_AGAIN = frozenset({408, 421, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 525, 527, 530})
+
+
+class Fetched(NamedTuple):
+    """The bytes of one image, or the error that this row gets."""
+
+    data: bytes | None
+    error_class: str | None = None
+    error: str | None = None
+
+
+class Fetcher:
+    """Reads one named image; relative names are tried below each of `bases`, in turn. Safe to share among threads."""
+
+    def __init__(self, bases: Sequence[str]) -> None:
+        self._bases = list(dict.fromkeys(bases))
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str | bytes | None) -> Fetched:
+        """The image called `name`; bytes are an image already at hand."""
+        if isinstance(name, bytes):
+            return Fetched(name)
+        if name is None or not name.strip():
+            return Fetched(None, MISSING_IMAGE, "the path or URL is empty")
+        try:
+            return Fetched(self._read(name.strip()))
+        except RowError as error:
+            return Fetched(None, error.error_class, error.message)
+
+    def _read(self, name: str) -> bytes:
+        if _SCHEME.match(name) or os.path.isabs(name):
+            return read_url(name)
+        with self._lock:
+            bases = list(self._bases)
+        missing: RowError | None = None
+        for base in bases:
+            try:
+                data = read_url(storage.join(base, name))
+            except RowError as error:
+                if error.error_class != MISSING_IMAGE:
+                    raise
+                missing = missing or error
+                continue
+            if base != bases[0]:
+                with self._lock:  # the others probably lie there too
+                    self._bases.sort(key=lambda other: other != base)
+            return data
+        raise missing or RowError(MISSING_IMAGE, f"{name} has no folder to lie in")
+
+
+def read_url(url: str) -> bytes:
+    """All bytes of one file; tries again on passing trouble. Raises RowError (missing_image, read_error, image_too_large)."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _read_once(url)
+        except RowError as error:
+            if error.error_class != READ_ERROR or attempt + 1 == ATTEMPTS or error.__cause__ is None:  # no cause: no use
+                raise
+            time.sleep(0.25 * 2**attempt * (1 + random.random()))
+    raise AssertionError("unreachable")
+
+
+def _read_once(url: str) -> bytes:
+    try:
+        if storage.is_local(url) and not url.startswith("data:"):
+            return _read_local(url)
+        fs, path = storage.filesystem(url)
+        if url.startswith(("http://", "https://")):
+            return _read_http(fs, url)
+        if getattr(fs, "async_impl", False) and fs.size(path) is not None and fs.size(path) > LARGEST_IMAGE:
+            raise RowError(IMAGE_TOO_LARGE, f"the file is larger than {LARGEST_IMAGE >> 20} MiB")
+        return bytes(fs.cat_file(path))
+    except RowError:
+        raise
+    except RefusedError as error:  # a scheme nobody knows, or whose package is not installed
+        raise RowError(MISSING_IMAGE, str(error)) from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise RowError(MISSING_IMAGE, f"there is no file {_short(url)}") from error
+    except PermissionError:
+        raise RowError(READ_ERROR, f"{_short(url)} may not be read") from None
+    except Exception as error:  # every filesystem has exceptions of its own
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise RowError(READ_ERROR, f"{_short(url)} cannot be read: {text[:200]}") from error
+
+
+def _read_local(url: str) -> bytes:
+    path = storage.local_path(url)
+    if "\0" in str(path):
+        raise RowError(MISSING_IMAGE, "the path holds a null character")
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb", buffering=0) as handle:
+        size = os.fstat(descriptor).st_size
+        if size > LARGEST_IMAGE:
+            raise RowError(IMAGE_TOO_LARGE, f"the file is larger than {LARGEST_IMAGE >> 20} MiB")
+        return handle.readall()
+
+
+def _read_http(fs: Any, url: str) -> bytes:
+    from fsspec.asyn import sync
+
+    data: bytes = sync(fs.loop, _download, fs, url, timeout=TIMEOUT_SECONDS + 5)
+    return data
+
+
+async def _download(fs: Any, url: str) -> bytes:
+    """GET through fsspec's own session: it checks size and status, which `cat_file` does not."""
+    session = await fs.set_session()
+
+    async def get() -> bytes:
+        async with session.get(fs.encode_url(url), **fs.kwargs) as answer:
+            if answer.status in _TRY_AGAIN:
+                raise OSError(f"HTTP {answer.status}")
+            if answer.status >= 400:
+                raise RowError(MISSING_IMAGE, f"{_short(url)}: HTTP {answer.status}")
+            parts, size = [], 0
+            async for part in answer.content.iter_chunked(1 << 16):
+                size += len(part)
+                if size > LARGEST_IMAGE:
+                    raise RowError(IMAGE_TOO_LARGE, f"the answer is larger than {LARGEST_IMAGE >> 20} MiB")
+                parts.append(part)
+            return b"".join(parts)
+
+    return await asyncio.wait_for(get(), TIMEOUT_SECONDS)
+
+
+def _short(url: str) -> str:
+    return url if len(url) <= 200 else url[:197] + "..."
+
+
+def fetch_in_order(
+    names: Iterable[str | bytes | None],
+    fetch: Callable[[str | bytes | None], Fetched],
+    max_bytes: int,
+    workers: int = WORKERS,
+) -> Iterator[Fetched]:
+    """Results in the order of `names`, `workers` at a time.
+
+    No further name is taken up while more than `max_bytes` lie fetched and not yet asked for, so memory holds about
+    that much and at most `workers` images beyond.
+    """
+    waiting: deque[Future[Fetched]] = deque()
+    held = 0
+    lock = threading.Lock()
+
+    def run(name: str | bytes | None) -> Fetched:
+        nonlocal held
+        result = fetch(name)
+        with lock:
+            held += len(result.data or b"")
+        return result
+
+    remaining = iter(names)
+    exhausted = False
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="clipfilter-fetch")
+    try:
+        while True:
+            while not exhausted and len(waiting) < AHEAD and held < max_bytes:
+                try:
+                    waiting.append(pool.submit(run, next(remaining)))
+                except StopIteration:
+                    exhausted = True
+            if not waiting:
+                return
+            result = waiting.popleft().result()
+            with lock:
+                held -= len(result.data or b"")
+            yield result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,654 @@
+"""Parquet files: images as bytes, or as paths or URLs to fetch; shards are ranges of rows along row groups."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipfilter import storage
+from clipfilter.errors import MISSING_IMAGE, READ_ERROR, RefusedError, ShardError
+from clipfilter.sources.discover import PARQUET_SUFFIXES, Entry, Found, Location, is_image_name
+from clipfilter.sources.fetch import Fetched, Fetcher, fetch_in_order
+from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
+from clipfilter.sources.records import CAPTION_NAMES, UID_PATTERN
+from clipfilter.sources.schema import (
+    caption_lists,
+    fit_batch,
+    freeze,
+    full_schema,
+    is_binary,
+    is_list,
+    is_text,
+    plain_text,
+)
+from clipfilter.sources.spool import check_unchanged
+
+_BYTES_NAMES = "image jpg jpeg png webp img gif avif bytes image_bytes img_bytes content image_data data picture photo".split()
+_PATH_NAMES = "image_path img_path image_file file_name filename filepath file_path path file image img photo".split()
+_URL_NAMES = "url image_url img_url photo_image_url image_link link uri src".split()
+_KEY_NAMES = ("key", "__key__")
+_SUCCESS = "success"
+_ROOTS = b"clipfilter.image_roots"  # where relative paths of a copied file lead
+_STREAMED = 128 << 20  # a row group with more bytes than this is read page by page
+_BUFFER = 1 << 20
+_COPY_ROWS = 10_000
+_SPLIT_BYTES, _SPLIT_NAMES = 4, 2  # a row group of more than so many times rows_per_shard is split
+
+
+@dataclass
+class _Piece:
+    """Some rows of one file, image column apart: `images` are bytes at hand, `names` what must be fetched."""
+
+    rest: pa.RecordBatch
+    numbers: np.ndarray
+    keys: list[str]
+    occurrences: list[int]
+    images: pa.Array | None
+    names: list[str | None] | None
+    problem: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def slice(self, start: int, stop: int) -> _Piece:
+        return _Piece(
+            self.rest.slice(start, stop - start),
+            self.numbers[start:stop],
+            self.keys[start:stop],
+            self.occurrences[start:stop],
+            None if self.images is None else self.images.slice(start, stop - start),
+            None if self.names is None else self.names[start:stop],
+            self.problem,
+        )
+
+
+class Parquet:
+    """A source of Parquet files that share the first one's schema, more or less."""
+
+    def __init__(self, location: Location, options: SourceOptions, columns: pa.Schema, plan: dict[str, Any]) -> None:
+        self.location, self.options, self.columns, self.plan = location, options, columns, plan
+        self.kind = "img2dataset-parquet" if plan["downloads"] else "parquet"
+        self._schema = full_schema(columns)
+
+    @classmethod
+    def infer(cls, location: Location, options: SourceOptions, found: Found) -> Parquet:
+        """Freeze the first readable file's schema and find the image, caption, key and uid columns."""
+        with ExitStack() as stack:
+            file, path = _first_readable(location, found, stack)
+            schema = file.schema_arrow
+            sample = next(file.iter_batches(batch_size=32), None) if file.metadata.num_rows else None
+            where = location.url(path)
+            column, how = _find_image(schema, sample, options.image_column, where)
+            caption = _find_caption(schema, options.caption_column, column if how == "bytes" else None, where)
+            uid = _find_uid(schema, options.uid_column, sample, where)
+        names = set(schema.names)
+        key = next((name for name in _KEY_NAMES if name in names and _is_textual(schema.field(name).type)), None)
+        downloads = how == "bytes" and {"key", "status", "error_message"} <= names
+        plan = {
+            "image": column,
+            "how": how,
+            "caption": caption,
+            "uid": uid,
+            "key": key,
+            "downloads": downloads,
+            "has_captions": caption is not None,
+        }
+        return cls(location, options, freeze(_rest_schema(schema, column)), plan)
+
+    def iter_shards(self) -> Iterator[Shard]:
+        for path, entry in self.location.files(PARQUET_SUFFIXES):
+            try:
+                fs, inside = storage.filesystem(self.location.url(path))
+                with fs.open(inside, "rb") as handle:
+                    metadata = pq.read_metadata(handle)
+            except (OSError, pa.ArrowException, ValueError):
+                yield Shard(shard_id(path), path, "parquet", size=entry.size, etag=entry.etag)
+                continue
+            yield from self._split(path, entry, metadata)
+
+    def _split(self, path: str, entry: Entry, metadata: pq.FileMetaData) -> Iterator[Shard]:
+        """Whole row groups together up to rows_per_shard; a far larger row group in equal parts."""
+        most = self.options.rows_per_shard
+        largest = most * (_SPLIT_BYTES if self.plan["how"] == "bytes" else _SPLIT_NAMES)
+        ranges: list[tuple[int, int, tuple[int, ...]]] = []
+        start = stop = 0
+        groups: list[int] = []
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            if groups and stop - start + rows > most:
+                ranges.append((start, stop, tuple(groups)))
+                start, groups = stop, []
+            if rows > largest:
+                parts = -(-rows // most)
+                edges = [stop + rows * part // parts for part in range(parts + 1)]
+                ranges += [(low, high, (group,)) for low, high in zip(edges, edges[1:], strict=False)]
+                start = stop = stop + rows
+            elif rows:
+                groups.append(group)
+                stop += rows
+        if groups:
+            ranges.append((start, stop, tuple(groups)))
+        total = max(metadata.num_rows, 1)
+        for low, high, chosen in ranges:
+            size = entry.size * (high - low) // total
+            yield Shard(shard_id(path, low, high), path, "parquet", low, high, chosen, size=size, etag=entry.etag)
+
+    def read(self, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats) -> Iterator[pa.RecordBatch]:
+        with ExitStack() as stack:
+            file = self._open(shard, stack)
+            pieces = self._pieces(file, shard, rows, images, stats)
+            if not images:
+                for piece in pieces:
+                    yield self._batch(piece, shard, None, stats)
+            else:
+                yield from self._with_images(pieces, shard, file, stats)
+
+    def _with_images(
+        self, pieces: Iterator[_Piece], shard: Shard, file: pq.ParquetFile, stats: ReadStats
+    ) -> Iterator[pa.RecordBatch]:
+        """Batches with their images: the bytes at hand, or fetched, then ahead of the batch being handed out."""
+        roots = (file.schema_arrow.metadata or {}).get(_ROOTS, b"").decode("utf-8", "replace").split("\n")
+        folder, _, _ = shard.path.rpartition("/")
+        fetch = Fetcher([self.location.url(folder), self.location.root, *filter(None, roots)])
+        place = file.schema_arrow.get_field_index(self.plan["image"])
+        ahead: deque[_Piece] = deque()
+
+        def names() -> Iterator[str | bytes | None]:
+            for piece in pieces:
+                ahead.append(piece)
+                yield from piece.names or ()
+
+        if place >= 0 and _is_textual(file.schema_arrow.field(place).type):
+            yield from self._fetched(ahead, fetch_in_order(names(), fetch, self.options.max_batch_bytes), shard, stats)
+            return
+        for piece in pieces:
+            if piece.names is None:
+                yield from self._held(piece, shard, stats)
+            else:
+                found = fetch_in_order(piece.names, fetch, self.options.max_batch_bytes)
+                yield from self._fetched(deque([piece]), found, shard, stats)
+
+    def _held(self, piece: _Piece, shard: Shard, stats: ReadStats) -> Iterator[pa.RecordBatch]:
+        """A piece whose bytes are at hand, cut where max_batch_bytes is reached."""
+        if piece.images is None:
+            yield self._batch(piece, shard, pa.nulls(len(piece), pa.large_binary()), stats)
+            return
+        ends = np.cumsum(pc.fill_null(pc.binary_length(piece.images), 0).to_numpy(zero_copy_only=False))
+        start = 0
+        while start < len(piece):
+            before = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, before + self.options.max_batch_bytes, side="right")))
+            part = piece.slice(start, stop)
+            yield self._batch(part, shard, part.images, stats)
+            start = stop
+
+    def _fetched(
+        self, ahead: deque[_Piece], found: Iterator[Fetched], shard: Shard, stats: ReadStats
+    ) -> Iterator[pa.RecordBatch]:
+        """Batches of the pieces in `ahead` (filled while `found` runs), cut where max_batch_bytes is reached."""
+        start = size = 0
+        results: list[Fetched] = []
+        for result in found:
+            more = len(result.data or b"")
+            if results and size + more > self.options.max_batch_bytes:
+                yield self._batch(ahead[0].slice(start, start + len(results)), shard, results, stats)
+                start, size, results = start + len(results), 0, []
+            results.append(result)
+            size += more
+            if start + len(results) == len(ahead[0]):
+                yield self._batch(ahead.popleft().slice(start, start + len(results)), shard, results, stats)
+                start, size, results = 0, 0, []
+
+    def _batch(
+        self, piece: _Piece, shard: Shard, images: pa.Array | list[Fetched] | None, stats: ReadStats
+    ) -> pa.RecordBatch:
+        rows = len(piece)
+        uids = [
+            row_uid(shard.path, key, occurrence)
+            for key, occurrence in zip(piece.keys, piece.occurrences, strict=True)
+        ]
+        error_class: list[str | None] | pa.Array = pa.nulls(rows, pa.string())
+        error: list[str | None] | pa.Array = pa.nulls(rows, pa.string())
+        if images is None:
+            images = pa.nulls(rows, pa.large_binary())
+        elif piece.problem is not None:
+            images = pa.nulls(rows, pa.large_binary())
+            error_class, error = [READ_ERROR] * rows, [piece.problem] * rows
+        elif isinstance(images, list):
+            error_class, error = [item.error_class for item in images], [item.error for item in images]
+            images = pa.array([item.data for item in images], pa.large_binary())
+        elif images.null_count:
+            missing = images.is_null().to_pylist()
+            error_class = [MISSING_IMAGE if absent else None for absent in missing]
+            error = [f"column {self.plan['image']} is null in this row" if absent else None for absent in missing]
+        columns, misfits = fit_batch(piece.rest, self.columns)
+        if misfits is not None:
+            stats.misfits += sum(1 for text in misfits if text is not None)
+        prefix = [
+            pa.array(piece.numbers, pa.int64()),
+            pa.array(piece.keys, pa.string()),
+            self._uids(piece.rest, uids),
+            images,
+            self._captions(piece.rest),
+            pa.array(error_class, pa.string()),
+            pa.array(error, pa.string()),
+            pa.array(misfits or [None] * rows, pa.string()),
+        ]
+        return pa.RecordBatch.from_arrays([*prefix, *columns], schema=self._schema)
+
+    def _uids(self, rest: pa.RecordBatch, hashed: list[str]) -> pa.Array:
+        own = pa.array(hashed, pa.string())
+        name = self.plan["uid"]
+        place = rest.schema.get_field_index(name) if name is not None else -1
+        if place < 0:
+            return own
+        given = rest.column(place)
+        given = plain_text(given) if _is_textual(given.type) else pc.cast(given, pa.string())
+        if self.options.uid_column is None:
+            good = pc.match_substring_regex(given, UID_PATTERN)
+        else:
+            good = pc.not_equal(given, "")
+        return pc.if_else(pc.fill_null(good, False), given, own)
+
+    def _captions(self, rest: pa.RecordBatch) -> pa.Array:
+        name = self.plan["caption"]
+        place = rest.schema.get_field_index(name) if name is not None else -1
+        if place < 0 or not _is_caption(rest.schema.field(place).type):
+            return pa.nulls(rest.num_rows, pa.list_(pa.string()))
+        return caption_lists(rest.column(place))
+
+    def _open(self, shard: Shard, stack: ExitStack) -> pq.ParquetFile:
+        """The shard's file; raises ShardError when it cannot be read or is not the one that was planned."""
+        url = self.location.url(shard.path)
+        try:
+            fs, inside = storage.filesystem(url)
+            if shard.etag:
+                check_unchanged(fs, inside, url, shard.etag)
+            handle = inside if storage.is_local(url) else stack.enter_context(fs.open(inside, "rb"))
+            file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER)
+            groups = [file.metadata.row_group(group).total_byte_size for group in shard.row_groups]
+            if groups and max(groups) <= _STREAMED:
+                file.close()
+                file = pq.ParquetFile(handle, metadata=file.metadata, pre_buffer=True)
+        except ShardError:
+            raise
+        except FileNotFoundError as error:
+            raise ShardError(f"{url} does not exist any more.") from error
+        except Exception as error:  # every filesystem has exceptions of its own
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise ShardError(f"{url} is not a readable Parquet file: {text[:200]}") from error
+        stack.callback(file.close)
+        if shard.stop is None:
+            raise ShardError(f"{url} could not be read when it was listed, but can now; run again.")
+        return file
+
+    def _pieces(
+        self, file: pq.ParquetFile, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats
+    ) -> Iterator[_Piece]:
+        column = self.plan["image"]
+        wanted = None if rows is None else _wanted(rows)
+        for part in self._groups(file, shard, stats):
+            numbers = part.numbers if wanted is None else part.numbers[np.isin(part.numbers, wanted)]
+            numbers = numbers[numbers >= 0]
+            if not len(numbers):
+                continue
+            done = 0
+            problem = part.problem
+            if problem is None:
+                selected = None if images else _columns_without(file.schema_arrow, column)
+                try:
+                    for batch, inside in self._batches(file, part, selected):
+                        chosen = np.flatnonzero(np.isin(part.numbers[inside], numbers) & (part.numbers[inside] >= 0))
+                        if len(chosen):
+                            if len(chosen) < batch.num_rows:
+                                batch = batch.take(pa.array(chosen))
+                            yield self._piece(batch, part, inside.start + chosen, images)
+                            done += len(chosen)
+                except (OSError, pa.ArrowException) as error:
+                    if not storage.is_local(self.location.root):
+                        raise ShardError(f"{self.location.url(shard.path)} cannot be read: {error}") from error
+                    problem = f"row group {part.group} cannot be read: {' '.join(str(error).split())[:200]}"
+            if problem is not None:
+                lost = numbers[done:]
+                places = np.searchsorted(part.numbers, lost) if (part.numbers >= 0).all() else np.flatnonzero(np.isin(part.numbers, lost))
+                yield _Piece(
+                    _empty_rows(len(lost)),
+                    lost,
+                    [part.keys[place] for place in places],
+                    [part.occurrences[place] for place in places],
+                    None,
+                    [None] * len(lost),
+                    problem,
+                )
+
+    def _groups(self, file: pq.ParquetFile, shard: Shard, stats: ReadStats) -> Iterator[_Group]:
+        """The identity of the shard's rows, a row group at a time: cf_row (-1: not downloaded) and keys."""
+        names = [self.plan["key"], "status" if self.plan["downloads"] else None]
+        present = [name for name in names if name is not None and name in file.schema_arrow.names]
+        first = sum(file.metadata.row_group(group).num_rows for group in range(shard.row_groups[0])) if shard.row_groups else 0
+        counted = 0
+        seen: dict[str, int] = {}
+        for group in shard.row_groups:
+            rows = file.metadata.row_group(group).num_rows
+            low = max(0, shard.start - first)
+            high = min(rows, (shard.stop or 0) - first)
+            keys = [str(first + row) for row in range(low, high)]
+            occurrences = [1] * (high - low)
+            numbers = np.arange(counted, counted + high - low)
+            problem = None
+            if present:
+                try:
+                    table = file.read_row_group(group, columns=present).slice(low, high - low)
+                except (OSError, pa.ArrowException) as error:
+                    if not storage.is_local(self.location.root):
+                        raise ShardError(f"{self.location.url(shard.path)} cannot be read: {error}") from error
+                    problem = f"row group {group} cannot be read: {' '.join(str(error).split())[:200]}"
+                    table = None
+                if table is not None and self.plan["downloads"] and "status" in present:
+                    good = pc.fill_null(pc.equal(table["status"], _SUCCESS), False).to_numpy()
+                    stats.not_downloaded += int((~good).sum())
+                    numbers = np.where(good, counted + np.cumsum(good) - 1, -1)
+                if table is not None and self.plan["key"] in present:
+                    own = [key if isinstance(key, str) else None for key in table[self.plan["key"]].to_pylist()]
+                    keys = [key or fallback for key, fallback in zip(own, keys, strict=True)]
+                    for place, number in enumerate(numbers):
+                        if number >= 0:
+                            occurrences[place] = seen[keys[place]] = seen.get(keys[place], 0) + 1
+                    stats.duplicate_keys += sum(1 for place in occurrences if place > 1)
+            counted += int((numbers >= 0).sum())
+            yield _Group(group, low, high, numbers, keys, occurrences, problem)
+            first += rows
+
+    def _batches(
+        self, file: pq.ParquetFile, part: _Group, columns: list[str] | None
+    ) -> Iterator[tuple[pa.RecordBatch, slice]]:
+        """Batches of the part's row range with their places in it; as many rows as the average image size allows."""
+        metadata = file.metadata.row_group(part.group)
+        average = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
+        size = max(1, min(self.options.max_batch_rows, self.options.max_batch_bytes // average))
+        position = 0
+        for batch in file.iter_batches(batch_size=size, row_groups=[part.group], columns=columns):
+            low, high = max(part.low, position), min(part.high, position + batch.num_rows)
+            if low < high:
+                yield batch.slice(low - position, high - low), slice(low - part.low, high - part.low)
+            position += batch.num_rows
+            if position >= part.high:
+                return
+
+    def _piece(self, batch: pa.RecordBatch, part: _Group, places: np.ndarray, images: bool) -> _Piece:
+        held, names, rest = _split_batch(batch, self.plan["image"])
+        if not images:
+            held = names = None
+        keys = [part.keys[place] for place in places]
+        occurrences = [part.occurrences[place] for place in places]
+        return _Piece(rest, part.numbers[places], keys, occurrences, held, names)
+
+    def copy_rows(self, shard: Shard, rows: Sequence[int], target: Path) -> int:
+        """Write these rows as a Parquet file with the source file's own schema, metadata and codecs.
+
+        Relative image paths stay as they are; where they lead is noted in the file's metadata, and read from there.
+        """
+        wanted = _wanted(rows)
+        count = 0
+        with ExitStack() as stack:
+            file = self._open(shard, stack)
+            schema = file.schema_arrow
+            if self.plan["how"] != "bytes":
+                folder, _, _ = shard.path.rpartition("/")
+                earlier = (schema.metadata or {}).get(_ROOTS, b"").decode("utf-8", "replace").split("\n")
+                roots = dict.fromkeys([self.location.url(folder), self.location.root, *filter(None, earlier)])
+                schema = schema.with_metadata({**(schema.metadata or {}), _ROOTS: "\n".join(roots).encode()})
+            writer = stack.enter_context(pq.ParquetWriter(target, schema, **_writer_options(file, self.plan["image"])))
+            pending: list[pa.RecordBatch] = []
+            held = size = 0
+            for part in self._groups(file, shard, ReadStats()):
+                if not np.isin(part.numbers, wanted).any():
+                    continue
+                for batch, inside in self._batches(file, part, None):
+                    chosen = np.flatnonzero(np.isin(part.numbers[inside], wanted))
+                    if not len(chosen):
+                        continue
+                    batch = batch.take(pa.array(chosen))
+                    pending.append(batch)
+                    held += batch.num_rows
+                    size += batch.nbytes
+                    if held >= _COPY_ROWS or size >= self.options.max_batch_bytes:
+                        count += _flush(writer, pending, schema)
+                        pending, held, size = [], 0, 0
+            count += _flush(writer, pending, schema)
+        if count != len(wanted):
+            raise IndexError(f"{len(wanted) - count} of the rows to copy are not in shard {shard.id}")
+        return count
+
+
+@dataclass
+class _Group:
+    """Rows [low, high) of one row group: their cf_row (-1 for rows that were never downloaded) and keys."""
+
+    group: int
+    low: int
+    high: int
+    numbers: np.ndarray
+    keys: list[str]
+    occurrences: list[int]
+    problem: str | None
+
+
+def _flush(writer: pq.ParquetWriter, batches: list[pa.RecordBatch], schema: pa.Schema) -> int:
+    if not batches:
+        return 0
+    table = pa.Table.from_batches(batches).replace_schema_metadata(schema.metadata)
+    writer.write_table(table.cast(schema), row_group_size=max(1, table.num_rows))
+    return int(table.num_rows)
+
+
+def _writer_options(file: pq.ParquetFile, image: str) -> dict[str, Any]:
+    """Codecs as in the source file; no dictionary and no statistics for the images, where they only cost."""
+    paths = [file.schema.column(number).path for number in range(len(file.schema))]
+    others = [path for path in paths if path.split(".")[0] != image]
+    codecs: dict[str, str] = {}
+    if file.metadata.num_row_groups:
+        group = file.metadata.row_group(0)
+        for number, path in enumerate(paths):
+            codec = group.column(number).compression.lower()
+            codecs[path] = codec if codec in ("snappy", "gzip", "brotli", "lz4", "zstd") else "none"
+    return {"compression": codecs or "snappy", "use_dictionary": others, "write_statistics": others}
+
+
+def _wanted(rows: Sequence[int]) -> np.ndarray:
+    wanted = np.unique(np.asarray(rows, dtype=np.int64))
+    if len(wanted) and wanted[0] < 0:
+        raise IndexError(f"row {wanted[0]} is negative")
+    return wanted
+
+
+def _empty_rows(rows: int) -> pa.RecordBatch:
+    return pa.RecordBatch.from_struct_array(pa.array([{}] * rows, pa.struct([])))
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+def _is_textual(kind: pa.DataType) -> bool:
+    return is_text(kind) or (pa.types.is_dictionary(kind) and is_text(kind.value_type))
+
+
+def _is_caption(kind: pa.DataType) -> bool:
+    return _is_textual(kind) or pa.types.is_null(kind) or (is_list(kind) and _is_textual(kind.value_type))
+
+
+def _is_image_struct(kind: pa.DataType) -> bool:
+    """Hugging Face's struct<bytes, path>."""
+    place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+    return place >= 0 and is_binary(kind.field(place).type)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return is_binary(kind) or _is_image_struct(kind)
+
+
+def _rest_schema(schema: pa.Schema, image: str) -> pa.Schema:
+    """The schema without image bytes: a bytes column goes, of struct<bytes, path> the path stays as `<column>.path`."""
+    fields = []
+    for item in schema:
+        if item.name != image or not _holds_bytes(item.type):
+            fields.append(item)
+        elif _is_image_struct(item.type) and (place := item.type.get_field_index("path")) >= 0:
+            fields.append(pa.field(f"{image}.path", item.type.field(place).type))
+    return pa.schema(fields)
+
+
+def _columns_without(schema: pa.Schema, image: str) -> list[str]:
+    """What to read when the images are not wanted."""
+    names = [item.name for item in schema if item.name != image or not _holds_bytes(item.type)]
+    place = schema.get_field_index(image)
+    if place >= 0 and _is_image_struct(schema.field(place).type) and schema.field(place).type.get_field_index("path") >= 0:
+        names.append(f"{image}.path")
+    return names
+
+
+def _split_batch(batch: pa.RecordBatch, image: str) -> tuple[pa.Array | None, list[Any] | None, pa.RecordBatch]:
+    """(bytes at hand, what to fetch, the other columns) of a batch as it is in the file."""
+    place = batch.schema.get_field_index(image)
+    if place < 0:
+        return pa.nulls(batch.num_rows, pa.large_binary()), None, batch
+    column = batch.column(place)
+    kind = column.type
+    if _is_textual(kind):
+        return None, column.to_pylist(), batch
+    arrays = [array for name, array in zip(batch.schema.names, batch.columns, strict=True) if name != image]
+    fields = [item for item in batch.schema if item.name != image]
+    if is_binary(kind):
+        rest = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields)) if arrays else _empty_rows(batch.num_rows)
+        return pc.cast(column, pa.large_binary()), None, rest
+    if not pa.types.is_struct(kind):
+        return pa.nulls(batch.num_rows, pa.large_binary()), None, batch
+    flat = dict(zip([kind.field(number).name for number in range(kind.num_fields)], column.flatten(), strict=True))
+    paths = flat.get("path")
+    if paths is not None:
+        arrays.append(paths)
+        fields.append(pa.field(f"{image}.path", paths.type))
+    rest = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields)) if arrays else _empty_rows(batch.num_rows)
+    if "bytes" not in flat or not is_binary(flat["bytes"].type):
+        return pa.nulls(batch.num_rows, pa.large_binary()), None, rest
+    held = pc.cast(flat["bytes"], pa.large_binary())
+    if paths is not None and held.null_count and _is_textual(paths.type):
+        elsewhere = pc.and_(pc.is_null(held), pc.is_valid(paths))
+        if pc.any(elsewhere).as_py():
+            return None, [data or path for data, path in zip(held.to_pylist(), paths.to_pylist(), strict=True)], rest
+    return held, None, rest
+
+
+def _first_readable(location: Location, found: Found, stack: ExitStack) -> tuple[pq.ParquetFile, str]:
+    problem: Exception | None = None
+    for path, _ in found.parquets:
+        url = location.url(path)
+        fs, inside = storage.filesystem(url)
+        try:
+            file = pq.ParquetFile(stack.enter_context(fs.open(inside, "rb")), pre_buffer=False, buffer_size=_BUFFER)
+        except (pa.ArrowException, ValueError) as error:
+            problem = error
+            continue
+        return file, path
+    where = location.url(found.parquets[0][0])
+    raise RefusedError(
+        f"{where} is not a readable Parquet file ({' '.join(str(problem).split())[:200]}); "
+        "it is probably incomplete: copy or write it again."
+    )
+
+
+def _listing(schema: pa.Schema) -> str:
+    return ", ".join(f"{item.name} ({item.type})" for item in schema)[:1000]
+
+
+def _find_image(
+    schema: pa.Schema, sample: pa.RecordBatch | None, named: str | None, where: str
+) -> tuple[str, str]:
+    """(column, "bytes" or "names"); raises RefusedError that lists the columns when the choice is not clear."""
+    if named is not None:
+        place = schema.get_field_index(named)
+        if place < 0:
+            raise RefusedError(f"--image-column {named} is not a column of {where}; its columns are: {_listing(schema)}.")
+        kind = schema.field(place).type
+        if _holds_bytes(kind):
+            return named, "bytes"
+        if _is_textual(kind):
+            return named, "names"
+        raise RefusedError(
+            f"--image-column {named} has type {kind}; it must hold image bytes, a struct<bytes, path>, or paths or URLs."
+        )
+    holding = [item.name for item in schema if _holds_bytes(item.type)]
+    for name in _BYTES_NAMES:
+        if name in holding:
+            return name, "bytes"
+    images = [name for name in holding if sample is not None and _looks_like_images(sample, name)]
+    if len(images) == 1:
+        return images[0], "bytes"
+    textual = [item.name for item in schema if _is_textual(item.type)]
+    if not images:
+        for name in _PATH_NAMES:
+            if name in textual and (sample is None or _looks_like_paths(sample, name)):
+                return name, "names"
+        lowered = {name.lower(): name for name in reversed(textual)}
+        for name in _URL_NAMES:
+            if name in lowered:
+                return lowered[name], "names"
+    several = f" (several hold images: {', '.join(images)})" if images else ""
+    raise RefusedError(
+        f"{where} has no column that is clearly the image{several}; say which with --image-column. "
+        f"Its columns are: {_listing(schema)}."
+    )
+
+
+_MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\0|MM\0\*|....ftyp(avif|avis|heic|mif1)", re.DOTALL)
+
+
+def _looks_like_images(sample: pa.RecordBatch, name: str) -> bool:
+    column = sample.column(sample.schema.get_field_index(name))
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "bytes")
+    values = [value for value in column.to_pylist() if value]
+    return bool(values) and sum(1 for value in values if _MAGIC.match(value)) * 2 > len(values)
+
+
+def _looks_like_paths(sample: pa.RecordBatch, name: str) -> bool:
+    values = [value for value in sample.column(sample.schema.get_field_index(name)).to_pylist() if value]
+    return not values or any(is_image_name(value.rpartition("/")[2].split("?")[0]) or "://" in value for value in values)
+
+
+def _find_caption(schema: pa.Schema, named: str | None, image: str | None, where: str) -> str | None:
+    if named is not None:
+        place = schema.get_field_index(named)
+        if place < 0:
+            raise RefusedError(f"--caption-column {named} is not a column of {where}; its columns are: {_listing(schema)}.")
+        if not _is_caption(schema.field(place).type):
+            raise RefusedError(
+                f"--caption-column {named} has type {schema.field(place).type}; it must be text or a list of texts."
+            )
+        return named
+    fitting = [item.name for item in schema if item.name != image and _is_caption(item.type)]
+    return next((name for name in CAPTION_NAMES if name in fitting), None)
+
+
+def _find_uid(schema: pa.Schema, named: str | None, sample: pa.RecordBatch | None, where: str) -> str | None:
+    if named is not None:
+        if named not in schema.names:
+            raise RefusedError(f"--uid-column {named} is not a column of {where}; its columns are: {_listing(schema)}.")
+        kind = schema.field(named).type
+        if not (_is_textual(kind) or pa.types.is_integer(kind)):
+            raise RefusedError(f"--uid-column {named} has type {kind}; it must be text or whole numbers.")
+        return named
+    if "uid" not in schema.names or not _is_textual(schema.field("uid").type):
+        return None
+    values = sample.column(schema.get_field_index("uid")).drop_null().to_pylist() if sample is not None else []
+    return "uid" if all(re.match(UID_PATTERN, value) for value in values) else None
