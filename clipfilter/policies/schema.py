@@ -162,7 +162,7 @@ def _generic(value: Any) -> Any:
     if value is True:
         return GENERIC_VERSION
     if value is False:
-        return False
+        return 0
     if isinstance(value, int) and value in GENERIC_NEGATIVES:
         return value
     versions = ", ".join(str(version) for version in GENERIC_NEGATIVES)
