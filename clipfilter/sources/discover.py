@@ -78,7 +78,9 @@ def refusing(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise RefusedError(f"{url} does not exist; check the spelling of the path or URL.") from error
     except PermissionError as error:
-        raise RefusedError(f"{url} may not be read ({_reason(error)}); check its permissions or your credentials.") from error
+        raise RefusedError(
+            f"{url} may not be read ({_reason(error)}); check its permissions or your credentials."
+        ) from error
     except Exception as error:  # every filesystem has exceptions of its own (botocore, aiohttp, gcsfs)
         if "credential" in repr(error).lower() or "token" in repr(error).lower():
             fix = "set the credentials of this store in the environment"
@@ -185,7 +187,9 @@ def _walk_local(root: str, path: str, above: set[tuple[int, int]]) -> Iterator[F
                     found = entry.stat()
                 except FileNotFoundError:  # a dangling link, or deleted just now
                     continue
-                files.append(Entry(entry.name, found.st_size, storage.etag({"size": found.st_size, "mtime": found.st_mtime})))
+                files.append(
+                    Entry(entry.name, found.st_size, storage.etag({"size": found.st_size, "mtime": found.st_mtime}))
+                )
     folders = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
     yield Folder(path, folders, sorted(files))
     for name in folders:

@@ -11,10 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from clipfilter import storage
 from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 WORKERS = 32
 ATTEMPTS = 3
@@ -79,7 +82,9 @@ def read_url(url: str) -> bytes:
         try:
             return _read_once(url)
         except RowError as error:
-            if error.error_class != READ_ERROR or attempt + 1 == ATTEMPTS or error.__cause__ is None:  # no cause: no use
+            if (
+                error.error_class != READ_ERROR or attempt + 1 == ATTEMPTS or error.__cause__ is None
+            ):  # no cause: no use
                 raise
             time.sleep(0.25 * 2**attempt * (1 + random.random()))
     raise AssertionError("unreachable")
@@ -153,28 +158,29 @@ def _short(url: str) -> str:
 
 
 def fetch_in_order(
-    names: Iterable[str | bytes | None],
-    fetch: Callable[[str | bytes | None], Fetched],
+    items: Iterable[T],
+    fetch: Callable[[T], R],
     max_bytes: int,
+    size: Callable[[R], int],
     workers: int = WORKERS,
-) -> Iterator[Fetched]:
-    """Results in the order of `names`, `workers` at a time.
+) -> Iterator[R]:
+    """`fetch(item)` for every item, in their order, `workers` at a time; `size` says how many bytes a result holds.
 
-    No further name is taken up while more than `max_bytes` lie fetched and not yet asked for, so memory holds about
+    No further item is taken up while more than `max_bytes` lie fetched and not yet asked for, so memory holds about
     that much and at most `workers` images beyond.
     """
-    waiting: deque[Future[Fetched]] = deque()
+    waiting: deque[Future[R]] = deque()
     held = 0
     lock = threading.Lock()
 
-    def run(name: str | bytes | None) -> Fetched:
+    def run(item: T) -> R:
         nonlocal held
-        result = fetch(name)
+        result = fetch(item)
         with lock:
-            held += len(result.data or b"")
+            held += size(result)
         return result
 
-    remaining = iter(names)
+    remaining = iter(items)
     exhausted = False
     pool = ThreadPoolExecutor(workers, thread_name_prefix="clipfilter-fetch")
     try:
@@ -188,7 +194,12 @@ def fetch_in_order(
                 return
             result = waiting.popleft().result()
             with lock:
-                held -= len(result.data or b"")
+                held -= size(result)
             yield result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def fetch_images(names: Iterable[str | bytes | None], fetch: Fetcher, max_bytes: int) -> Iterator[Fetched]:
+    """The images called `names`, in order (see `fetch_in_order`)."""
+    return fetch_in_order(names, fetch, max_bytes, lambda found: len(found.data or b""))

@@ -73,7 +73,9 @@ class Shard:
 
 def shard_id(path: str, start: int = 0, stop: int | None = None) -> str:
     """16 hex digits: the beginning of sha256 of the relative path and the row range."""
-    return hashlib.sha256(f"{path}\0{start}-{'' if stop is None else stop}".encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        f"{path}\0{start}-{'' if stop is None else stop}".encode("utf-8", "surrogatepass")
+    ).hexdigest()[:16]
 
 
 def row_uid(path: str, key: str, occurrence: int = 1) -> str:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from clipfilter import storage
 from clipfilter.errors import MISSING_IMAGE, READ_ERROR, RefusedError, ShardError
 from clipfilter.sources.discover import PARQUET_SUFFIXES, Entry, Found, Location, is_image_name
-from clipfilter.sources.fetch import Fetched, Fetcher, fetch_in_order
+from clipfilter.sources.fetch import Fetched, Fetcher, fetch_images
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
 from clipfilter.sources.records import CAPTION_NAMES, UID_PATTERN
 from clipfilter.sources.schema import (
@@ -33,9 +33,11 @@ from clipfilter.sources.schema import (
 )
 from clipfilter.sources.spool import check_unchanged
 
-_BYTES_NAMES = "image jpg jpeg png webp img gif avif bytes image_bytes img_bytes content image_data data picture photo".split()
-_PATH_NAMES = "image_path img_path image_file file_name filename filepath file_path path file image img photo".split()
-_URL_NAMES = "url image_url img_url photo_image_url image_link link uri src".split()
+_BYTES_NAMES = (
+    ["image", "jpg", "jpeg", "png", "webp", "img", "gif", "avif", "bytes", "image_bytes", "img_bytes", "content", "image_data", "data", "picture", "photo"]
+)
+_PATH_NAMES = ["image_path", "img_path", "image_file", "file_name", "filename", "filepath", "file_path", "path", "file", "image", "img", "photo"]
+_URL_NAMES = ["url", "image_url", "img_url", "photo_image_url", "image_link", "link", "uri", "src"]
 _KEY_NAMES = ("key", "__key__")
 _SUCCESS = "success"
 _ROOTS = b"clipfilter.image_roots"  # where relative paths of a copied file lead
@@ -143,7 +145,9 @@ class Parquet:
             size = entry.size * (high - low) // total
             yield Shard(shard_id(path, low, high), path, "parquet", low, high, chosen, size=size, etag=entry.etag)
 
-    def read(self, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats) -> Iterator[pa.RecordBatch]:
+    def read(
+        self, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats
+    ) -> Iterator[pa.RecordBatch]:
         with ExitStack() as stack:
             file = self._open(shard, stack)
             pieces = self._pieces(file, shard, rows, images, stats)
@@ -169,13 +173,13 @@ class Parquet:
                 yield from piece.names or ()
 
         if place >= 0 and _is_textual(file.schema_arrow.field(place).type):
-            yield from self._fetched(ahead, fetch_in_order(names(), fetch, self.options.max_batch_bytes), shard, stats)
+            yield from self._fetched(ahead, fetch_images(names(), fetch, self.options.max_batch_bytes), shard, stats)
             return
         for piece in pieces:
             if piece.names is None:
                 yield from self._held(piece, shard, stats)
             else:
-                found = fetch_in_order(piece.names, fetch, self.options.max_batch_bytes)
+                found = fetch_images(piece.names, fetch, self.options.max_batch_bytes)
                 yield from self._fetched(deque([piece]), found, shard, stats)
 
     def _held(self, piece: _Piece, shard: Shard, stats: ReadStats) -> Iterator[pa.RecordBatch]:
@@ -214,8 +218,7 @@ class Parquet:
     ) -> pa.RecordBatch:
         rows = len(piece)
         uids = [
-            row_uid(shard.path, key, occurrence)
-            for key, occurrence in zip(piece.keys, piece.occurrences, strict=True)
+            row_uid(shard.path, key, occurrence) for key, occurrence in zip(piece.keys, piece.occurrences, strict=True)
         ]
         error_class: list[str | None] | pa.Array = pa.nulls(rows, pa.string())
         error: list[str | None] | pa.Array = pa.nulls(rows, pa.string())
@@ -320,7 +323,11 @@ class Parquet:
                     problem = f"row group {part.group} cannot be read: {' '.join(str(error).split())[:200]}"
             if problem is not None:
                 lost = numbers[done:]
-                places = np.searchsorted(part.numbers, lost) if (part.numbers >= 0).all() else np.flatnonzero(np.isin(part.numbers, lost))
+                places = (
+                    np.searchsorted(part.numbers, lost)
+                    if (part.numbers >= 0).all()
+                    else np.flatnonzero(np.isin(part.numbers, lost))
+                )
                 yield _Piece(
                     _empty_rows(len(lost)),
                     lost,
@@ -335,7 +342,11 @@ class Parquet:
         """The identity of the shard's rows, a row group at a time: cf_row (-1: not downloaded) and keys."""
         names = [self.plan["key"], "status" if self.plan["downloads"] else None]
         present = [name for name in names if name is not None and name in file.schema_arrow.names]
-        first = sum(file.metadata.row_group(group).num_rows for group in range(shard.row_groups[0])) if shard.row_groups else 0
+        first = (
+            sum(file.metadata.row_group(group).num_rows for group in range(shard.row_groups[0]))
+            if shard.row_groups
+            else 0
+        )
         counted = 0
         seen: dict[str, int] = {}
         for group in shard.row_groups:
@@ -512,7 +523,11 @@ def _columns_without(schema: pa.Schema, image: str) -> list[str]:
     """What to read when the images are not wanted."""
     names = [item.name for item in schema if item.name != image or not _holds_bytes(item.type)]
     place = schema.get_field_index(image)
-    if place >= 0 and _is_image_struct(schema.field(place).type) and schema.field(place).type.get_field_index("path") >= 0:
+    if (
+        place >= 0
+        and _is_image_struct(schema.field(place).type)
+        and schema.field(place).type.get_field_index("path") >= 0
+    ):
         names.append(f"{image}.path")
     return names
 
@@ -571,14 +586,14 @@ def _listing(schema: pa.Schema) -> str:
     return ", ".join(f"{item.name} ({item.type})" for item in schema)[:1000]
 
 
-def _find_image(
-    schema: pa.Schema, sample: pa.RecordBatch | None, named: str | None, where: str
-) -> tuple[str, str]:
+def _find_image(schema: pa.Schema, sample: pa.RecordBatch | None, named: str | None, where: str) -> tuple[str, str]:
     """(column, "bytes" or "names"); raises RefusedError that lists the columns when the choice is not clear."""
     if named is not None:
         place = schema.get_field_index(named)
         if place < 0:
-            raise RefusedError(f"--image-column {named} is not a column of {where}; its columns are: {_listing(schema)}.")
+            raise RefusedError(
+                f"--image-column {named} is not a column of {where}; its columns are: {_listing(schema)}."
+            )
         kind = schema.field(place).type
         if _holds_bytes(kind):
             return named, "bytes"
@@ -610,7 +625,9 @@ def _find_image(
     )
 
 
-_MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\0|MM\0\*|....ftyp(avif|avis|heic|mif1)", re.DOTALL)
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\0|MM\0\*|....ftyp(avif|avis|heic|mif1)", re.DOTALL
+)
 
 
 def _looks_like_images(sample: pa.RecordBatch, name: str) -> bool:
@@ -623,14 +640,18 @@ def _looks_like_images(sample: pa.RecordBatch, name: str) -> bool:
 
 def _looks_like_paths(sample: pa.RecordBatch, name: str) -> bool:
     values = [value for value in sample.column(sample.schema.get_field_index(name)).to_pylist() if value]
-    return not values or any(is_image_name(value.rpartition("/")[2].split("?")[0]) or "://" in value for value in values)
+    return not values or any(
+        is_image_name(value.rpartition("/")[2].split("?")[0]) or "://" in value for value in values
+    )
 
 
 def _find_caption(schema: pa.Schema, named: str | None, image: str | None, where: str) -> str | None:
     if named is not None:
         place = schema.get_field_index(named)
         if place < 0:
-            raise RefusedError(f"--caption-column {named} is not a column of {where}; its columns are: {_listing(schema)}.")
+            raise RefusedError(
+                f"--caption-column {named} is not a column of {where}; its columns are: {_listing(schema)}."
+            )
         if not _is_caption(schema.field(place).type):
             raise RefusedError(
                 f"--caption-column {named} has type {schema.field(place).type}; it must be text or a list of texts."

@@ -15,9 +15,7 @@ from clipfilter.sources.model import ReadStats, SourceOptions, row_uid
 from clipfilter.sources.schema import PREFIX, fit_records, full_schema
 
 # Where a caption is looked for when nobody says, best first. A list under `captions` counts as all captions of a row.
-CAPTION_NAMES = (
-    "captions caption text TEXT txt alt_text alt alttext Caption CAPTION Text prompt description sentence sentences title"
-).split()
+CAPTION_NAMES = ["captions", "caption", "text", "TEXT", "txt", "alt_text", "alt", "alttext", "Caption", "CAPTION", "Text", "prompt", "description", "sentence", "sentences", "title"]
 UID_PATTERN = "^[0-9a-fA-F]{32}$"
 _UID = re.compile(UID_PATTERN)
 
@@ -90,7 +88,9 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-8-sig", "replace").strip("\0\r\n")
 
 
-def batches(rows: Iterable[Row], columns: pa.Schema, options: SourceOptions, stats: ReadStats) -> Iterator[pa.RecordBatch]:
+def batches(
+    rows: Iterable[Row], columns: pa.Schema, options: SourceOptions, stats: ReadStats
+) -> Iterator[pa.RecordBatch]:
     """Group rows into record batches of at most max_batch_rows rows and max_batch_bytes image bytes."""
     schema = full_schema(columns)
     pending: list[Row] = []

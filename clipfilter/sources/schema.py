@@ -31,9 +31,7 @@ PREFIX = pa.schema(
 )
 # Columns an earlier run of clipfilter may have left in its output; they travel on as cf_prev_*.
 _EARLIER_RUN = frozenset(
-    "cf_shard cf_row cf_key cf_uid cf_sha256 cf_width cf_height cf_format cf_similarity cf_decision cf_reasons "
-    "cf_brightness cf_contrast cf_blur cf_entropy cf_phash cf_captions cf_caption cf_error_class cf_error "
-    "cf_source_json cf_override cf_kept_as cf_cluster".split()
+    ["cf_shard", "cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_similarity", "cf_decision", "cf_reasons", "cf_brightness", "cf_contrast", "cf_blur", "cf_entropy", "cf_phash", "cf_captions", "cf_caption", "cf_error_class", "cf_error", "cf_source_json", "cf_override", "cf_kept_as", "cf_cluster"]
 )
 _JSON_TEXT = {b"clipfilter:json": b"1"}
 

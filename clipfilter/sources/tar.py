@@ -25,9 +25,9 @@ BLOCK = 512
 _ZERO = bytes(BLOCK)
 _SMALL = 1 << 20  # a name or PAX record larger than this is taken as damage, not allocated
 
-IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp gif bmp dib tif tiff avif heic heif jp2 ppm pgm".split())
+IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic", "heif", "jp2", "ppm", "pgm"])
 CAPTION_EXTENSIONS = ("txt", "caption", "cap", "text")
-PICKLE_EXTENSIONS = frozenset("pkl pyd pickle pck pth pt dill joblib".split())
+PICKLE_EXTENSIONS = frozenset(["pkl", "pyd", "pickle", "pck", "pth", "pt", "dill", "joblib"])
 
 ReadAt = Callable[[int, int], bytes]  # (size, offset) -> at most size bytes
 
@@ -113,7 +113,7 @@ def is_image(extension: str, image_extension: str | None = None) -> bool:
 
 
 def role(extension: str) -> str:
-    """"caption", "json", "cls" or "" for a member that is not an image."""
+    """ "caption", "json", "cls" or "" for a member that is not an image."""
     last = extension.rpartition(".")[2]
     if last in CAPTION_EXTENSIONS:
         return "caption"
@@ -177,9 +177,7 @@ def index_tar(read_at: ReadAt, total: int, image_extension: str | None = None) -
         owner.append(instance)
         flat.extend((number, raw.start, raw.offset, raw.size))
 
-    rows = np.array(
-        [image_of[i] >= 0 or (useful[i] and occurrences[i] == 1) for i in range(len(keys))], dtype=bool
-    )
+    rows = np.array([image_of[i] >= 0 or (useful[i] and occurrences[i] == 1) for i in range(len(keys))], dtype=bool)
     index.clashes += sum(1 for i in range(len(keys)) if not rows[i] and occurrences[i] > 1)
     if walk.damage is not None:
         index.damaged = True

@@ -26,7 +26,16 @@ from clipfilter.sources.records import (
 )
 from clipfilter.sources.schema import infer_record_schema
 from clipfilter.sources.spool import TarCache, read_prefix
-from clipfilter.sources.tar import BLOCK, CAPTION_EXTENSIONS, Member, TarFile, TarIndex, index_tar, is_image, member_name
+from clipfilter.sources.tar import (
+    BLOCK,
+    CAPTION_EXTENSIONS,
+    Member,
+    TarFile,
+    TarIndex,
+    index_tar,
+    is_image,
+    member_name,
+)
 
 _SAMPLE_BYTES = 16 << 20  # of each sampled tar
 _SAMPLE_ROWS = 1000
@@ -101,7 +110,9 @@ class Webdataset:
         for path, entry in self.location.files(TAR_SUFFIXES):
             yield Shard(shard_id(path), path, "tar", size=entry.size, etag=entry.etag)
 
-    def read(self, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats) -> Iterator[pa.RecordBatch]:
+    def read(
+        self, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats
+    ) -> Iterator[pa.RecordBatch]:
         tar = self._tars.open(self.location.url(shard.path), shard.etag)
         index = tar.index
         stats.damaged, stats.bytes_unread = index.damaged, index.bytes_unread
@@ -124,7 +135,9 @@ class Webdataset:
         image, error_class, error = None, None, None
         try:
             members = index.members(number)
-            record, unfit, texts = _sidecars(members, tar.read, self.plan["image_extension"], self.plan["text_extension"])
+            record, unfit, texts = _sidecars(
+                members, tar.read, self.plan["image_extension"], self.plan["text_extension"]
+            )
             if images:
                 member = index.image(number)
                 if member is None:
@@ -225,5 +238,3 @@ def _marked(name: bytes, number: int) -> bytes:
     folder, slash, base = name.rpartition(b"/")
     stem, dot, extension = base.partition(b".")
     return folder + slash + stem + b"~%d" % number + dot + extension
-
-
