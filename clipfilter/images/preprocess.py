@@ -65,20 +65,42 @@ def prepare(rgb: np.ndarray, cfg: PreprocessConfig) -> np.ndarray:
     height, width = rgb.shape[:2]
     image = Image.fromarray(rgb)
     resample = _RESAMPLE[cfg.interpolation]
-    if cfg.resize_mode == "squash":
-        resized = _resize(image, (cfg.size, cfg.size), resample)
-    elif cfg.resize_mode == "shortest":
-        resized = _resize_shortest(image, width, height, cfg.size, resample)
+    target = _resized_size(width, height, cfg)
+    if target[0] * target[1] > _MAX_RESIZED_PIXELS:
+        square = _resize_cropped(image, target, cfg.size, resample)
     else:
-        ratio = max(height, width) / cfg.size
-        target = (max(1, round(width / ratio)), max(1, round(height / ratio)))
-        resized = _resize(image, target, resample)
-    square = _centre_crop_or_pad(resized, cfg.size, cfg.fill_color)
+        resized = image if image.size == target else image.resize(target, resample)
+        square = _centre_crop_or_pad(resized, cfg.size, cfg.fill_color)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
-def shortest_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) after torchvision's `Resize(size)`: shorter side `size`, the longer one truncated."""
+def prepare_fast(rgb: np.ndarray, cfg: PreprocessConfig) -> np.ndarray:
+    """`prepare` with SIMD resizing: the same geometry, pixel values within 2 levels."""
+    height, width = rgb.shape[:2]
+    new_width, new_height = _resized_size(width, height, cfg)
+    if (new_width, new_height) == (width, height) or new_width * new_height > _MAX_RESIZED_PIXELS:
+        return prepare(rgb, cfg)
+    from clipfilter.images.resize import resize
+
+    planes = resize(rgb, (new_width, new_height), cfg.interpolation)
+    size = cfg.size
+    if new_width < size or new_height < size:
+        padded = np.full((3, max(size, new_height), max(size, new_width)), cfg.fill_color, dtype=np.uint8)
+        top, left = max(0, size - new_height) // 2, max(0, size - new_width) // 2
+        padded[:, top : top + new_height, left : left + new_width] = planes
+        planes, new_height, new_width = padded, padded.shape[1], padded.shape[2]
+    left, top = crop_offset(new_width, size), crop_offset(new_height, size)
+    return np.ascontiguousarray(planes[:, top : top + size, left : left + size])
+
+
+def _resized_size(width: int, height: int, cfg: PreprocessConfig) -> tuple[int, int]:
+    """(width, height) between resize and crop, rounded as torchvision (shortest) and open_clip (longest) do."""
+    size = cfg.size
+    if cfg.resize_mode == "squash":
+        return size, size
+    if cfg.resize_mode == "longest":
+        ratio = max(height, width) / size
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
     if width <= height:
         return size, int(size * height / width)
     return int(size * width / height), size
@@ -89,18 +111,10 @@ def crop_offset(length: int, size: int) -> int:
     return round((length - size) / 2.0)
 
 
-def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    return image if image.size == size else image.resize(size, resample)
-
-
-def _resize_shortest(
-    image: Image.Image, width: int, height: int, size: int, resample: Image.Resampling
-) -> Image.Image:
-    new_width, new_height = shortest_size(width, height, size)
-    if new_width * new_height <= _MAX_RESIZED_PIXELS:
-        return _resize(image, (new_width, new_height), resample)
-    left, top = crop_offset(new_width, size), crop_offset(new_height, size)
-    scale_x, scale_y = width / new_width, height / new_height
+def _resize_cropped(image: Image.Image, target: tuple[int, int], size: int, resample: Image.Resampling) -> Image.Image:
+    """The centre `size` x `size` pixels of `image` at `target` size, without computing the rest."""
+    left, top = crop_offset(target[0], size), crop_offset(target[1], size)
+    scale_x, scale_y = image.width / target[0], image.height / target[1]
     box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
     return image.resize((size, size), resample, box=box)
 

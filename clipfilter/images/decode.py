@@ -1,0 +1,209 @@
+"""Decode any supported image to RGB as a person would see it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE, RowError
+from clipfilter.images.header import DEFAULT_MAX_PIXELS, Header, png_chunks, read_header
+
+Mode = Literal["fast", "exact"]
+
+# The plugin classes rather than Image.open: only the format that was sniffed can be tried, and our own limit, not a
+# process-wide one, decides what is too large.
+_PLUGINS = {
+    "jpeg": JpegImagePlugin.JpegImageFile,
+    "png": PngImagePlugin.PngImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+    "gif": GifImagePlugin.GifImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+    "avif": AvifImagePlugin.AvifImageFile,
+}
+_ORIENTATION_TAG = 0x0112
+_WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """rgb: uint8 [h, w, 3], contiguous; smaller than the image after scaled decoding. width, height: the whole image in
+    pixels as displayed (after EXIF orientation)."""
+
+    rgb: np.ndarray
+    width: int
+    height: int
+    format: str
+
+
+def decode(
+    data: bytes | memoryview,
+    *,
+    mode: Mode = "fast",
+    min_side: int | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> Decoded:
+    """Decode `data`; EXIF orientation applied, alpha on white, first frame of an animation.
+
+    mode "exact" decodes every pixel. "fast" may decode a JPEG at 1/2, 1/4 or 1/8 of its size (in the DCT domain), as
+    long as its shorter side keeps at least `min_side` pixels; None switches that off. Colour profiles are applied to
+    CMYK only: RGB profiles are ignored, as the models' own training pipelines do.
+
+    Raises RowError: decode_error or image_too_large.
+    """
+    data = bytes(data)  # no copy when it is bytes already
+    header = read_header(data, max_pixels)
+    try:
+        if header.format == "jpeg" and header.channels in (1, 3):
+            rgb = _orient(_jpeg(data, header, min_side if mode == "fast" else None, max_pixels), header.orientation)
+            width, height = header.display_size
+        else:
+            rgb = _orient(*_pillow(data, header, max_pixels))
+            height, width = rgb.shape[:2]
+    except RowError:
+        raise
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise RowError(IMAGE_TOO_LARGE, f"{header.format.upper()}: {error or 'not enough memory'}") from error
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files; it costs only this row
+        text = str(error) or type(error).__name__
+        raise RowError(DECODE_ERROR, f"damaged {header.format.upper()}: {text}") from error
+    return Decoded(rgb, width, height, header.format)
+
+
+def jpeg_scale(width: int, height: int, min_side: int | None) -> int:
+    """The divisor for scaled JPEG decoding: the largest of 1, 2, 4, 8 that keeps the shorter side >= `min_side`.
+
+    The divisors in between exist, but have no SIMD code and decode slower than 1/1.
+    """
+    if min_side is None:
+        return 1
+    shorter = min(width, height)
+    for divisor in (8, 4, 2):
+        if shorter >= divisor * min_side:
+            return divisor
+    return 1
+
+
+def _jpeg(data: bytes, header: Header, min_side: int | None, max_pixels: int) -> np.ndarray:
+    divisor = jpeg_scale(header.width, header.height, min_side)
+    try:
+        if divisor == 1:
+            return simplejpeg.decode_jpeg(data)
+        return simplejpeg.decode_jpeg(
+            data, min_height=-(-header.height // divisor), min_width=-(-header.width // divisor)
+        )
+    except ValueError:
+        # An error or a mere warning of libjpeg-turbo. Pillow tells them apart: it accepts what can be shown whole and
+        # refuses what is cut off.
+        return _pillow(data, header, max_pixels)[0]
+
+
+def _pillow(data: bytes, header: Header, max_pixels: int) -> tuple[np.ndarray, int]:
+    """(uint8 [h, w, 3] at full size, the orientation that is still to be applied)."""
+    orientation = header.orientation
+    if header.format == "png":
+        data, orientation = png_chunks(data)
+    image: Image.Image = _PLUGINS[header.format](io.BytesIO(data))
+    if image.width * image.height > max_pixels:  # where Pillow reads the header differently from us
+        raise RowError(IMAGE_TOO_LARGE, f"{image.width} x {image.height} pixels is above the limit of {max_pixels}")
+    if header.format == "avif":  # Pillow expresses AVIF's own rotation and mirror boxes as an EXIF tag
+        orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+    frame = image.tile[0].extents if isinstance(image, GifImagePlugin.GifImageFile) else None
+    image.load()
+    if header.format == "tiff":  # Pillow has applied it while loading
+        orientation = 1
+    return _to_rgb(image, header, frame), orientation
+
+
+def _to_rgb(image: Image.Image, header: Header, frame: tuple[int, int, int, int] | None) -> np.ndarray:
+    """A loaded Pillow image of any mode as uint8 [h, w, 3]; `frame` is the part of the canvas that a GIF draws."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep_gray(np.asarray(image), image.mode, image.info.get("transparency"))
+    if image.mode == "CMYK":
+        return np.asarray(_cmyk(image))
+    key = image.info.get("transparency")
+    if header.depth == 16 and isinstance(key, tuple):  # Pillow keeps the high bytes of the pixels, but not of the key
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if key is None and "A" not in image.mode and "a" not in image.mode and image.mode != "PA":
+        if frame is None or frame == (0, 0, *image.size):
+            return np.asarray(image.convert("RGB"))
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if frame is not None and frame != (0, 0, *image.size):  # the canvas around a smaller first frame is empty
+        drawn = Image.new("L", image.size, 0)
+        drawn.paste(alpha.crop(frame), frame)
+        alpha = drawn
+    if alpha.getextrema() == (255, 255):
+        return np.asarray(rgba.convert("RGB"))
+    canvas = Image.new("RGB", image.size, _WHITE)
+    canvas.paste(rgba, mask=alpha)
+    return np.asarray(canvas)
+
+
+def _deep_gray(values: np.ndarray, mode: str, transparent: object) -> np.ndarray:
+    """Gray of 16 or 32 bits, or floating point, as uint8 [h, w, 3].
+
+    16 bits keep their high byte, as Pillow does for 16-bit colour. 32-bit and float files do not say what white is:
+    values within 0..1 (float), 0..255 or 0..65535 are taken at that scale, others are stretched from minimum to maximum.
+    """
+    if mode.startswith("I;16"):
+        gray = (values >> 8).astype(np.uint8)
+    else:
+        finite = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = float(finite.min()), float(finite.max())
+        if low < 0 or high > 65535:
+            finite = (finite - low) * (255.0 / max(high - low, 1e-30))
+        elif high > 255:
+            finite = finite / 257.0
+        elif mode == "F" and high <= 1:
+            finite = finite * 255.0
+        gray = np.clip(np.rint(finite), 0, 255).astype(np.uint8)
+    if isinstance(transparent, int):
+        gray = np.where(values == transparent, np.uint8(255), gray)
+    return np.repeat(gray[:, :, None], 3, axis=2)
+
+
+def _cmyk(image: Image.Image) -> Image.Image:
+    """CMYK to sRGB, by the embedded profile where there is a usable one (Pillow has undone Adobe's inversion)."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image,
+                ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+                ImageCms.createProfile("sRGB"),
+                renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                outputMode="RGB",
+                flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            )
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass  # a damaged or foreign profile: the plain conversion is closer than no image
+    return image.convert("RGB")
+
+
+def _orient(rgb: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply EXIF orientation 1 to 8 to [h, w, 3]; the result is contiguous."""
+    if orientation in (5, 6, 7, 8):
+        rgb = rgb.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        rgb = rgb[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        rgb = rgb[::-1]
+    return np.ascontiguousarray(rgb)

@@ -1,0 +1,95 @@
+"""Cheap facts about the whole picture that rules may use later, all from one small grayscale version of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+CANONICAL_SIDE = 128  # longer side, in pixels, of the version that is measured; smaller images are measured as they are
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """brightness, contrast: mean and standard deviation of luma (ITU-R 601), 0..255. blur: variance of the Laplacian
+    (4-neighbour, Pech-Pacheco 2000) of luma; low means blurred. entropy: Shannon entropy of the luma histogram in bits,
+    0..8. phash: 64-bit DCT perceptual hash, most significant bit first."""
+
+    brightness: float
+    contrast: float
+    blur: float
+    entropy: float
+    phash: int
+
+
+def image_facts(rgb: np.ndarray) -> ImageFacts:
+    """Facts of an image, uint8 [h, w, 3], whole and not cropped.
+
+    Everything is measured on luma at a longer side of at most `CANONICAL_SIDE` pixels (antialiased bilinear), so the
+    numbers compare across image sizes and hardly depend on the decode mode. `phash` is Krawetz's pHash as in
+    `ImageHash.phash`: Lanczos to 32 x 32, DCT-II, the 8 x 8 lowest frequencies against their median; a few bits may
+    differ, since it starts from the small version.
+    """
+    gray = _canonical_luma(rgb)
+    histogram = np.asarray(Image.fromarray(gray).histogram(), dtype=np.float64) / gray.size
+    mean = float(histogram @ _LEVELS)
+    variance = float(histogram @ (_LEVELS - mean) ** 2)
+    used = histogram[histogram > 0]
+    return ImageFacts(
+        brightness=mean,
+        contrast=variance**0.5,
+        blur=_laplacian_variance(gray),
+        entropy=float(-(used * np.log2(used)).sum()) + 0.0,
+        phash=_phash(gray),
+    )
+
+
+_LEVELS = np.arange(256, dtype=np.float64)
+
+
+def _canonical_luma(rgb: np.ndarray) -> np.ndarray:
+    from clipfilter.images.resize import resize
+
+    height, width = rgb.shape[:2]
+    longer = max(height, width)
+    if longer > CANONICAL_SIDE:
+        size = (max(1, round(width * CANONICAL_SIDE / longer)), max(1, round(height * CANONICAL_SIDE / longer)))
+        planes = resize(rgb, size, "bilinear")
+    else:
+        planes = rgb.transpose(2, 0, 1)
+    red, green, blue = planes.astype(np.uint16)
+    return ((red * 77 + green * 150 + blue * 29 + 128) >> 8).astype(np.uint8)
+
+
+def _laplacian_variance(gray: np.ndarray) -> float:
+    if min(gray.shape) < 3:
+        return 0.0
+    values = gray.astype(np.int16)
+    laplacian = 4 * values[1:-1, 1:-1]
+    laplacian -= values[:-2, 1:-1]
+    laplacian -= values[2:, 1:-1]
+    laplacian -= values[1:-1, :-2]
+    laplacian -= values[1:-1, 2:]
+    return float(laplacian.var(dtype=np.float32))
+
+
+def _phash(gray: np.ndarray) -> int:
+    rows, columns = _low_frequencies(gray.shape[0]), _low_frequencies(gray.shape[1])
+    low = (rows @ gray.astype(np.float32)) @ columns.T
+    bits = low > np.median(low)
+    return int.from_bytes(np.packbits(bits.ravel()).tobytes(), "big")
+
+
+@lru_cache(maxsize=CANONICAL_SIDE + 1)
+def _low_frequencies(length: int) -> np.ndarray:
+    """float32 [8, length]: Lanczos resampling of an axis to 32 samples, then the first 8 terms of its DCT-II.
+
+    Both steps are linear, so one small matrix per axis does what ImageHash does in three passes.
+    """
+    identity = Image.fromarray(np.eye(length, dtype=np.float32))
+    resampling = np.asarray(identity.resize((32, length), Image.Resampling.LANCZOS)).T if length != 32 else np.eye(32)
+    frequency, sample = np.arange(8)[:, None], np.arange(32)[None, :]
+    transform = np.cos(np.pi * frequency * (2 * sample + 1) / 64)
+    return (transform @ resampling).astype(np.float32)
