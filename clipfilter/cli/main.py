@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated
 
-import click
 import typer
 
 from clipfilter.errors import ClipfilterError, RefusedError
@@ -23,8 +22,11 @@ app = typer.Typer(
 )
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived: leave at once, everything committed stays."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived: leave at once; everything committed stays."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
 
 
 def _version(value: bool) -> None:
@@ -37,7 +39,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -50,30 +54,26 @@ def main() -> None:
     runs.add_to(app)
     policies.add_to(app)
 
-    def terminate(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except click.exceptions.Abort:
-        _stop("interrupted; run the same command again to resume.", 130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except KeyboardInterrupt:
-        _stop("interrupted; run the same command again to resume.", 130)
-    except Terminated:
-        _stop("terminated; run the same command again to resume.", 143)
+        app()
+    except Interrupted as stop:
+        _stop("stopped; what is committed stays, run the same command again to resume.", 128 + stop.signum)
     except RefusedError as error:
         _stop(str(error), 2)
     except ClipfilterError as error:
         _stop(str(error), 1)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        _stop(f"stopped by the system: {error}; run the same command again to resume.", 1)
     except Exception as error:
-        logging.getLogger("clipfilter").exception("crash")
-        _stop(f"crashed: {type(error).__name__}: {error} (this is a bug, or a full disk or lost store; see above)", 1)
+        traceback.print_exc()
+        _stop(f"crashed: {type(error).__name__}: {error} (a bug: please report it with the lines above)", 1)
 
 
 def _stop(sentence: str, code: int) -> None:

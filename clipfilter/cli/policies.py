@@ -30,7 +30,7 @@ def show(policy: PolicyArgument) -> None:
 
 
 @policy_app.command("list")
-def list_packs() -> None:
+def packs() -> None:
     """List the policy packs that come with clipfilter."""
     from clipfilter.policies import pack_names
 

@@ -51,20 +51,13 @@ FACTS = pa.schema(
         ("cf_phash", pa.uint64()),
     ]
 )
-REASONS = pa.list_(
-    pa.struct(
-        [
-            ("rule", pa.string()),
-            ("band", pa.string()),
-            ("score", pa.float32()),
-            ("threshold", pa.float32()),
-            ("nearest", pa.string()),
-            ("contrast", pa.string()),
-        ]
-    )
-)
 #: Columns that a decision adds; a later decision replaces them.
 DECISION_COLUMNS = ("cf_similarity", "cf_decision", "cf_reasons")
+
+
+def decision_inputs() -> pa.Schema:
+    """What a policy's metadata rules may use besides the source's own columns."""
+    return pa.unify_schemas([IDENTITY, FACTS])
 
 
 def is_decision_column(name: str) -> bool:
@@ -136,7 +129,7 @@ def annotate(
     embeddings: pa.Table,
     dim: int,
     policy: CompiledPolicy | None,
-    thresholds: dict[str, float] | None,
+    thresholds: dict[str, float | None] | None,
 ) -> pa.Table:
     """The annotated rows of one shard: source and identity columns, then similarity, scores, decision and reasons.
 
@@ -145,7 +138,7 @@ def annotate(
     policy     : None after `embed` and `score`: decision and reasons are null.
     thresholds : the fixed numbers of dataset-level rules; None while they are not known (scores only).
     """
-    from clipfilter.policies.evaluate import similarity
+    from clipfilter.policies.evaluate import REASONS
 
     image = vectors(embeddings["image_emb"], dim)
     text, has_text = None, np.zeros(len(image), bool)
@@ -154,22 +147,43 @@ def annotate(
         has_text = np.asarray(embeddings["text_emb"].is_valid())
     if policy is None:
         n = rows.num_rows
-        cosine = similarity(image, text, has_text)
         added = pa.table(
             {
-                "cf_similarity": pa.array(cosine, pa.float32(), mask=~has_text),
+                "cf_similarity": pa.array(similarity(image, text), pa.float32(), mask=~has_text),
                 "cf_decision": pa.nulls(n, pa.string()),
                 "cf_reasons": pa.nulls(n, REASONS),
             }
         )
     else:
-        facts = rows
+        inputs = rows.append_column("cf_captions", _caption_lists(rows["cf_caption"]))
         for name in FACTS.names:
-            if name not in facts.column_names:
-                facts = facts.append_column(name, embeddings[name])
-        scores = policy.score(image, text, has_text, facts)
+            if name not in inputs.column_names:
+                inputs = inputs.append_column(name, embeddings[name])
+        scores = policy.score(image, text, has_text, inputs)
         decided = policy.decide(scores, thresholds) if thresholds is not None else None
         added = policy.annotation(scores, decided)
     for name in added.column_names:
         rows = rows.append_column(added.schema.field(name), added[name])
-    return rows.replace_schema_metadata(None)
+    return rows.replace_schema_metadata(added.schema.metadata)
+
+
+def similarity(image: np.ndarray, text: np.ndarray | None) -> np.ndarray:
+    """Cosines of float16 unit vectors, row by row: float32 [n], computed as a policy's alignment rule does."""
+    result = np.zeros(len(image), np.float32)
+    for start in range(0, len(image) if text is not None else 0, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        result[block] = np.vecdot(image[block].astype(np.float32), text[block].astype(np.float32))  # type: ignore[index]
+    return result
+
+
+def _caption_lists(captions: pa.ChunkedArray) -> pa.Array:
+    """Each caption as a list of one, null where there is none: the form in which sources give captions."""
+    values = captions.combine_chunks()
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], pa.string())
+    missing = values.is_null()
+    offsets = pa.array(np.arange(len(values) + 1), pa.int32())
+    return pa.ListArray.from_arrays(offsets, values, mask=missing)
+
+
+_BLOCK = 1024

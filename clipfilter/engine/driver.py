@@ -7,9 +7,13 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import pyarrow.parquet as pq
+
+from clipfilter.curation.fraction import fraction_thresholds
 from clipfilter.engine import ledger
 from clipfilter.engine.executors import Executor, Outcome
 from clipfilter.engine.plan import Plan
@@ -87,7 +91,7 @@ class StageRun:
         *,
         op: str,
         stage: str,
-        thresholds: dict[str, float] | None = None,
+        thresholds: dict[str, float | None] | None = None,
         retry_failed: bool = False,
         limit: int | None = None,
         display: Display | None = None,
@@ -266,21 +270,32 @@ def run_units(run: Directory, names: list[str], commits: list[dict[str, Any]]) -
         yield Unit(Shard.from_json(commit["shard"]), inputs)
 
 
-def fix_thresholds(directory: Directory, policy: Any, commits: list[dict[str, Any]]) -> dict[str, float]:
-    """The numbers of the dataset-level rules, computed once over all scored shards and then fixed (create-only)."""
-    import numpy as np
-    import pyarrow.parquet as pq
+def fix_thresholds(
+    directory: Directory, wanted: list[dict[str, Any]], commits: list[dict[str, Any]]
+) -> dict[str, float | None]:
+    """The numbers of the dataset-level rules, computed once over all scored shards and then fixed (create-only).
 
-    from clipfilter.curation.fraction import dataset_thresholds
+    wanted: the policy's `DatasetThreshold`s in JSON. Returns them by key; None where no row had a score.
+    """
+    fixed = "thresholds/000001.json"
+    if not directory.exists(fixed):
+        content: dict[str, Any] = {"shards": len(commits), "thresholds": {}, "evidence": {}}
+        for rule in sorted({item["of"] for item in wanted}):
+            items = [item for item in wanted if item["of"] == rule]
+            found = fraction_thresholds(
+                lambda rule=rule: _scores(directory, commits, rule),  # type: ignore[misc]
+                [(item["fraction"], item["tail"]) for item in items],
+            )
+            for item, threshold in zip(items, found, strict=True):
+                content["thresholds"][item["key"]] = threshold.value
+                content["evidence"][item["key"]] = asdict(threshold)
+        directory.create(fixed, (json.dumps(content, indent=1) + "\n").encode())
+    return dict(directory.read_json(fixed)["thresholds"])
 
-    def chunks(rule: str) -> Iterator[Any]:
-        for commit in commits:
-            if "scored" in commit["files"]:
-                with directory.open(commit["files"]["scored"]["name"]) as handle:
-                    column = pq.read_table(handle, columns=[f"cf_score.{rule}"]).column(0)
-                yield np.asarray(column.to_numpy(), np.float32)
 
-    thresholds, evidence = dataset_thresholds(policy, chunks)
-    content = {"thresholds": thresholds, "evidence": evidence, "shards": len(commits)}
-    directory.create("thresholds/000001.json", (json.dumps(content, indent=1) + "\n").encode())
-    return dict(directory.read_json("thresholds/000001.json")["thresholds"])
+def _scores(directory: Directory, commits: list[dict[str, Any]], rule: str) -> Iterator[np.ndarray]:
+    for commit in commits:
+        if "scored" in commit["files"]:
+            with directory.open(commit["files"]["scored"]["name"]) as handle:
+                column = pq.read_table(handle, columns=[f"cf_score.{rule}"]).column(0)
+            yield np.asarray(column.to_numpy(), np.float32)

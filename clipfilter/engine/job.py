@@ -191,7 +191,7 @@ def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], str]:
     old = existing.options if existing else {}
     if prepared.base:
         base = prepared.base[3]
-        return {"copy": False}, base.model.get("dtype", "fp32")
+        return {"copy": False, "decode": base.options["decode"]}, base.model.get("dtype", "fp32")
     options = {
         "decode": request.decode,
         "batch_size": request.batch_size or old.get("batch_size") or DEFAULT_BATCH_SIZE[device],
@@ -260,7 +260,7 @@ def _run(prepared: Preparation, executor: Executor, display: Display | None, beg
         plan = settle_plan(directory, plan)
         directory.abort_stale_uploads()
         startup = time.monotonic() - began
-        final, thresholds, processed = _stages(prepared, plan, executor, description["dataset_rules"], policy, display)
+        final, thresholds, processed = _stages(prepared, plan, executor, description["dataset_thresholds"], display)
         result = _finish(prepared, plan, executor, final, thresholds, processed, began, startup, description)
         log.info("version %s: %s", result.version, json.dumps(result.totals))
     return result
@@ -270,10 +270,9 @@ def _stages(
     prepared: Preparation,
     plan: Plan,
     executor: Executor,
-    dataset_rules: list[str],
-    policy: Policy | None,
+    dataset_thresholds: list[dict[str, Any]],
     display: Display | None,
-) -> tuple[StageResult, dict[str, float], int]:
+) -> tuple[StageResult, dict[str, float | None], int]:
     """One stage, or two with dataset-level rules; the final stage's result, thresholds, rows worked on."""
     request, directory = prepared.request, prepared.directory
 
@@ -293,12 +292,12 @@ def _stages(
     final = ledger.FINAL_STAGE[request.job]
     retry = {"retry_failed": request.retry_failed, "limit": request.limit}
     first_op = "embed" if prepared.source is not None else "decide"
-    if not dataset_rules:
+    if not dataset_thresholds:
         result, done = stage(first_op, final, units(), **retry)
         return result, {}, done
     first_op = "embed" if prepared.source is not None else "score"
     scored, done = stage(first_op, "scored", units(), **retry)
-    thresholds = fix_thresholds(directory, policy, scored.commits)
+    thresholds = fix_thresholds(directory, dataset_thresholds, scored.commits)
     if prepared.source is not None:
         again = run_units(directory, scored.names, scored.commits)
     else:
@@ -323,7 +322,7 @@ def _finish(
     plan: Plan,
     executor: Executor,
     final: StageResult,
-    thresholds: dict[str, float],
+    thresholds: dict[str, float | None],
     processed: int,
     began: float,
     startup: float,
@@ -345,9 +344,7 @@ def _finish(
     name, _ = ledger.write_version(directory, content)
     seconds = time.monotonic() - began
     exit_code, messages = _judge(totals, failed_shards, request.max_failures)
-    if description["uncalibrated"]:
-        rules = ", ".join(description["uncalibrated"])
-        messages.append(f"thresholds of {rules} are not calibrated for {plan.model['model']}: check some decisions by eye.")
+    messages += description["warnings"]
     result = JobResult(
         directory.url, name, plan, totals, failed_shards, seconds, startup, processed, executor.name, exit_code, messages
     )

@@ -118,7 +118,7 @@ def decide_shard(
     failed: pa.Table,
     dim: int,
     policy: CompiledPolicy,
-    thresholds: dict[str, float] | None,
+    thresholds: dict[str, float | None] | None,
     sink: Sink,
     *,
     copy: bool,

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter.engine.columns import FAILED, is_decision_column
+from clipfilter.engine.columns import FAILED, decision_inputs, is_decision_column
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.ledger import FINAL_STAGE, CommitName, write_commit
@@ -64,7 +64,7 @@ class Task:
     isolated: bool = False
     row_cap: int | None = None
     inputs: dict[str, Any] | None = None
-    thresholds: dict[str, float] | None = None
+    thresholds: dict[str, float | None] | None = None
     attempt: int = 1
 
     def to_json(self) -> dict[str, Any]:
@@ -84,9 +84,14 @@ class Worker:
         # Arrow's own pool would compete with the encoder for the same cores.
         pa.set_cpu_count(max(1, spec.threads))
         self.encoder = load_encoder(spec.model, device=spec.device, dtype=spec.dtype, threads=spec.threads)
-        policy = Policy.from_canonical(spec.policy) if spec.policy else None
-        self.policy = compile_policy(policy, self.encoder) if policy else None
-        self.source = None if spec.job == "filter" else Source.from_plan(spec.source)
+        filtering = spec.job == "filter"
+        source = Source.from_plan(spec.source["source"] if filtering else spec.source)
+        self.source = None if filtering else source
+        self.policy = None
+        if spec.policy is not None:
+            policy = Policy.from_canonical(spec.policy)
+            self.policy = compile_policy(policy, self.encoder, decode=spec.options["decode"])
+            self.policy.check_columns(pa.schema([*source.schema, *decision_inputs()]))
         self.rows_done = 0
         self._encoder_turn = threading.Lock()
         self._progress = threading.Lock()
@@ -101,8 +106,8 @@ class Worker:
         return {
             "fingerprint": self.encoder.fingerprint,
             "dim": self.encoder.dim,
-            "dataset_rules": list(self.policy.dataset_rules) if self.policy else [],
-            "uncalibrated": list(self.policy.uncalibrated) if self.policy else [],
+            "dataset_thresholds": [asdict(item) for item in self.policy.dataset_thresholds] if self.policy else [],
+            "warnings": list(self.policy.warnings) if self.policy else [],
             "machine": machine(),
         }
 
@@ -110,9 +115,7 @@ class Worker:
         """Do the task and commit it; the commit of an earlier attempt wins and is returned in its place."""
         shard = Shard.from_json(task.shard)
         started = time.time()
-        copies = self.source if self.spec.options.get("copy") else None
-        if task.op != "embed" and copies is None and self.spec.job == "run" and self.spec.options.get("copy"):
-            copies = Source.from_plan(self.spec.source)
+        copies = self.source if self.spec.options["copy"] else None
         writer = ShardWriter(self.directory, shard, copies, score_columns_only=self.spec.job == "filter")
         try:
             report, extra = self._embed(task, shard, writer) if task.op == "embed" else self._decide(task, shard, writer)
@@ -223,7 +226,7 @@ class Worker:
                 thresholds = None if task.op == "score" else task.thresholds or {}
                 report = decide_shard(
                     rows, embeddings, failed, self.encoder.dim, self.policy, thresholds, writer,
-                    copy=same_run and bool(self.spec.options.get("copy")),
+                    copy=same_run and self.spec.options["copy"],
                 )  # fmt: skip
             if not same_run and task.op == "decide":
                 writer.failed(failed)
