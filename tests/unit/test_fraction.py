@@ -23,7 +23,7 @@ from clipfilter.policies import parse_policy
 
 
 def datacomp(scores: np.ndarray, fraction: float) -> tuple[float, int]:
-    """DataComp's own lines (baselines: n = int(len * f); threshold = -np.sort(-scores)[n]; keep >=); f = 1 keeps all."""
+    """DataComp's lines (n = int(len * f); threshold = -np.sort(-scores)[n]; keep >=), but f = 1 keeps all."""
     scores = scores[~np.isnan(scores)]
     n = int(len(scores) * fraction)
     ordered = -np.sort(-scores)
