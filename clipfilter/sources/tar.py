@@ -313,7 +313,7 @@ def _members(read_at: ReadAt, walk: _Walk, pos: int = 0) -> Iterator[_Raw]:
 
         records = {**everywhere, **extended}
         name = records.get("path") or long_name or _plain_name(header)
-        regular = kind in b"0\x007" and not (kind == b"\0" and name.endswith(b"/"))
+        regular = kind in b"0\x007"
         if any(record.startswith("GNU.sparse") for record in records):
             regular = False
         if kind in b"123456":  # links, devices, folders: whatever their size says, no data follow
@@ -337,7 +337,8 @@ def _members(read_at: ReadAt, walk: _Walk, pos: int = 0) -> Iterator[_Raw]:
             walk.damage = start
             walk.cut_name = name if regular else None
             return
-        yield _Raw(name, start, offset, size, regular)
+        if kind != b"5" and not name.endswith(b"/"):
+            yield _Raw(name, start, offset, size, regular)
         pos = offset + _padded(size)
         start = pos
         long_name = None
