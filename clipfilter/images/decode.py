@@ -37,6 +37,7 @@ _PLUGINS = {
     "avif": AvifImagePlugin.AvifImageFile,
 }
 _ORIENTATION_TAG = 0x0112
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _WHITE = (255, 255, 255)
 
 
@@ -103,10 +104,11 @@ def _jpeg(data: bytes, header: Header, min_side: int | None, max_pixels: int) ->
     divisor = jpeg_scale(header.width, header.height, min_side)
     try:
         if divisor == 1:
-            return simplejpeg.decode_jpeg(data)
-        return simplejpeg.decode_jpeg(
-            data, min_height=-(-header.height // divisor), min_width=-(-header.width // divisor)
-        )
+            rgb: np.ndarray = simplejpeg.decode_jpeg(data)
+        else:
+            height, width = -(-header.height // divisor), -(-header.width // divisor)
+            rgb = simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
+        return rgb
     except ValueError:
         # An error or a mere warning of libjpeg-turbo. Pillow tells them apart: it accepts what can be shown whole and
         # refuses what is cut off.
@@ -139,12 +141,12 @@ def _to_rgb(image: Image.Image, header: Header, frame: tuple[int, int, int, int]
     key = image.info.get("transparency")
     if header.depth == 16 and isinstance(key, tuple):  # Pillow keeps the high bytes of the pixels, but not of the key
         image.info["transparency"] = tuple(value >> 8 for value in key)
-    if key is None and "A" not in image.mode and "a" not in image.mode and image.mode != "PA":
-        if frame is None or frame == (0, 0, *image.size):
-            return np.asarray(image.convert("RGB"))
+    partial = frame is not None and frame != (0, 0, *image.size)
+    if key is None and not partial and image.mode not in _ALPHA_MODES:
+        return np.asarray(image.convert("RGB"))
     rgba = image.convert("RGBA")
     alpha = rgba.getchannel("A")
-    if frame is not None and frame != (0, 0, *image.size):  # the canvas around a smaller first frame is empty
+    if frame is not None and partial:  # the canvas around a smaller first frame is empty
         drawn = Image.new("L", image.size, 0)
         drawn.paste(alpha.crop(frame), frame)
         alpha = drawn
@@ -159,7 +161,7 @@ def _deep_gray(values: np.ndarray, mode: str, transparent: object) -> np.ndarray
     """Gray of 16 or 32 bits, or floating point, as uint8 [h, w, 3].
 
     16 bits keep their high byte, as Pillow does for 16-bit colour. 32-bit and float files do not say what white is:
-    values within 0..1 (float), 0..255 or 0..65535 are taken at that scale, others are stretched from minimum to maximum.
+    values within 0..1 (float), 0..255 or 0..65535 are taken at that scale, others stretched from minimum to maximum.
     """
     if mode.startswith("I;16"):
         gray = (values >> 8).astype(np.uint8)

@@ -60,7 +60,8 @@ def _canonical_luma(rgb: np.ndarray) -> np.ndarray:
     else:
         planes = rgb.transpose(2, 0, 1)
     red, green, blue = planes.astype(np.uint16)
-    return ((red * 77 + green * 150 + blue * 29 + 128) >> 8).astype(np.uint8)
+    luma: np.ndarray = (red * 77 + green * 150 + blue * 29 + 128) >> 8
+    return luma.astype(np.uint8)
 
 
 def _laplacian_variance(gray: np.ndarray) -> float:

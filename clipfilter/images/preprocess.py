@@ -62,34 +62,44 @@ def prepare(rgb: np.ndarray, cfg: PreprocessConfig) -> np.ndarray:
     Identical means: `prepare(rgb, cfg) / 255, minus mean, over std` in float32 and in torchvision's order gives the
     very bits of `open_clip.transform.image_transform(...)(Image.fromarray(rgb))`.
     """
-    height, width = rgb.shape[:2]
-    image = Image.fromarray(rgb)
-    resample = _RESAMPLE[cfg.interpolation]
-    target = _resized_size(width, height, cfg)
-    if target[0] * target[1] > _MAX_RESIZED_PIXELS:
-        square = _resize_cropped(image, target, cfg.size, resample)
-    else:
-        resized = image if image.size == target else image.resize(target, resample)
-        square = _centre_crop_or_pad(resized, cfg.size, cfg.fill_color)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    return crop(resized(rgb, cfg, exact=True), cfg)
 
 
 def prepare_fast(rgb: np.ndarray, cfg: PreprocessConfig) -> np.ndarray:
     """`prepare` with SIMD resizing: the same geometry, pixel values within 2 levels."""
-    height, width = rgb.shape[:2]
-    new_width, new_height = _resized_size(width, height, cfg)
-    if (new_width, new_height) == (width, height) or new_width * new_height > _MAX_RESIZED_PIXELS:
-        return prepare(rgb, cfg)
-    from clipfilter.images.resize import resize
+    return crop(resized(rgb, cfg, exact=False), cfg)
 
-    planes = resize(rgb, (new_width, new_height), cfg.interpolation)
+
+def resized(rgb: np.ndarray, cfg: PreprocessConfig, *, exact: bool) -> np.ndarray:
+    """The first half of `prepare`: uint8 [3, h', w'], the whole picture before crop and padding.
+
+    Only of an extreme strip (above `_MAX_RESIZED_PIXELS` when resized) it is the centre square.
+    """
+    height, width = rgb.shape[:2]
+    target = _resized_size(width, height, cfg)
+    if target == (width, height):
+        return rgb.transpose(2, 0, 1)
+    if target[0] * target[1] > _MAX_RESIZED_PIXELS:
+        image = _resize_cropped(Image.fromarray(rgb), target, cfg.size, _RESAMPLE[cfg.interpolation])
+    elif exact:
+        image = Image.fromarray(rgb).resize(target, _RESAMPLE[cfg.interpolation])
+    else:
+        from clipfilter.images.resize import resize
+
+        return resize(rgb, target, cfg.interpolation)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def crop(planes: np.ndarray, cfg: PreprocessConfig) -> np.ndarray:
+    """The second half of `prepare`: `planes` (uint8 [3, h, w]) cropped or padded about the centre, contiguous."""
     size = cfg.size
-    if new_width < size or new_height < size:
-        padded = np.full((3, max(size, new_height), max(size, new_width)), cfg.fill_color, dtype=np.uint8)
-        top, left = max(0, size - new_height) // 2, max(0, size - new_width) // 2
-        padded[:, top : top + new_height, left : left + new_width] = planes
-        planes, new_height, new_width = padded, padded.shape[1], padded.shape[2]
-    left, top = crop_offset(new_width, size), crop_offset(new_height, size)
+    height, width = planes.shape[1:]
+    if width < size or height < size:
+        padded = np.full((3, max(size, height), max(size, width)), cfg.fill_color, dtype=np.uint8)
+        top, left = max(0, size - height) // 2, max(0, size - width) // 2
+        padded[:, top : top + height, left : left + width] = planes
+        planes, height, width = padded, padded.shape[1], padded.shape[2]
+    top, left = crop_offset(height, size), crop_offset(width, size)
     return np.ascontiguousarray(planes[:, top : top + size, left : left + size])
 
 
@@ -117,16 +127,3 @@ def _resize_cropped(image: Image.Image, target: tuple[int, int], size: int, resa
     scale_x, scale_y = image.width / target[0], image.height / target[1]
     box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
     return image.resize((size, size), resample, box=box)
-
-
-def _centre_crop_or_pad(image: Image.Image, size: int, fill: int) -> Image.Image:
-    width, height = image.size
-    if (width, height) == (size, size):
-        return image
-    if width < size or height < size:
-        pad_x, pad_y = max(0, size - width), max(0, size - height)
-        padded = Image.new("RGB", (width + pad_x, height + pad_y), (fill, fill, fill))
-        padded.paste(image, (pad_x // 2, pad_y // 2))
-        image, (width, height) = padded, padded.size
-    left, top = crop_offset(width, size), crop_offset(height, size)
-    return image.crop((left, top, left + size, top + size))

@@ -179,7 +179,7 @@ PHOTOS = (
     _music("orchestra", "orchestra", "ABC Informática", PD, "Orchestra_of_the_18th_Century.jpg",
            "An orchestra plays on the stage of a concert hall."),
     _music("mexico", "mariachi", "Elidealista", CC0, "Wikipedia_10_Guadalajara_-_Mariachi.jpg",
-           "Musicians play guitars and a trumpet outdoors."),
+           "Musicians with guitars play together outdoors."),
     _lomiri("Picture_0B_by_freespace", "fig", 'Trevor "Freespace"', BY4, "Half a fig lies in an orange bowl."),
     _lomiri("Picture_1A_by_freespace", "paintbrushes", 'Trevor "Freespace"', BY4, "Paintbrushes covered in bright colours."),
     _lomiri("Wine_by_Jakkub_Mede", "wine", "Jakub Mede", BY4,
