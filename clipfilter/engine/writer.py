@@ -72,7 +72,7 @@ class ShardWriter:
 
     def _parquet(self, table: pa.Table, folder: str) -> None:
         path = self._folder / folder
-        pq.write_table(table, path, compression="zstd", row_group_size=_ROW_GROUP)
+        pq.write_table(table.cast(parquet_schema(table.schema)), path, compression="zstd", row_group_size=_ROW_GROUP)
         self._publish(path, folder, ".parquet", table.num_rows)
 
     def _publish(self, path: Path, folder: str, extension: str, rows: int, prefix: str = "") -> None:
@@ -81,3 +81,28 @@ class ShardWriter:
         name = f"{folder}/{prefix}{self._shard.id}-{digest[:HASH_LENGTH]}{extension}"
         self._directory.publish(path, name)
         self.files[folder] = {"name": name, "rows": rows, "bytes": size, "sha256": digest}
+
+
+def parquet_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema with list items named "element", as Parquet has them.
+
+    A table that was read from Parquet has that name, one made in memory has "item"; without this their files differ.
+    """
+    return pa.schema([field.with_type(_parquet_type(field.type)) for field in schema], metadata=schema.metadata)
+
+
+def _parquet_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_parquet_type(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_element(kind))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_element(kind))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_element(kind), kind.list_size)
+    return kind
+
+
+def _element(kind: pa.DataType) -> pa.Field:
+    inner = kind.value_field
+    return pa.field("element", _parquet_type(inner.type), inner.nullable, inner.metadata)
