@@ -1,4 +1,4 @@
-"""Encoded images for tests: broken ones with the error class they must give, tricky ones with the colours they must show."""
+"""Encoded images for tests: broken ones with their error class, tricky ones with the colours they must show."""
 
 from __future__ import annotations
 
