@@ -88,7 +88,7 @@ class Parquet:
         with ExitStack() as stack:
             file, path = _first_readable(location, found, stack)
             schema = file.schema_arrow
-            sample = next(file.iter_batches(batch_size=32), None) if file.metadata.num_rows else None
+            sample = _sample(file)
             where = location.url(path)
             column, how = _find_image(schema, sample, options.image_column, where)
             caption = _find_caption(schema, options.caption_column, column if how == "bytes" else None, where)
@@ -580,6 +580,14 @@ def _first_readable(location: Location, found: Found, stack: ExitStack) -> tuple
         f"{where} is not a readable Parquet file ({' '.join(str(problem).split())[:200]}); "
         "it is probably incomplete: copy or write it again."
     )
+
+
+def _sample(file: pq.ParquetFile) -> pa.RecordBatch | None:
+    """The first rows, where they can be read."""
+    try:
+        return next(file.iter_batches(batch_size=32, row_groups=[0]), None) if file.metadata.num_rows else None
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def _listing(schema: pa.Schema) -> str:

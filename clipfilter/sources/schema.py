@@ -137,7 +137,7 @@ def fit_records(
     """
     misfits: list[dict[str, Any] | None] = list(unfit) or [None] * len(records)
     known = set(schema.names)
-    travelled = [{travel_name(name): value for name, value in record.items()} for record in records]
+    travelled = [_travelling(record) for record in records]
     columns = []
     for item in schema:
         values = [record.get(item.name) for record in travelled]
@@ -149,6 +149,15 @@ def fit_records(
             left = _misfit(misfits, row)
             left.update({name: value for name, value in record.items() if travel_name(name) not in known})
     return columns, [None if left is None else json_text(left) for left in misfits]
+
+
+def _travelling(record: dict[str, Any]) -> dict[str, Any]:
+    """A record under the names its fields travel by; a cf_x goes before a cf_prev_x."""
+    if not any(name.startswith("cf_") for name in record):
+        return record
+    renamed = {travel_name(name): value for name, value in record.items()}
+    renamed.update({travel_name(name): value for name, value in record.items() if travel_name(name) != name})
+    return renamed
 
 
 def _misfit(misfits: list[dict[str, Any] | None], row: int) -> dict[str, Any]:

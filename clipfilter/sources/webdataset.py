@@ -99,7 +99,7 @@ class Webdataset:
             "image_extension": wanted,
             "text_extension": texts_named,
             "caption_field": caption if caption and not texts_named else None,
-            "caption_guesses": guessed,
+            "caption_guesses": [] if texts_named else guessed,
             "sidecar": sidecar is not None,
             "stats": found.stats,
             "has_captions": bool(captioned or caption) if records else None,
