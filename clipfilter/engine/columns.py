@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from clipfilter.errors import RowError
 
 if TYPE_CHECKING:
     from clipfilter.engine.decoding import Image
+    from clipfilter.models import Encoder
     from clipfilter.policies import CompiledPolicy
 
 #: Identity columns of every annotated row, after the source's own columns.
@@ -127,7 +129,7 @@ def failed_table(shard: str, rows: pa.Table, errors: Sequence[RowError]) -> pa.T
 def annotate(
     rows: pa.Table,
     embeddings: pa.Table,
-    dim: int,
+    encoder: Encoder,
     policy: CompiledPolicy | None,
     thresholds: dict[str, float | None] | None,
 ) -> pa.Table:
@@ -140,6 +142,7 @@ def annotate(
     """
     from clipfilter.policies.evaluate import REASONS
 
+    dim = encoder.dim
     image = vectors(embeddings["image_emb"], dim)
     text, has_text = None, np.zeros(len(image), bool)
     if "text_emb" in embeddings.column_names:
@@ -164,7 +167,20 @@ def annotate(
         added = policy.annotation(scores, decided)
     for name in added.column_names:
         rows = rows.append_column(added.schema.field(name), added[name])
-    return rows.replace_schema_metadata(added.schema.metadata)
+    return rows.replace_schema_metadata({"clipfilter": json.dumps(_record(policy, encoder))} if policy else None)
+
+
+def _record(policy: CompiledPolicy, encoder: Encoder) -> dict[str, Any]:
+    """What every annotated file says about the decision it holds, so that it can be read apart from its run."""
+    return {
+        "policy": policy.policy.name,
+        "version": policy.policy.version,
+        "policy_sha256": policy.policy.sha256,
+        "prompts_sha256": policy.prompts_sha256,
+        "model": policy.model,
+        "weights_sha256": encoder.fingerprint["weights_sha256"],
+        "uncalibrated": list(policy.uncalibrated),
+    }
 
 
 def similarity(image: np.ndarray, text: np.ndarray | None) -> np.ndarray:

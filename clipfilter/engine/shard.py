@@ -100,7 +100,7 @@ def process_shard(
     sink.embeddings(embedded.embeddings)
     sink.failed(embedded.failed)
     final = policy is None or not policy.dataset_rules
-    table = annotate(embedded.rows, embedded.embeddings, encoder.dim, policy, {} if policy and final else None)
+    table = annotate(embedded.rows, embedded.embeddings, encoder, policy, {} if policy and final else None)
     sink.annotated(table, final=final)
     report = _report(table, embedded.failed, final and policy is not None)
     if final and policy is not None:
@@ -116,7 +116,7 @@ def decide_shard(
     rows: pa.Table,
     embeddings: pa.Table,
     failed: pa.Table,
-    dim: int,
+    encoder: Encoder,
     policy: CompiledPolicy,
     thresholds: dict[str, float | None] | None,
     sink: Sink,
@@ -128,7 +128,7 @@ def decide_shard(
     rows: annotated rows of an earlier run; its decision columns must already be removed. thresholds: the fixed
     numbers of dataset-level rules, or None to score only.
     """
-    table = annotate(rows, embeddings, dim, policy, thresholds)
+    table = annotate(rows, embeddings, encoder, policy, thresholds)
     sink.annotated(table, final=thresholds is not None)
     if thresholds is not None and copy:
         copy_decided(table, sink)

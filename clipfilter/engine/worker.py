@@ -225,7 +225,7 @@ class Worker:
                 embeddings = pa.ipc.open_file(pa.memory_map(str(local["embeddings"]))).read_all()
                 thresholds = None if task.op == "score" else task.thresholds or {}
                 report = decide_shard(
-                    rows, embeddings, failed, self.encoder.dim, self.policy, thresholds, writer,
+                    rows, embeddings, failed, self.encoder, self.policy, thresholds, writer,
                     copy=same_run and self.spec.options["copy"],
                 )  # fmt: skip
             if not same_run and task.op == "decide":
