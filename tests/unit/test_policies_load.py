@@ -336,3 +336,27 @@ def test_loading_runs_no_heavy_import() -> None:
         "assert not {'torch', 'ray', 'open_clip'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, GOOD], check=True, timeout=60)
+
+
+def test_every_example_of_the_reference_loads() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "policy.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 6
+    for block in blocks:
+        whole = block if block.startswith("policy:") else "policy: p\nversion: 1\nrules:\n" + block
+        assert parse_policy(whole).rules
+    sentence = re.search(r"```text\npolicy.yaml:9:7: (.*?)\n```", text)
+    assert sentence
+    with pytest.raises(RefusedError, match=re.escape(sentence[1])):
+        parse_policy(GOOD.replace("but_not", "butnot"))
+
+
+def test_the_reference_names_every_key_and_every_ensemble() -> None:
+    from clipfilter.policies.columns import BUILTINS
+    from clipfilter.policies.schema import Band, Calibration, Concept, Rule
+
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "policy.md").read_text()
+    keys = {name for model in (Policy, Rule, Concept, Band, Calibration) for name in model.model_fields}
+    assert [name for name in (*keys, *TEMPLATES, *BUILTINS) if name not in text] == []
+    for name, templates in TEMPLATES.items():
+        assert name == "none" or f"`{name}` ({len(templates)}" in text
