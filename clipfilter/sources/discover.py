@@ -96,9 +96,9 @@ def _reason(error: BaseException) -> str:
 
 def locate(url: str) -> Location:
     """The root and pattern that `url` means; raises RefusedError when nothing is there."""
-    url = storage.normalise(url)
-    if url.startswith(("pipe:", "rtsp:", "gopen:")):
+    if url.startswith("pipe:"):
         raise RefusedError(f"{url} would start a program; give a path or an fsspec URL such as s3://bucket/folder.")
+    url = storage.normalise(url)
     fs, path = storage.filesystem(url)
     with refusing(url):
         special = re.search(r"[*?\[{]", path)
@@ -122,10 +122,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
     opening = pattern.find("{")
     while opening >= 0:
         closing = _closing(pattern, opening)
-        if closing < 0:
-            break
-        inner = pattern[opening + 1 : closing]
-        choices = _choices(inner)
+        choices = _choices(pattern[opening + 1 : closing]) if closing > 0 else None
         if choices is not None:
             head, tail = pattern[:opening], pattern[closing + 1 :]
             for choice in choices:
@@ -152,7 +149,8 @@ def _choices(inner: str) -> Iterator[str] | None:
     span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inner)
     if span:
         first, last = span.groups()
-        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        padded = any(len(digits) > 1 and digits.startswith("0") for digits in (first, last))
+        width = max(len(first), len(last)) if padded else 0
         low, high = int(first), int(last)
         numbers = range(low, high + 1) if low <= high else range(low, high - 1, -1)
         return (str(number).zfill(width) for number in numbers)

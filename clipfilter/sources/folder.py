@@ -83,6 +83,7 @@ class ImageFolder:
                 rows = tables.sample(location.root, name, _SAMPLE_TABLE_ROWS)
                 records += rows
                 table_fields.update(field for row in rows for field in row)
+        source.columns = infer_record_schema(records)  # the csv columns' types, for what follows
         for number, image in enumerate(found.images[:_SAMPLE_IMAGES]):
             record, _, texts = source._read_beside(source._job(number, image))
             records.append(record)

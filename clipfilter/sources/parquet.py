@@ -574,8 +574,14 @@ def _first_readable(location: Location, found: Found, stack: ExitStack) -> tuple
         except (pa.ArrowException, ValueError) as error:
             problem = error
             continue
+        except FileNotFoundError:
+            if len(found.parquets) == 1:
+                raise
+            continue
         return file, path
     where = location.url(found.parquets[0][0])
+    if problem is None:
+        raise FileNotFoundError(where)
     raise RefusedError(
         f"{where} is not a readable Parquet file ({' '.join(str(problem).split())[:200]}); "
         "it is probably incomplete: copy or write it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import threading
@@ -109,18 +110,16 @@ def gunzip(piece: bytes, source: Any, target: Any, limit: int | None = None) -> 
             piece = inflate.unconsumed_tail or source.read(_PIECE)
 
 
-def read_prefix(url: str, size: int) -> tuple[bytes, bool]:
-    """The first `size` bytes of a tar (unzipped where it is zipped) and whether that is all of it."""
-    import io
-
+def read_prefix(url: str, size: int) -> bytes:
+    """About the first `size` bytes of a tar, unzipped where it is zipped."""
     fs, path = storage.filesystem(url)
     with fs.open(path, "rb", block_size=min(size, _PIECE)) as source:
-        data = source.read(size)
+        data: bytes = source.read(size)
         if data[:2] == _GZIP_MAGIC:
             target = io.BytesIO()
             gunzip(data, source, target, size)
-            return target.getvalue(), False
-        return data, len(data) < size
+            return target.getvalue()
+        return data
 
 
 def check_unchanged(fs: Any, path: str, url: str, etag: str) -> None:
@@ -128,5 +127,3 @@ def check_unchanged(fs: Any, path: str, url: str, etag: str) -> None:
     if storage.etag(fs.info(path)) != etag:
         raise ShardError(f"{url} has changed since it was listed; run again to process the new content.")
 
-
-__all__ = ["TarCache", "check_unchanged", "gunzip", "read_prefix"]

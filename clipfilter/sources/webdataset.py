@@ -59,10 +59,15 @@ class Webdataset:
         extensions: set[str] = set()
         captioned = False
         images = 0
+        refused: RefusedError | None = None
         for path, _ in found.tars[:_SAMPLE_TARS]:
             url = location.url(path)
-            with refusing(url):
-                data, _ = read_prefix(url, _SAMPLE_BYTES)
+            try:
+                with refusing(url):
+                    data = read_prefix(url, _SAMPLE_BYTES)
+            except RefusedError as error:
+                refused = refused or error
+                continue
             index = index_tar(lambda size, offset, data=data: data[offset : offset + size], len(data), wanted)
             extensions.update(index.extensions)
             images += sum(1 for number in index.images if number >= 0)
@@ -74,6 +79,8 @@ class Webdataset:
                 captioned |= any(text.strip() for text in texts)
             if len(records) >= _SAMPLE_ROWS // 2:
                 break
+        if refused is not None and not extensions:
+            raise refused
         where = location.url(found.tars[0][0])
         if not images and not any(is_image(extension, wanted) for extension in extensions) and extensions:
             listed = ", ".join(sorted(extensions)[:20])
