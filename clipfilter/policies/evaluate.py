@@ -316,10 +316,13 @@ def _strongest(plan: ConceptPlan, cosines: np.ndarray, rows: np.ndarray, groups:
     """Column with the highest cosine in these groups for each of the rows, int32; -1 where there are no groups."""
     if not groups:
         return np.full(len(rows), -1, dtype=np.int32)
-    columns = np.concatenate([np.arange(*plan.bounds[group], dtype=np.int32) for group in groups])
-    # Phrases side by side per row, which is the order argmax is fast in.
-    part = np.ascontiguousarray(cosines[columns[:, None], rows[None, :]].T)
-    return np.asarray(columns[part.argmax(axis=1)])
+    parts = [cosines[slice(*plan.bounds[group])].take(rows, axis=1) for group in groups]
+    best = (parts[0] if len(parts) == 1 else np.concatenate(parts)).argmax(axis=0)
+    start = plan.bounds[groups[0]][0]
+    if len(groups) == 1:
+        return np.asarray(best + start, dtype=np.int32)
+    first = len(parts[0])
+    return np.where(best < first, best + start, best - first + plan.bounds[groups[1]][0]).astype(np.int32)
 
 
 def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
