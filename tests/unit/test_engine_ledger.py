@@ -1,0 +1,136 @@
+"""Plans, commits and versions: create-only, first one wins, a different plan is refused."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clipfilter.engine import ledger
+from clipfilter.engine.plan import Plan, read_plan, settle_plan
+from clipfilter.errors import RefusedError
+from clipfilter.storage import Directory, file_sha256
+
+PLAN = Plan(
+    job="run",
+    source={"url": "/data", "kind": "webdataset"},
+    policy={"policy": "p", "rules": []},
+    policy_sha256="a" * 64,
+    model={"model": "nano@1", "weights_sha256": "b" * 64},
+    options={"batch_size": 64, "decode": "fast"},
+    text_column=True,
+)
+
+
+def commit(shard: str, rows: int = 3, **more: object) -> dict:
+    counts = {"rows": rows, "failed": 1, "decided": rows - 1, "keep": rows - 1, "review": 0, "reject": 0, "embedded": 2}
+    return {"shard": {"id": shard}, "counts": counts, "failed_by_class": {"decode_error": 1}, "rules": {}, **more}
+
+
+def test_an_equal_plan_is_accepted_and_a_different_one_refused_by_name(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path / "out"))
+    assert settle_plan(directory, PLAN) == PLAN
+    assert settle_plan(directory, PLAN) == PLAN
+    other = replace(PLAN, options={"batch_size": 32, "decode": "fast"})
+    with pytest.raises(RefusedError, match=r"options\.batch_size was 64, now 32.*another --out"):
+        settle_plan(directory, other)
+    assert read_plan(directory) == PLAN
+    assert read_plan(directory).sha256 == PLAN.sha256 != other.sha256  # type: ignore[union-attr]
+
+
+def test_a_plan_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"format": 99, "created_by": "clipfilter 9"}')
+    with pytest.raises(RefusedError, match="clipfilter 9"):
+        read_plan(Directory(str(tmp_path)))
+
+
+def test_of_many_writers_exactly_one_creates_a_commit(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path))
+    name = ledger.CommitName("0" * 16, "decided", 1)
+
+    def attempt(number: int) -> tuple[dict, bool]:
+        return ledger.write_commit(Directory(str(tmp_path)), name, {"attempt": number})
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(attempt, range(24)))
+    assert sum(created for _, created in results) == 1
+    assert len({result["attempt"] for result, _ in results}) == 1
+    assert directory.list("commits") == ["0" * 16 + ".decided.001.json"]
+
+
+def test_the_newest_generation_of_each_stage_counts(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path))
+    for generation in (1, 2, 10):
+        ledger.write_commit(directory, ledger.CommitName("a" * 16, "decided", generation), {})
+    ledger.write_commit(directory, ledger.CommitName("a" * 16, "scored", 1), {})
+    (tmp_path / "commits" / "notes.txt").write_text("not a commit")
+    found = ledger.list_commits(directory)
+    assert {key: name.generation for key, name in found.items()} == {
+        ("a" * 16, "decided"): 10,
+        ("a" * 16, "scored"): 1,
+    }
+
+
+def test_versions_count_up_and_an_unchanged_dataset_makes_none(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path))
+    assert ledger.latest_version(directory) is None
+    first = {"commits": ["commits/a"], "totals": {"rows": 3}}
+    assert ledger.write_version(directory, first)[0] == "000001"
+    assert ledger.write_version(directory, first)[0] == "000001"
+    assert ledger.write_version(directory, {**first, "commits": ["commits/b"]})[0] == "000002"
+    assert ledger.latest_version(directory)[1]["version"] == 2  # type: ignore[index]
+
+
+def test_totals_are_sums_and_name_failure_classes() -> None:
+    totals = ledger.totals_of([commit("a"), commit("b", 5, damaged=True, bytes_unread=7)], [{"shard": "c"}])
+    assert (totals["rows"], totals["decided"], totals["failed"]) == (8, 6, 2)
+    assert totals["failed_by_class"] == {"decode_error": 2}
+    assert (totals["failed_shards"], totals["damaged_shards"], totals["bytes_unread"]) == (1, 1, 7)
+
+
+def test_nothing_unfinished_is_ever_visible(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path / "out"))
+    part = directory.scratch() / "part"
+    part.write_bytes(b"x" * 1000)
+    assert directory.list("annotated") == []
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".tmp"]
+    directory.publish(part, "annotated/a-1.parquet")
+    assert directory.list("annotated") == ["a-1.parquet"]
+    directory.clean_scratch(stale_only=False)
+    assert not (tmp_path / "out" / ".tmp").exists()
+
+
+def test_scratch_of_dead_processes_is_removed_and_that_of_living_ones_kept(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path / "out"))
+    own = directory.scratch()
+    host = own.name.rsplit("-", 2)[0]
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    dead = own.parent / f"{host}-{child}-abcdefgh"
+    elsewhere = own.parent / "another-host-1-abcdefgh"
+    dead.mkdir()
+    elsewhere.mkdir()
+    directory.clean_scratch(stale_only=True)
+    assert own.exists()
+    assert elsewhere.exists()
+    assert not dead.exists()
+
+
+def test_a_folder_is_published_whole_and_hashed_by_names_and_contents(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path / "out"))
+    for attempt in range(2):
+        folder = directory.scratch() / f"kept{attempt}"
+        (folder / "b").mkdir(parents=True)
+        (folder / "b" / "1.jpg").write_bytes(b"one")
+        (folder / "a.jpg").write_bytes(b"two")
+        digest = file_sha256(folder)
+        directory.publish(folder, f"kept/{digest[:16]}")
+    assert directory.list("kept") == [digest[:16]]
+    assert file_sha256(tmp_path / "out" / "kept" / digest[:16]) == digest
+    (tmp_path / "out" / "kept" / digest[:16] / "a.jpg").write_bytes(b"2wo")
+    assert file_sha256(tmp_path / "out" / "kept" / digest[:16]) != digest
