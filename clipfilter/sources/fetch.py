@@ -166,37 +166,47 @@ def fetch_in_order(
 ) -> Iterator[R]:
     """`fetch(item)` for every item, in their order, `workers` at a time; `size` says how many bytes a result holds.
 
-    No further item is taken up while more than `max_bytes` lie fetched and not yet asked for, so memory holds about
-    that much and at most `workers` images beyond.
+    While more than `max_bytes` lie fetched and not yet asked for, no further fetch begins (but for the one being
+    waited for), so memory holds about that much and at most `workers` results beyond.
     """
     waiting: deque[Future[R]] = deque()
-    held = 0
-    lock = threading.Lock()
+    free = threading.Condition()
+    held = head = 0
+    closed = False
 
-    def run(item: T) -> R:
+    def run(number: int, item: T) -> R:
         nonlocal held
+        with free:
+            free.wait_for(lambda: held < max_bytes or number <= head or closed)
         result = fetch(item)
-        with lock:
+        with free:
             held += size(result)
         return result
 
-    remaining = iter(items)
+    remaining = enumerate(items)
     exhausted = False
     pool = ThreadPoolExecutor(workers, thread_name_prefix="clipfilter-fetch")
     try:
         while True:
-            while not exhausted and len(waiting) < AHEAD and held < max_bytes:
+            while not exhausted and len(waiting) < AHEAD:
                 try:
-                    waiting.append(pool.submit(run, next(remaining)))
+                    number, item = next(remaining)
                 except StopIteration:
                     exhausted = True
+                else:
+                    waiting.append(pool.submit(run, number, item))
             if not waiting:
                 return
             result = waiting.popleft().result()
-            with lock:
+            with free:
                 held -= size(result)
+                head += 1
+                free.notify_all()
             yield result
     finally:
+        with free:
+            closed = True
+            free.notify_all()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
