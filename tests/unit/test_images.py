@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE, RowError
-from clipfilter.images.decode import decode, jpeg_scale
+from clipfilter.images.decode import Mode, decode, jpeg_scale
 from clipfilter.images.header import read_header
 from clipfilter.images.sniff import sniff
 from tests.support.images import Tricky, broken_images, encode, png_chunk, png_with, quadrants, scene, tricky_images
@@ -30,7 +30,7 @@ MODES = ("fast", "exact")
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_images_fail_with_their_class(name: str, mode: str) -> None:
+def test_broken_images_fail_with_their_class(name: str, mode: Mode) -> None:
     data, expected = BROKEN[name]
     with pytest.raises(RowError) as caught:
         decode(data, mode=mode, min_side=16)
@@ -40,7 +40,7 @@ def test_broken_images_fail_with_their_class(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", TRICKY)
-def test_tricky_images_look_as_a_person_sees_them(name: str, mode: str) -> None:
+def test_tricky_images_look_as_a_person_sees_them(name: str, mode: Mode) -> None:
     tricky: Tricky = TRICKY[name]
     decoded = decode(tricky.data, mode=mode, min_side=16)
     assert (decoded.width, decoded.height) == tricky.size
@@ -92,7 +92,7 @@ def test_pixel_limit_holds_for_every_format(format: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_cut_anywhere_is_an_error(mode: str, progressive: bool) -> None:
+def test_a_jpeg_cut_anywhere_is_an_error(mode: Mode, progressive: bool) -> None:
     with Image.open(PHOTOS / "coffee.jpg") as image:
         data = encode(image, "JPEG", quality=85, progressive=progressive)
     for cut in [1, 2, 3, 10, 100, *range(500, len(data), len(data) // 25)]:

@@ -188,7 +188,7 @@ def _cosines(encoder: object, images: list[bytes]) -> list[float]:
 def nano() -> object:
     from clipfilter import models
 
-    return models.load_encoder("nano")
+    return models.load_encoder("nano", threads=1)
 
 
 def test_fast_embeddings_agree_with_exact_on_large_photographs(nano: object) -> None:
@@ -214,7 +214,7 @@ def test_fast_embeddings_agree_with_exact_on_large_photographs(nano: object) -> 
 def test_fast_embeddings_agree_with_exact_on_installed_wallpapers(nano: object) -> None:
     """Photographs of 1 to 4 and over 12 megapixels from Debian's wallpaper packages, where any is installed."""
     found = [path for root in WALLPAPERS for path in sorted(root.rglob("*.jp*g")) if path.is_file()]
-    images = []
+    images: list[bytes] = []
     for path in found[:60]:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:

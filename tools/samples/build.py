@@ -465,12 +465,12 @@ def main() -> None:
         rows.append((name, png(emoji(packages, character)), caption))
         credits_.append((name, "Google (Noto Color Emoji)", "OFL-1.1", "fonts-noto-color-emoji"))
     planted = trouble(loaded, packages)
-    for name, (content, caption, _) in planted.items():
-        rows.append((name, content, caption))
+    for name, (content, wanted_caption, _) in planted.items():
+        rows.append((name, content, wanted_caption))
     credits_.append(("emoji_palette.png", "Google (Noto Color Emoji)", "OFL-1.1", "fonts-noto-color-emoji"))
     credits_.append(("the others under planted trouble", "as the pictures they were made from", "the same", "above"))
 
-    captions = {name: caption for name, _, caption in rows}
+    captions: dict[str, str | None] = {name: caption for name, _, caption in rows}
     for one, other in SWAPPED:
         captions[one], captions[other] = captions[other], captions[one]
     explained = [
