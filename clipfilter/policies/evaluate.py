@@ -319,10 +319,11 @@ def _strongest(plan: ConceptPlan, cosines: np.ndarray, rows: np.ndarray, groups:
     parts = [cosines[slice(*plan.bounds[group])].take(rows, axis=1) for group in groups]
     best = (parts[0] if len(parts) == 1 else np.concatenate(parts)).argmax(axis=0)
     start = plan.bounds[groups[0]][0]
-    if len(groups) == 1:
-        return np.asarray(best + start, dtype=np.int32)
-    first = len(parts[0])
-    return np.where(best < first, best + start, best - first + plan.bounds[groups[1]][0]).astype(np.int32)
+    column = best + start
+    if len(groups) == 2:
+        first = len(parts[0])
+        column[best >= first] += plan.bounds[groups[1]][0] - start - first
+    return np.asarray(column, dtype=np.int32)
 
 
 def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
