@@ -77,7 +77,10 @@ class Fetcher:
 
 
 def read_url(url: str) -> bytes:
-    """All bytes of one file; tries again on passing trouble. Raises RowError (missing_image, read_error, image_too_large)."""
+    """All bytes of one file; tries again on passing trouble.
+
+    Raises RowError: missing_image when it is not there, read_error, or image_too_large.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return _read_once(url)

@@ -41,7 +41,7 @@ def sidecar_schema(location: Location, shards: Sequence[str]) -> pa.Schema | Non
 
 
 def merge(sidecar: pa.Schema, fields: pa.Schema) -> pa.Schema:
-    """The sidecar's columns, then the JSON fields it does not have; a column it knows only as null takes the JSON type."""
+    """The sidecar's columns, then the JSON fields it lacks; a column it knows only as null takes the JSON type."""
     merged = []
     for item in sidecar:
         place = fields.get_field_index(item.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,33 +16,38 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter import storage
-from clipfilter.errors import MISSING_IMAGE, READ_ERROR, RefusedError, ShardError
-from clipfilter.sources.discover import PARQUET_SUFFIXES, Entry, Found, Location, is_image_name
+from clipfilter.errors import MISSING_IMAGE, READ_ERROR, ShardError
+from clipfilter.sources.discover import PARQUET_SUFFIXES, Entry, Found, Location
 from clipfilter.sources.fetch import Fetched, Fetcher, fetch_images
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
-from clipfilter.sources.records import CAPTION_NAMES, UID_PATTERN
+from clipfilter.sources.parquet_columns import (
+    BUFFER,
+    columns_without,
+    empty_rows,
+    find_caption,
+    find_image,
+    find_uid,
+    first_readable,
+    first_rows,
+    is_caption,
+    is_textual,
+    rest_schema,
+    split_batch,
+)
+from clipfilter.sources.records import UID_PATTERN
 from clipfilter.sources.schema import (
     caption_lists,
     fit_batch,
     freeze,
     full_schema,
-    is_binary,
-    is_list,
-    is_text,
     plain_text,
 )
 from clipfilter.sources.spool import check_unchanged
 
-_BYTES_NAMES = (
-    ["image", "jpg", "jpeg", "png", "webp", "img", "gif", "avif", "bytes", "image_bytes", "img_bytes", "content", "image_data", "data", "picture", "photo"]
-)
-_PATH_NAMES = ["image_path", "img_path", "image_file", "file_name", "filename", "filepath", "file_path", "path", "file", "image", "img", "photo"]
-_URL_NAMES = ["url", "image_url", "img_url", "photo_image_url", "image_link", "link", "uri", "src"]
 _KEY_NAMES = ("key", "__key__")
 _SUCCESS = "success"
 _ROOTS = b"clipfilter.image_roots"  # where relative paths of a copied file lead
 _STREAMED = 128 << 20  # a row group with more bytes than this is read page by page
-_BUFFER = 1 << 20
 _COPY_ROWS = 10_000
 _SPLIT_BYTES, _SPLIT_NAMES = 4, 2  # a row group of more than so many times rows_per_shard is split
 
@@ -86,15 +91,15 @@ class Parquet:
     def infer(cls, location: Location, options: SourceOptions, found: Found) -> Parquet:
         """Freeze the first readable file's schema and find the image, caption, key and uid columns."""
         with ExitStack() as stack:
-            file, path = _first_readable(location, found, stack)
+            file, path = first_readable(location, found, stack)
             schema = file.schema_arrow
-            sample = _sample(file)
+            sample = first_rows(file)
             where = location.url(path)
-            column, how = _find_image(schema, sample, options.image_column, where)
-            caption = _find_caption(schema, options.caption_column, column if how == "bytes" else None, where)
-            uid = _find_uid(schema, options.uid_column, sample, where)
+            column, how = find_image(schema, sample, options.image_column, where)
+            caption = find_caption(schema, options.caption_column, column if how == "bytes" else None, where)
+            uid = find_uid(schema, options.uid_column, sample, where)
         names = set(schema.names)
-        key = next((name for name in _KEY_NAMES if name in names and _is_textual(schema.field(name).type)), None)
+        key = next((name for name in _KEY_NAMES if name in names and is_textual(schema.field(name).type)), None)
         downloads = how == "bytes" and {"key", "status", "error_message"} <= names
         plan = {
             "image": column,
@@ -105,7 +110,7 @@ class Parquet:
             "downloads": downloads,
             "has_captions": caption is not None,
         }
-        return cls(location, options, freeze(_rest_schema(schema, column)), plan)
+        return cls(location, options, freeze(rest_schema(schema, column)), plan)
 
     def iter_shards(self) -> Iterator[Shard]:
         for path, entry in self.location.files(PARQUET_SUFFIXES):
@@ -133,7 +138,7 @@ class Parquet:
             if rows > largest:
                 parts = -(-rows // most)
                 edges = [stop + rows * part // parts for part in range(parts + 1)]
-                ranges += [(low, high, (group,)) for low, high in zip(edges, edges[1:], strict=False)]
+                ranges += [(low, high, (group,)) for low, high in itertools.pairwise(edges)]
                 start = stop = stop + rows
             elif rows:
                 groups.append(group)
@@ -172,7 +177,7 @@ class Parquet:
                 ahead.append(piece)
                 yield from piece.names or ()
 
-        if place >= 0 and _is_textual(file.schema_arrow.field(place).type):
+        if place >= 0 and is_textual(file.schema_arrow.field(place).type):
             yield from self._fetched(ahead, fetch_images(names(), fetch, self.options.max_batch_bytes), shard, stats)
             return
         for piece in pieces:
@@ -256,7 +261,7 @@ class Parquet:
         if place < 0:
             return own
         given = rest.column(place)
-        given = plain_text(given) if _is_textual(given.type) else pc.cast(given, pa.string())
+        given = plain_text(given) if is_textual(given.type) else pc.cast(given, pa.string())
         if self.options.uid_column is None:
             good = pc.match_substring_regex(given, UID_PATTERN)
         else:
@@ -266,7 +271,7 @@ class Parquet:
     def _captions(self, rest: pa.RecordBatch) -> pa.Array:
         name = self.plan["caption"]
         place = rest.schema.get_field_index(name) if name is not None else -1
-        if place < 0 or not _is_caption(rest.schema.field(place).type):
+        if place < 0 or not is_caption(rest.schema.field(place).type):
             return pa.nulls(rest.num_rows, pa.list_(pa.string()))
         return caption_lists(rest.column(place))
 
@@ -278,7 +283,7 @@ class Parquet:
             if shard.etag:
                 check_unchanged(fs, inside, url, shard.etag)
             handle = inside if storage.is_local(url) else stack.enter_context(fs.open(inside, "rb"))
-            file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER)
+            file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=BUFFER)
             groups = [file.metadata.row_group(group).total_byte_size for group in shard.row_groups]
             if groups and max(groups) <= _STREAMED:
                 file.close()
@@ -308,7 +313,7 @@ class Parquet:
             done = 0
             problem = part.problem
             if problem is None:
-                selected = None if images else _columns_without(file.schema_arrow, column)
+                selected = None if images else columns_without(file.schema_arrow, column)
                 try:
                     for batch, inside in self._batches(file, part, selected):
                         chosen = np.flatnonzero(np.isin(part.numbers[inside], numbers) & (part.numbers[inside] >= 0))
@@ -329,7 +334,7 @@ class Parquet:
                     else np.flatnonzero(np.isin(part.numbers, lost))
                 )
                 yield _Piece(
-                    _empty_rows(len(lost)),
+                    empty_rows(len(lost)),
                     lost,
                     [part.keys[place] for place in places],
                     [part.occurrences[place] for place in places],
@@ -397,7 +402,7 @@ class Parquet:
                 return
 
     def _piece(self, batch: pa.RecordBatch, part: _Group, places: np.ndarray, images: bool) -> _Piece:
-        held, names, rest = _split_batch(batch, self.plan["image"])
+        held, names, rest = split_batch(batch, self.plan["image"])
         if not images:
             held = names = None
         keys = [part.keys[place] for place in places]
@@ -481,209 +486,3 @@ def _wanted(rows: Sequence[int]) -> np.ndarray:
     if len(wanted) and wanted[0] < 0:
         raise IndexError(f"row {wanted[0]} is negative")
     return wanted
-
-
-def _empty_rows(rows: int) -> pa.RecordBatch:
-    return pa.RecordBatch.from_struct_array(pa.array([{}] * rows, pa.struct([])))
-
-
-# --- columns --------------------------------------------------------------------------------------------------------
-
-
-def _is_textual(kind: pa.DataType) -> bool:
-    return is_text(kind) or (pa.types.is_dictionary(kind) and is_text(kind.value_type))
-
-
-def _is_caption(kind: pa.DataType) -> bool:
-    return _is_textual(kind) or pa.types.is_null(kind) or (is_list(kind) and _is_textual(kind.value_type))
-
-
-def _is_image_struct(kind: pa.DataType) -> bool:
-    """Hugging Face's struct<bytes, path>."""
-    place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
-    return place >= 0 and is_binary(kind.field(place).type)
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    return is_binary(kind) or _is_image_struct(kind)
-
-
-def _rest_schema(schema: pa.Schema, image: str) -> pa.Schema:
-    """The schema without image bytes: a bytes column goes, of struct<bytes, path> the path stays as `<column>.path`."""
-    fields = []
-    for item in schema:
-        if item.name != image or not _holds_bytes(item.type):
-            fields.append(item)
-        elif _is_image_struct(item.type) and (place := item.type.get_field_index("path")) >= 0:
-            fields.append(pa.field(f"{image}.path", item.type.field(place).type))
-    return pa.schema(fields)
-
-
-def _columns_without(schema: pa.Schema, image: str) -> list[str]:
-    """What to read when the images are not wanted."""
-    names = [item.name for item in schema if item.name != image or not _holds_bytes(item.type)]
-    place = schema.get_field_index(image)
-    if (
-        place >= 0
-        and _is_image_struct(schema.field(place).type)
-        and schema.field(place).type.get_field_index("path") >= 0
-    ):
-        names.append(f"{image}.path")
-    return names
-
-
-def _split_batch(batch: pa.RecordBatch, image: str) -> tuple[pa.Array | None, list[Any] | None, pa.RecordBatch]:
-    """(bytes at hand, what to fetch, the other columns) of a batch as it is in the file."""
-    place = batch.schema.get_field_index(image)
-    if place < 0:
-        return pa.nulls(batch.num_rows, pa.large_binary()), None, batch
-    column = batch.column(place)
-    kind = column.type
-    if _is_textual(kind):
-        return None, column.to_pylist(), batch
-    arrays = [array for name, array in zip(batch.schema.names, batch.columns, strict=True) if name != image]
-    fields = [item for item in batch.schema if item.name != image]
-    if is_binary(kind):
-        rest = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields)) if arrays else _empty_rows(batch.num_rows)
-        return pc.cast(column, pa.large_binary()), None, rest
-    if not pa.types.is_struct(kind):
-        return pa.nulls(batch.num_rows, pa.large_binary()), None, batch
-    flat = dict(zip([kind.field(number).name for number in range(kind.num_fields)], column.flatten(), strict=True))
-    paths = flat.get("path")
-    if paths is not None:
-        arrays.append(paths)
-        fields.append(pa.field(f"{image}.path", paths.type))
-    rest = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields)) if arrays else _empty_rows(batch.num_rows)
-    if "bytes" not in flat or not is_binary(flat["bytes"].type):
-        return pa.nulls(batch.num_rows, pa.large_binary()), None, rest
-    held = pc.cast(flat["bytes"], pa.large_binary())
-    if paths is not None and held.null_count and _is_textual(paths.type):
-        elsewhere = pc.and_(pc.is_null(held), pc.is_valid(paths))
-        if pc.any(elsewhere).as_py():
-            return None, [data or path for data, path in zip(held.to_pylist(), paths.to_pylist(), strict=True)], rest
-    return held, None, rest
-
-
-def _first_readable(location: Location, found: Found, stack: ExitStack) -> tuple[pq.ParquetFile, str]:
-    problem: Exception | None = None
-    for path, _ in found.parquets:
-        url = location.url(path)
-        fs, inside = storage.filesystem(url)
-        try:
-            file = pq.ParquetFile(stack.enter_context(fs.open(inside, "rb")), pre_buffer=False, buffer_size=_BUFFER)
-        except (pa.ArrowException, ValueError) as error:
-            problem = error
-            continue
-        except FileNotFoundError:
-            if len(found.parquets) == 1:
-                raise
-            continue
-        return file, path
-    where = location.url(found.parquets[0][0])
-    if problem is None:
-        raise FileNotFoundError(where)
-    raise RefusedError(
-        f"{where} is not a readable Parquet file ({' '.join(str(problem).split())[:200]}); "
-        "it is probably incomplete: copy or write it again."
-    )
-
-
-def _sample(file: pq.ParquetFile) -> pa.RecordBatch | None:
-    """The first rows, where they can be read."""
-    try:
-        return next(file.iter_batches(batch_size=32, row_groups=[0]), None) if file.metadata.num_rows else None
-    except (OSError, pa.ArrowException):
-        return None
-
-
-def _listing(schema: pa.Schema) -> str:
-    return ", ".join(f"{item.name} ({item.type})" for item in schema)[:1000]
-
-
-def _find_image(schema: pa.Schema, sample: pa.RecordBatch | None, named: str | None, where: str) -> tuple[str, str]:
-    """(column, "bytes" or "names"); raises RefusedError that lists the columns when the choice is not clear."""
-    if named is not None:
-        place = schema.get_field_index(named)
-        if place < 0:
-            raise RefusedError(
-                f"--image-column {named} is not a column of {where}; its columns are: {_listing(schema)}."
-            )
-        kind = schema.field(place).type
-        if _holds_bytes(kind):
-            return named, "bytes"
-        if _is_textual(kind):
-            return named, "names"
-        raise RefusedError(
-            f"--image-column {named} has type {kind}; it must hold image bytes, a struct<bytes, path>, or paths or URLs."
-        )
-    holding = [item.name for item in schema if _holds_bytes(item.type)]
-    for name in _BYTES_NAMES:
-        if name in holding:
-            return name, "bytes"
-    images = [name for name in holding if sample is not None and _looks_like_images(sample, name)]
-    if len(images) == 1:
-        return images[0], "bytes"
-    textual = [item.name for item in schema if _is_textual(item.type)]
-    if not images:
-        for name in _PATH_NAMES:
-            if name in textual and (sample is None or _looks_like_paths(sample, name)):
-                return name, "names"
-        lowered = {name.lower(): name for name in reversed(textual)}
-        for name in _URL_NAMES:
-            if name in lowered:
-                return lowered[name], "names"
-    several = f" (several hold images: {', '.join(images)})" if images else ""
-    raise RefusedError(
-        f"{where} has no column that is clearly the image{several}; say which with --image-column. "
-        f"Its columns are: {_listing(schema)}."
-    )
-
-
-_MAGIC = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\0|MM\0\*|....ftyp(avif|avis|heic|mif1)", re.DOTALL
-)
-
-
-def _looks_like_images(sample: pa.RecordBatch, name: str) -> bool:
-    column = sample.column(sample.schema.get_field_index(name))
-    if pa.types.is_struct(column.type):
-        column = pc.struct_field(column, "bytes")
-    values = [value for value in column.to_pylist() if value]
-    return bool(values) and sum(1 for value in values if _MAGIC.match(value)) * 2 > len(values)
-
-
-def _looks_like_paths(sample: pa.RecordBatch, name: str) -> bool:
-    values = [value for value in sample.column(sample.schema.get_field_index(name)).to_pylist() if value]
-    return not values or any(
-        is_image_name(value.rpartition("/")[2].split("?")[0]) or "://" in value for value in values
-    )
-
-
-def _find_caption(schema: pa.Schema, named: str | None, image: str | None, where: str) -> str | None:
-    if named is not None:
-        place = schema.get_field_index(named)
-        if place < 0:
-            raise RefusedError(
-                f"--caption-column {named} is not a column of {where}; its columns are: {_listing(schema)}."
-            )
-        if not _is_caption(schema.field(place).type):
-            raise RefusedError(
-                f"--caption-column {named} has type {schema.field(place).type}; it must be text or a list of texts."
-            )
-        return named
-    fitting = [item.name for item in schema if item.name != image and _is_caption(item.type)]
-    return next((name for name in CAPTION_NAMES if name in fitting), None)
-
-
-def _find_uid(schema: pa.Schema, named: str | None, sample: pa.RecordBatch | None, where: str) -> str | None:
-    if named is not None:
-        if named not in schema.names:
-            raise RefusedError(f"--uid-column {named} is not a column of {where}; its columns are: {_listing(schema)}.")
-        kind = schema.field(named).type
-        if not (_is_textual(kind) or pa.types.is_integer(kind)):
-            raise RefusedError(f"--uid-column {named} has type {kind}; it must be text or whole numbers.")
-        return named
-    if "uid" not in schema.names or not _is_textual(schema.field("uid").type):
-        return None
-    values = sample.column(schema.get_field_index("uid")).drop_null().to_pylist() if sample is not None else []
-    return "uid" if all(re.match(UID_PATTERN, value) for value in values) else None

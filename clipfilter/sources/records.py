@@ -15,7 +15,12 @@ from clipfilter.sources.model import ReadStats, SourceOptions, row_uid
 from clipfilter.sources.schema import PREFIX, fit_records, full_schema
 
 # Where a caption is looked for when nobody says, best first. A list under `captions` counts as all captions of a row.
-CAPTION_NAMES = ["captions", "caption", "text", "TEXT", "txt", "alt_text", "alt", "alttext", "Caption", "CAPTION", "Text", "prompt", "description", "sentence", "sentences", "title"]
+# fmt: off
+CAPTION_NAMES = (
+    "captions", "caption", "text", "TEXT", "txt", "alt_text", "alt", "alttext", "Caption", "CAPTION", "Text", "prompt",
+    "description", "sentence", "sentences", "title",
+)
+# fmt: on
 UID_PATTERN = "^[0-9a-fA-F]{32}$"
 _UID = re.compile(UID_PATTERN)
 

@@ -30,9 +30,13 @@ PREFIX = pa.schema(
     ]
 )
 # Columns an earlier run of clipfilter may have left in its output; they travel on as cf_prev_*.
-_EARLIER_RUN = frozenset(
-    ["cf_shard", "cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_similarity", "cf_decision", "cf_reasons", "cf_brightness", "cf_contrast", "cf_blur", "cf_entropy", "cf_phash", "cf_captions", "cf_caption", "cf_error_class", "cf_error", "cf_source_json", "cf_override", "cf_kept_as", "cf_cluster"]
-)
+# fmt: off
+_EARLIER_RUN = frozenset({
+    "cf_shard", "cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_similarity",
+    "cf_decision", "cf_reasons", "cf_brightness", "cf_contrast", "cf_blur", "cf_entropy", "cf_phash", "cf_captions",
+    "cf_caption", "cf_error_class", "cf_error", "cf_source_json", "cf_override", "cf_kept_as", "cf_cluster",
+})
+# fmt: on
 _JSON_TEXT = {b"clipfilter:json": b"1"}
 
 
@@ -68,7 +72,8 @@ def freeze(schema: pa.Schema, without: Iterable[str] = ()) -> pa.Schema:
             and item.name not in _EARLIER_RUN
         ):
             raise RefusedError(
-                f"The source column {item.name!r} begins with cf_, which is reserved for clipfilter's own columns; rename it."
+                f"The source column {item.name!r} begins with cf_, which is reserved for clipfilter's own columns; "
+                "rename it."
             )
         name = travel_name(item.name)
         if name == item.name and name in fields:
@@ -281,10 +286,10 @@ def _castable(source: pa.DataType, target: pa.DataType) -> bool:
     if is_binary(target):
         return is_binary(source)
     if pa.types.is_integer(target):
-        return pa.types.is_integer(source) or pa.types.is_floating(source)
+        return bool(pa.types.is_integer(source) or pa.types.is_floating(source))
     if pa.types.is_floating(target):
         narrower = pa.types.is_floating(source) and source.bit_width > target.bit_width
-        return not narrower and (pa.types.is_integer(source) or pa.types.is_floating(source))
+        return bool(pa.types.is_integer(source) or pa.types.is_floating(source)) and not narrower
     if is_list(target):
         return is_list(source) and _castable(source.value_type, target.value_type)
     same_kind = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time, pa.types.is_duration, pa.types.is_decimal)
@@ -292,15 +297,15 @@ def _castable(source: pa.DataType, target: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def plain_text(column: pa.Array) -> pa.Array:

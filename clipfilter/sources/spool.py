@@ -1,4 +1,4 @@
-"""A local, seekable view of a tar wherever it is: opened in place, or copied (and unzipped) once to a temporary file."""
+"""A local, seekable view of a tar wherever it is: opened in place, or copied (and unzipped) once."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ class TarCache:
 
 
 def gunzip(piece: bytes, source: Any, target: Any, limit: int | None = None) -> None:
-    """Unzip `piece` and the rest of `source` into `target` (at most about `limit` bytes); stops quietly where it breaks.
+    """Unzip `piece` and the rest of `source` into `target`, at most about `limit` bytes.
 
-    What could be unzipped is kept: the tar index then says where the archive breaks off.
+    Stops quietly where the file breaks: the tar index then says where the archive breaks off.
     """
     inflate = zlib.decompressobj(wbits=31)
     written = 0
@@ -126,4 +126,3 @@ def check_unchanged(fs: Any, path: str, url: str, etag: str) -> None:
     """Raise ShardError when the file is not the one that was listed."""
     if storage.etag(fs.info(path)) != etag:
         raise ShardError(f"{url} has changed since it was listed; run again to process the new content.")
-

@@ -1,4 +1,4 @@
-"""Caption tables of an image folder: a csv, tsv or jsonl that names files (Hugging Face's metadata.jsonl among them)."""
+"""Caption tables of an image folder: a csv, tsv or jsonl that names files (metadata.jsonl among them)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from clipfilter.sources.records import CAPTION_NAMES
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _NAMES = ("metadata", "captions", "labels", "annotations")
 # The column that names the image file, best first.
+# fmt: off
 _FILE_COLUMNS = (
-    ["file_name", "filename", "file_path", "filepath", "path", "image_path", "img_path", "image", "file", "image_name", "img", "key", "name", "id"]
+    "file_name", "filename", "file_path", "filepath", "path", "image_path", "img_path", "image", "file", "image_name",
+    "img", "key", "name", "id",
 )
+# fmt: on
 _FIELD_LIMIT = 16 << 20  # characters of one csv field
 
 
@@ -57,7 +60,7 @@ class Table:
 
 
 def candidates(table: str, image: str) -> list[str]:
-    """The names under which a table may speak of an image: path from the table's folder, basename, both without ending."""
+    """The names a table may call an image by: path from the table's folder, basename, both without ending."""
     folder = table.rpartition("/")[0]
     inside = image[len(folder) :].lstrip("/") if folder else image
     base = image.rpartition("/")[2]

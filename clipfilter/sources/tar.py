@@ -25,7 +25,9 @@ BLOCK = 512
 _ZERO = bytes(BLOCK)
 _SMALL = 1 << 20  # a name or PAX record larger than this is taken as damage, not allocated
 
-IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic", "heif", "jp2", "ppm", "pgm"])
+IMAGE_EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic", "heif", "jp2"}
+)
 CAPTION_EXTENSIONS = ("txt", "caption", "cap", "text")
 PICKLE_EXTENSIONS = frozenset(["pkl", "pyd", "pickle", "pck", "pth", "pt", "dill", "joblib"])
 
@@ -263,7 +265,7 @@ def member_name(read_at: ReadAt, member: Member) -> bytes:
 
 
 def _members(read_at: ReadAt, walk: _Walk, pos: int = 0) -> Iterator[_Raw]:
-    """Every file header from `pos` on whose data are all there; sets `walk.damage` where the archive stops making sense.
+    """Every file header from `pos` on whose data are all there; sets `walk.damage` where the archive breaks off.
 
     Archives put end to end (`cat a.tar b.tar`) are read through. A file without the closing zero block is taken as
     damaged: nothing says that it is whole.

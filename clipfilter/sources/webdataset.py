@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,12 @@ class Webdataset:
             except RefusedError as error:
                 refused = refused or error
                 continue
-            index = index_tar(lambda size, offset, data=data: data[offset : offset + size], len(data), wanted)
+            index = index_tar(partial(_slice, data), len(data), wanted)
             extensions.update(index.extensions)
             images += sum(1 for number in index.images if number >= 0)
             for row in range(min(len(index), _SAMPLE_ROWS - len(records))):
                 members = index.members(row)
-                read = lambda member, data=data: data[member.offset : member.offset + member.size]  # noqa: E731
-                record, _, texts = _sidecars(members, read, wanted, None)
+                record, _, texts = _sidecars(members, partial(_member, data), wanted, None)
                 records.append(record)
                 captioned |= any(text.strip() for text in texts)
             if len(records) >= _SAMPLE_ROWS // 2:
@@ -175,6 +175,14 @@ class Webdataset:
             output.write(bytes(2 * BLOCK))
             output.write(bytes(-output.tell() % tarfile.RECORDSIZE))
         return count
+
+
+def _slice(data: bytes, size: int, offset: int) -> bytes:
+    return data[offset : offset + size]
+
+
+def _member(data: bytes, member: Member) -> bytes:
+    return data[member.offset : member.offset + member.size]
 
 
 def _within(rows: Sequence[int], count: int) -> list[int]:
