@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,17 @@ class FakeEncoder:
         return np.stack([self.vector(text) for text in texts]).astype(np.float32)
 
     def vector(self, text: str) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        vector = np.random.default_rng(seed).standard_normal(self.dim)
-        return vector / np.linalg.norm(vector)
+        return text_vector(text, self.dim)
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         return sum(len(text.split()) > 20 for text in texts)
+
+
+@cache
+def text_vector(text: str, dim: int) -> np.ndarray:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    vector = np.random.default_rng(seed).standard_normal(dim)
+    return vector / np.linalg.norm(vector)
 
 
 def embeddings(rows: int, dim: int = 64, seed: int = 0) -> np.ndarray:

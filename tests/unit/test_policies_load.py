@@ -297,7 +297,7 @@ def test_refused_with_one_sentence_and_a_place(text: str | bytes, place: str, wo
 
 def test_every_single_character_damage_is_refused_or_loads() -> None:
     """No damaged file may end in anything but a policy or a refusal."""
-    for position in range(0, len(GOOD), 3):
+    for position in range(0, len(GOOD), 5):
         for damage in ("", ":", "[", "\n", "&a", "!x ", "\t"):
             text = GOOD[:position] + damage + GOOD[position + 1 :]
             sentence = ""
