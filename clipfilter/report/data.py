@@ -1,0 +1,398 @@
+"""Everything the report says, gathered from a run's files: streamed, one shard at a time, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipfilter.engine import ledger
+from clipfilter.engine.plan import Plan, read_plan
+from clipfilter.errors import RefusedError
+from clipfilter.report.histogram import Histogram
+from clipfilter.storage import Directory
+
+BANDS = ("review", "reject", "missing")
+DECISIONS = ("keep", "review", "reject")
+#: How many example messages each class of failure gets, and how many troubled shards are listed.
+FAILURE_EXAMPLES = 4
+LISTED_SHARDS = 20
+
+_BATCH = 16_384
+_COMMITS_AT_ONCE = 64
+_THREADS = 4
+_EXTRA_COUNTS = ("clashes", "misfits")
+
+
+@dataclass
+class Band:
+    """One threshold of a rule. `threshold` is None where a dataset-level rule had nothing to rank.
+
+    beyond: rows strictly past the threshold. source: "written", "calibrated" or "dataset" (fixed from all rows).
+    """
+
+    name: str
+    direction: str
+    threshold: float | None
+    source: str
+    written: dict[str, Any]
+    evidence: dict[str, Any] = field(default_factory=dict)
+    beyond: int = 0
+
+
+@dataclass
+class RuleData:
+    """One rule: what it says, what it did. `counts` are the rows of each band as the rows' reasons name them.
+
+    alone: rows that only this rule brought to their decision; without it they would have been decided more mildly.
+    calibrated: None where the threshold depends on no model.
+    """
+
+    id: str
+    kind: str
+    spec: dict[str, Any]
+    calibrated: bool | None
+    bands: list[Band]
+    histogram: Histogram = field(default_factory=Histogram)
+    unscored: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    alone: int = 0
+
+    def band(self, name: str) -> Band | None:
+        return next((band for band in self.bands if band.name == name), None)
+
+    @property
+    def stopped(self) -> int:
+        """Rows the rule puts into review or reject, for whatever reason."""
+        return sum(self.counts.values())
+
+
+@dataclass
+class FailureClass:
+    """Failed rows of one class; examples are (message, key, path of the shard)."""
+
+    name: str
+    count: int = 0
+    examples: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Speed:
+    """Where the time went. seconds: worker seconds by step, summed over shards; first, last: Unix times."""
+
+    seconds: Counter[str] = field(default_factory=Counter)
+    first: float | None = None
+    last: float | None = None
+    machines: dict[str, int] = field(default_factory=dict)
+    backends: set[str] = field(default_factory=set)
+    halvings: int = 0
+    retries: int = 0
+
+    def add(self, work: dict[str, Any]) -> None:
+        self.seconds.update(work.get("seconds", {}))
+        started, finished = work.get("started"), work.get("finished")
+        if started is not None and finished is not None:
+            self.first = started if self.first is None else min(self.first, started)
+            self.last = finished if self.last is None else max(self.last, finished)
+        machine = work.get("machine", {})
+        if len(self.machines) < 10_000:
+            self.machines[str(machine.get("host"))] = int(machine.get("cores") or 0)
+        if work.get("backend"):
+            self.backends.add(str(work["backend"]))
+        self.halvings += int(work.get("batch_halvings") or 0)
+        self.retries += max(0, int(work.get("attempt") or 1) - 1)
+
+
+@dataclass
+class RunData:
+    """A finished run as the report shows it."""
+
+    url: str
+    plan: Plan
+    version: str
+    content: dict[str, Any]
+    run: dict[str, Any]  # run.json: derived, used for timings only
+    rules: list[RuleData]
+    similarity: Histogram = field(default_factory=Histogram)
+    decisions: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    failures: dict[str, FailureClass] = field(default_factory=dict)
+    extra: Counter[str] = field(default_factory=Counter)
+    kept_bytes: int = 0
+    kept_files: int = 0
+    damaged: list[tuple[str, int]] = field(default_factory=list)  # path, bytes not read
+    speed: Speed = field(default_factory=Speed)
+    differences: list[str] = field(default_factory=list)
+    chosen: list[str] = field(default_factory=list)  # commits to take examples from
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        return dict(self.content["totals"])
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The plan of the dataset itself (a `filter` carries that of the run it decided)."""
+        return dict(self.plan.source["source"] if self.plan.job == "filter" else self.plan.source)
+
+
+def gather(directory: Directory) -> RunData:
+    """Read the newest version of a run.
+
+    Raises RefusedError when there is no finished run.
+    """
+    plan = read_plan(directory)
+    newest = ledger.latest_version(directory)
+    if plan is None or newest is None:
+        raise RefusedError(f"{directory.url} holds no finished run; repeat its command to finish it, then report.")
+    name, content = newest
+    run = directory.read_json("run.json") if directory.exists("run.json") else {}
+    data = RunData(directory.url, plan, name, content, run, rules_of(plan, content))
+    picker = _ShardPicker()
+    for names, commits in _commits(directory, content["commits"]):
+        _add_shards(directory, data, commits)
+        for commit_name, commit in zip(names, commits, strict=True):
+            data.speed.add(commit.get("work", {}))
+            picker.see(commit_name, commit)
+    _add_scoring_times(directory, data)
+    _compare(data)
+    data.chosen = picker.choose()
+    return data
+
+
+def rules_of(plan: Plan, version: dict[str, Any]) -> list[RuleData]:
+    """The rules with the thresholds that decided: calibrated for this model, fixed over the dataset, or as written."""
+    policy = plan.policy or {"rules": []}
+    weights = plan.model.get("weights_sha256")
+    own = next((entry for entry in policy.get("calibrations", []) if entry.get("weights_sha256") == weights), {})
+    rules = []
+    for spec in policy["rules"]:
+        kind = next(kind for kind in ("concept", "alignment", "metadata", "fraction") if kind in spec)
+        depends = kind in ("concept", "alignment")
+        calibrated = own.get("rules", {}).get(spec["id"], {}) if depends else {}
+        bands = [
+            _band(name, spec, calibrated.get(name), version) for name in ("review", "reject") if name in {**spec, **calibrated}
+        ]
+        rules.append(RuleData(spec["id"], kind, spec, bool(calibrated) if depends else None, bands))
+    return rules
+
+
+def _band(name: str, spec: dict[str, Any], calibrated: dict[str, Any] | None, version: dict[str, Any]) -> Band:
+    if calibrated:
+        direction = "above" if "above" in calibrated else "below"
+        evidence = {key: calibrated[key] for key in ("n", "target") if key in calibrated}
+        return Band(name, direction, calibrated[direction], "calibrated", spec.get(name, {}), evidence)
+    written = spec[name]
+    direction, value = next(iter(written.items()))
+    if direction.startswith("outside_"):
+        fixed = version.get("thresholds", {}).get(f"{spec['id']}.{name}")
+        return Band(name, "below" if direction == "outside_top" else "above", fixed, "dataset", written)
+    return Band(name, direction, value, "written", written)
+
+
+def _commits(directory: Directory, names: list[str]) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    for start in range(0, len(names), _COMMITS_AT_ONCE):
+        part = names[start : start + _COMMITS_AT_ONCE]
+        yield part, ledger.read_commits(directory, part)
+
+
+@dataclass
+class _ShardSums:
+    """What one shard adds."""
+
+    rules: list[tuple[Histogram, int, Counter[str], int, list[int]]] = field(default_factory=list)
+    similarity: Histogram = field(default_factory=Histogram)
+    decisions: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    failures: dict[str, FailureClass] = field(default_factory=dict)
+
+
+def _add_shards(directory: Directory, data: RunData, commits: list[dict[str, Any]]) -> None:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for commit, sums in zip(
+            commits, pool.map(lambda commit: _sum_shard(directory, data.rules, commit), commits), strict=True
+        ):
+            for rule, (histogram, unscored, counts, alone, beyond) in zip(data.rules, sums.rules, strict=False):
+                rule.histogram.merge(histogram)
+                rule.unscored += unscored
+                rule.counts.update(counts)
+                rule.alone += alone
+                for band, count in zip(rule.bands, beyond, strict=True):
+                    band.beyond += count
+            data.similarity.merge(sums.similarity)
+            data.decisions.update(sums.decisions)
+            data.rows += sums.rows
+            for found in sums.failures.values():
+                known = data.failures.setdefault(found.name, FailureClass(found.name))
+                known.count += found.count
+                known.examples += found.examples[: FAILURE_EXAMPLES - len(known.examples)]
+            for name in _EXTRA_COUNTS:
+                data.extra[name] += commit["counts"].get(name, 0)
+            if commit.get("damaged") and len(data.damaged) < LISTED_SHARDS:
+                data.damaged.append((commit["shard"]["path"], commit.get("bytes_unread", 0)))
+            if "kept" in commit["files"]:
+                data.kept_files += 1
+                data.kept_bytes += commit["files"]["kept"]["bytes"]
+
+
+def _sum_shard(directory: Directory, rules: list[RuleData], commit: dict[str, Any]) -> _ShardSums:
+    sums = _ShardSums(rules=[(Histogram(), 0, Counter(), 0, [0] * len(rule.bands)) for rule in rules])
+    if "annotated" in commit["files"]:
+        with directory.open(commit["files"]["annotated"]["name"]) as handle:
+            file = pq.ParquetFile(handle)
+            wanted = ["cf_similarity", "cf_decision", "cf_reasons", *(f"cf_score.{rule.id}" for rule in rules)]
+            there = set(file.schema_arrow.names)
+            for batch in file.iter_batches(_BATCH, columns=[name for name in wanted if name in there]):
+                _sum_batch(sums, rules, batch)
+    if "failed" in commit["files"]:
+        with directory.open(commit["files"]["failed"]["name"]) as handle:
+            columns = ["cf_key", "cf_error_class", "cf_error"]
+            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=columns):
+                _sum_failures(sums.failures, batch, commit["shard"]["path"])
+                sums.rows += batch.num_rows
+    return sums
+
+
+def _sum_batch(sums: _ShardSums, rules: list[RuleData], batch: pa.RecordBatch) -> None:
+    sums.rows += batch.num_rows
+    names = set(batch.schema.names)
+    if "cf_similarity" in names:
+        sums.similarity.add(floats(batch.column("cf_similarity")))
+    if "cf_decision" in names:
+        for item in pc.value_counts(batch.column("cf_decision")).to_pylist():
+            if item["values"] is not None:
+                sums.decisions[item["values"]] += item["counts"]
+    fired, alone = _reasons(rules, batch) if "cf_reasons" in names else (None, None)
+    for position, rule in enumerate(rules):
+        histogram, unscored, counts, only, beyond = sums.rules[position]
+        if f"cf_score.{rule.id}" in names:
+            values = floats(batch.column(f"cf_score.{rule.id}"))
+            histogram.add(values)
+            unscored += int(np.isnan(values).sum())
+            beyond = [count + int(past(values, band).sum()) for count, band in zip(beyond, rule.bands, strict=True)]
+        if fired is not None and alone is not None:
+            counts.update({band: int(n) for band, n in zip(BANDS, fired[position], strict=True) if n})
+            only += int(alone[position])
+        sums.rules[position] = (histogram, unscored, counts, only, beyond)
+
+
+def _reasons(rules: list[RuleData], batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Rows by rule and band, int64 [rules, 3]; and the rows that each rule alone brought to their decision [rules]."""
+    lists = batch.column("cf_reasons")
+    flat = lists.flatten()
+    row = np.asarray(pc.list_parent_indices(lists))
+    rule = np.asarray(pc.index_in(flat.field("rule"), pa.array([r.id for r in rules], pa.string())).fill_null(-1))
+    band = np.asarray(pc.index_in(flat.field("band"), pa.array(BANDS)).fill_null(-1))
+    known = (rule >= 0) & (band >= 0)
+    row, rule, band = row[known], rule[known], band[known]
+    fired = np.bincount(rule * len(BANDS) + band, minlength=len(rules) * len(BANDS)).reshape(len(rules), len(BANDS))
+    missing = np.array([2 if r.spec.get("on_missing") == "reject" else 1 for r in rules] or [1])
+    severity = np.where(band == 2, missing[rule], np.where(band == 1, 2, 1))
+    worst = np.zeros(batch.num_rows, np.int64)
+    np.maximum.at(worst, row, severity)
+    top = severity == worst[row]
+    single = top & (np.bincount(row[top], minlength=batch.num_rows)[row] == 1)
+    return fired, np.bincount(rule[single], minlength=len(rules))
+
+
+def floats(column: pa.Array) -> np.ndarray:
+    """A float32 column as float32 [n], NaN for null."""
+    return np.asarray(column.to_numpy(zero_copy_only=False), np.float32)
+
+
+def past(values: np.ndarray, band: Band) -> np.ndarray:
+    """Which scores lie strictly beyond a band's threshold, compared as the engine does (float32)."""
+    if band.threshold is None:
+        return np.zeros(len(values), bool)
+    limit = np.float32(band.threshold)
+    with np.errstate(invalid="ignore"):
+        return values > limit if band.direction == "above" else values < limit
+
+
+def _sum_failures(failures: dict[str, FailureClass], batch: pa.RecordBatch, path: str) -> None:
+    classes = batch.column("cf_error_class")
+    for item in pc.value_counts(classes).to_pylist():
+        name = str(item["values"])
+        found = failures.setdefault(name, FailureClass(name))
+        found.count += item["counts"]
+        if len(found.examples) >= FAILURE_EXAMPLES:
+            continue
+        seen = {message for message, _, _ in found.examples}
+        for row in np.flatnonzero(np.asarray(pc.equal(classes, item["values"]).fill_null(False)))[:256].tolist():
+            message, key = str(batch.column("cf_error")[row].as_py()), str(batch.column("cf_key")[row].as_py())
+            if message not in seen and len(found.examples) < FAILURE_EXAMPLES:
+                seen.add(message)
+                found.examples.append((message, key, path))
+
+
+def _add_scoring_times(directory: Directory, data: RunData) -> None:
+    """A policy with dataset-level rules works in two stages; the first one's times are in its own commits."""
+    if not data.content.get("thresholds"):
+        return
+    wanted = {name.rsplit("/", 1)[-1].split(".", 1)[0] for name in data.content["commits"]}
+    scored = [n.path for (shard, stage), n in ledger.list_commits(directory).items() if stage == "scored" and shard in wanted]
+    for _, commits in _commits(directory, sorted(scored)):
+        for commit in commits:
+            data.speed.add(commit.get("work", {}))
+
+
+def _compare(data: RunData) -> None:
+    """Where the version's totals are not what the rows say; a healthy run has none."""
+    totals = data.totals
+    failed = sum(item.count for item in data.failures.values())
+    pairs = [("rows", totals["rows"], data.rows), ("failed", totals["failed"], failed)]
+    if data.content["stage"] == "decided":
+        pairs += [(name, totals[name], data.decisions[name]) for name in DECISIONS]
+    data.differences = [
+        f"the version counts {said:,} {name}, the rows say {found:,}" for name, said, found in pairs if said != found
+    ]
+
+
+class _ShardPicker:
+    """Chooses a few shards for the examples from their commits alone: those that cover what the rules did."""
+
+    LIMIT = 6
+    SPREAD = 3
+
+    def __init__(self) -> None:
+        self._best: dict[tuple[str, str], tuple[int, str]] = {}
+        self._does: dict[str, set[tuple[str, str]]] = {}
+        self._names: list[str] = []
+
+    def see(self, name: str, commit: dict[str, Any]) -> None:
+        if "annotated" not in commit["files"]:
+            return
+        self._names.append(name)
+        found = {("decision", decision): commit["counts"].get(decision, 0) for decision in DECISIONS}
+        found |= {(rule, band): n for rule, bands in commit.get("rules", {}).items() for band, n in bands.items()}
+        done = {pair for pair, count in found.items() if count}
+        for pair in done:
+            if found[pair] > self._best.get(pair, (0, ""))[0]:
+                before = self._best.get(pair)
+                self._best[pair] = (found[pair], name)
+                self._does[name] = done
+                if before is not None and all(best != before[1] for _, best in self._best.values()):
+                    self._does.pop(before[1], None)
+
+    def choose(self) -> list[str]:
+        """At most `LIMIT` commits, in order: a greedy cover first, then an even spread up to `SPREAD`."""
+        left = set(self._best)
+        chosen: list[str] = []
+        while left and len(chosen) < self.LIMIT:
+            name = max(sorted(self._does), key=lambda item: len(self._does[item] & left))
+            if not self._does[name] & left:
+                break
+            chosen.append(name)
+            left -= self._does[name]
+        for position in range(self.SPREAD):
+            if self._names and len(chosen) < self.SPREAD:
+                name = self._names[position * (len(self._names) - 1) // max(self.SPREAD - 1, 1)]
+                if name not in chosen:
+                    chosen.append(name)
+        return sorted(chosen, key=self._names.index)

@@ -1,0 +1,101 @@
+"""Text made safe and short for the page: escaped, without control characters, numbers as people read them."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import unicodedata
+from datetime import UTC, datetime
+
+_SPACES = {ord(character): " " for character in "\t\n\r\x0b\x0c\u0085\u2028\u2029"}
+#: Format characters that text in some scripts and emoji need; all others (bidirectional controls, tags) are replaced.
+_JOINERS = "\u200c\u200d"
+_CREDENTIALS = re.compile(r"://[^/\s@]{1,200}@")
+_QUERY = re.compile(r"(://[^\s?#]{1,2000})[?#]\S{1,4000}")
+
+
+def clean(text: object, limit: int = 400) -> str:
+    """One line of plain text: line breaks become spaces, control and direction-changing characters U+FFFD."""
+    value = str(text)[: limit * 4].translate(_SPACES)
+    value = "".join(character if _shown(character) else "\ufffd" for character in value)
+    value = " ".join(value.split())
+    return value if len(value) <= limit else value[: limit - 1].rstrip() + "…"
+
+
+def clean_block(text: str, limit: int) -> str:
+    """Like `clean`, for several lines."""
+    lines = ("".join(c if _shown(c) else "\ufffd" for c in line) for line in text[:limit].split("\n"))
+    return "\n".join(lines) + ("\n… (cut)" if len(text) > limit else "")
+
+
+def esc(text: object, limit: int = 400) -> str:
+    """`clean`, escaped for HTML text and attribute values."""
+    return html.escape(clean(text, limit), quote=True)
+
+
+def place(url: object) -> str:
+    """A URL or path without user name, password, query or fragment, which may hold secrets."""
+    return _QUERY.sub(r"\1", _CREDENTIALS.sub("://", clean(url, 2000)))
+
+
+def _shown(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") or character in _JOINERS
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage that never says 0 or 100 where that is not exact."""
+    if not whole:
+        return "–"
+    value = part / whole
+    if 0 < value < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= value < 1:
+        return ">99.9%"
+    return f"{value:.1%}"
+
+
+def score(value: float | None, beside: float | None = None) -> str:
+    """A score with three decimals, or as many (up to six) as it takes to tell it from `beside`."""
+    if value is None or math.isnan(value):
+        return "none"
+    if value == int(value) and abs(value) < 1e15 and (beside is None or beside == int(beside)) and abs(value) >= 2:
+        return f"{value:,.0f}"
+    for decimals in (3, 4, 5, 6):
+        shown = f"{value:,.{decimals}f}" if abs(value) < 1e7 else f"{value:.4g}"
+        if beside is None or value == beside or shown != f"{beside:,.{decimals}f}":
+            break
+    return shown.replace("-", "−")
+
+
+def threshold(value: float) -> str:
+    """A threshold as short as it can be said."""
+    shown = f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+    return shown.replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def moment(unix: float | None) -> str:
+    return datetime.fromtimestamp(unix, UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0") if unix is not None else "unknown"
