@@ -18,6 +18,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log"})
 _SKIPPED_FILES = frozenset({"thumbs.db", "desktop.ini"})
+_WEB = ("http://", "https://")
 _LOOK_AT = 100_000  # files, before deciding what a folder without tars or Parquet holds
 
 
@@ -107,8 +108,8 @@ def locate(url: str) -> Location:
             head = url[: len(url) + fixed]
             root, _, _ = head.rpartition("/")
             return Location(root or "/", url[len(root) + 1 :])
-        if url.startswith(("http://", "https://")) and url.lower().endswith(TAR_SUFFIXES + PARQUET_SUFFIXES):
-            is_folder = False
+        if url.startswith(_WEB):  # a web server has no folders, but it may list one
+            is_folder = not url.lower().endswith(TAR_SUFFIXES + PARQUET_SUFFIXES) and fs.isdir(url + "/")
         else:
             is_folder = fs.info(path)["type"] == "directory"
     if is_folder:
@@ -197,7 +198,7 @@ def _walk_local(root: str, path: str, above: set[tuple[int, int]]) -> Iterator[F
 def _walk_remote(url: str) -> Iterator[Folder]:
     fs, root = storage.filesystem(url)
     found: dict[tuple[str, ...], list[Entry]] = {(): []}
-    for path, info in fs.find(root, detail=True).items():
+    for path, info in fs.find(root + "/" if root.startswith(_WEB) else root, detail=True).items():
         parts = path[len(root) :].strip("/").split("/")
         if any(_skipped(part) for part in parts) or not _SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
             continue
