@@ -33,7 +33,7 @@ def image_facts(rgb: np.ndarray) -> ImageFacts:
     differ, since it starts from the small version.
     """
     gray = _canonical_luma(rgb)
-    histogram = np.asarray(Image.fromarray(gray).histogram(), dtype=np.float64) / gray.size
+    histogram = np.bincount(gray.ravel(), minlength=256) / gray.size
     mean = float(histogram @ _LEVELS)
     variance = float(histogram @ (_LEVELS - mean) ** 2)
     used = histogram[histogram > 0]
@@ -73,13 +73,16 @@ def _laplacian_variance(gray: np.ndarray) -> float:
     laplacian -= values[2:, 1:-1]
     laplacian -= values[1:-1, :-2]
     laplacian -= values[1:-1, 2:]
-    return float(laplacian.var(dtype=np.float32))
+    flat = laplacian.ravel().astype(np.float32)
+    mean = float(flat.mean())
+    return max(0.0, float(np.einsum("i,i->", flat, flat)) / flat.size - mean * mean)
 
 
 def _phash(gray: np.ndarray) -> int:
     rows, columns = _low_frequencies(gray.shape[0]), _low_frequencies(gray.shape[1])
     low = (rows @ gray.astype(np.float32)) @ columns.T
-    bits = low > np.median(low)
+    middle = np.partition(low.ravel(), (31, 32))
+    bits = low > (middle[31] + middle[32]) / 2  # the median of 64 values
     return int.from_bytes(np.packbits(bits.ravel()).tobytes(), "big")
 
 
