@@ -34,7 +34,7 @@ from clipfilter.sources.parquet_columns import (
     rest_schema,
     split_batch,
 )
-from clipfilter.sources.records import UID_PATTERN
+from clipfilter.sources.records import UID_PATTERN, image_array
 from clipfilter.sources.schema import (
     caption_lists,
     fit_batch,
@@ -234,7 +234,7 @@ class Parquet:
             error_class, error = [READ_ERROR] * rows, [piece.problem] * rows
         elif isinstance(images, list):
             error_class, error = [item.error_class for item in images], [item.error for item in images]
-            images = pa.array([item.data for item in images], pa.large_binary())
+            images = image_array([item.data for item in images])
         elif images.null_count:
             missing = images.is_null().to_pylist()
             error_class = [MISSING_IMAGE if absent else None for absent in missing]

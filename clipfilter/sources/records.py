@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
@@ -118,14 +119,28 @@ def _batch(rows: list[Row], columns: pa.Schema, schema: pa.Schema, stats: ReadSt
         [row.number for row in rows],
         [row.key for row in rows],
         [row.uid for row in rows],
-        [row.image for row in rows],
+        None,
         [row.captions for row in rows],
         [row.error_class for row in rows],
         [row.error for row in rows],
         misfits,
     ]
-    arrays = [pa.array(values, item.type) for values, item in zip(prefix, PREFIX, strict=True)]
+    arrays = [
+        image_array([row.image for row in rows]) if values is None else pa.array(values, item.type)
+        for values, item in zip(prefix, PREFIX, strict=True)
+    ]
     return pa.RecordBatch.from_arrays([*arrays, *fitted], schema=schema)
+
+
+def image_array(images: Sequence[bytes | None]) -> pa.Array:
+    """large_binary from bytes, copied once (pa.array would grow its buffer by doubling)."""
+    offsets = np.zeros(len(images) + 1, np.int64)
+    np.cumsum([len(image or b"") for image in images], out=offsets[1:])
+    valid = np.packbits([image is not None for image in images], bitorder="little")
+    data = pa.py_buffer(b"".join(image or b"" for image in images))
+    missing = sum(1 for image in images if image is None)
+    buffers = [pa.py_buffer(valid.tobytes()) if missing else None, pa.py_buffer(offsets.tobytes()), data]
+    return pa.Array.from_buffers(pa.large_binary(), len(images), buffers, missing)
 
 
 def check_field(name: str | None, option: str, known: Iterable[str], where: str) -> None:

@@ -23,7 +23,7 @@ from clipfilter.sources import ReadStats, Shard, Source
 
 Sample = dict[str, Any]  # "__key__", then one entry per member: "jpg": bytes, "txt": str, "json": dict, ...
 
-WORDS = "a photo of red green small large dog cat car boat tree house river at night near the old bridge".split()
+WORDS = ("a", "photo", "of", "red", "green", "small", "large", "dog", "cat", "car", "boat", "tree", "house", "river")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -54,7 +54,7 @@ def uid(seed: int) -> str:
 def samples(
     count: int, *, start: int = 0, captions: bool = True, fields: bool = True, size: tuple[int, int] = (96, 72)
 ) -> list[Sample]:
-    """`count` distinct samples: `__key__`, `jpg`, then `txt` and `json` (caption, url, uid, sizes) unless switched off."""
+    """`count` distinct samples: `__key__`, `jpg`, and unless switched off `txt` and `json` (caption, url, uid, ...)."""
     made = []
     for number in range(start, start + count):
         sample: Sample = {"__key__": f"{number:09d}", "jpg": jpeg(number, size)}
@@ -170,7 +170,7 @@ def write_image_folder(
     folders: Sequence[str] = ("",),
     table: str = "metadata",
 ) -> Path:
-    """Image files, spread over `folders` in turn, with captions from files beside them or from one table in the root."""
+    """Image files, spread over `folders` in turn, with captions in files beside them or in one table in the root."""
     root = Path(root)
     rows = []
     for number, sample in enumerate(made):
@@ -232,10 +232,7 @@ def write_img2dataset(
         rows.append((fields, sample["jpg"] if sample else None))
     random.Random(shard).shuffle(rows)
     schema = pa.schema(
-        [
-            pa.field(field, pa.int32() if "width" in field or "height" in field else pa.string())
-            for field in rows[0][0]
-        ]
+        [pa.field(field, pa.int32() if "width" in field or "height" in field else pa.string()) for field in rows[0][0]]
     )
     table = pa.Table.from_pylist([fields for fields, _ in rows], schema)
     done = [(fields, data) for fields, data in rows if data is not None]

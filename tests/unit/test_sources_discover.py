@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -105,9 +105,9 @@ class CountingFileSystem(MemoryFileSystem):  # type: ignore[misc]
     """An in-memory store that counts what is opened."""
 
     protocol = "counting"
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
-    opened: list[str] = []
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    opened: ClassVar[list[str]] = []
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:

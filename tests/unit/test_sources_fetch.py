@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from tests.support.sources import read_rows, read_shard
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers /N.jpg with image N, /flaky/... at the second try, and trouble by name."""
 
-    asked: dict[str, int] = {}
+    asked: ClassVar[dict[str, int]] = {}
     lock = threading.Lock()
 
     def do_GET(self) -> None:
@@ -61,7 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture()
+@pytest.fixture
 def server() -> Iterator[str]:
     Handler.asked.clear()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -73,14 +74,22 @@ def server() -> Iterator[str]:
     httpd.server_close()
 
 
-def test_a_url_column_with_every_kind_of_trouble(
-    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_url_column_with_every_kind_of_trouble(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(fetch, "TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(fetch, "ATTEMPTS", 2)
     monkeypatch.setattr(fetch, "LARGEST_IMAGE", 1 << 20)
-    names = ["1.jpg", "gone/2.jpg", "flaky/3.jpg", "down/4.jpg", "slow/5.jpg", "forbidden/6.jpg", "huge/7.jpg", "cut/8.jpg", "9.jpg"]
+    names = [
+        "1.jpg",
+        "gone/2.jpg",
+        "flaky/3.jpg",
+        "down/4.jpg",
+        "slow/5.jpg",
+        "forbidden/6.jpg",
+        "huge/7.jpg",
+        "cut/8.jpg",
+        "9.jpg",
+    ]
     urls: list[str | None] = [f"{server}/{name}" for name in names]
     urls += ["http://127.0.0.1:9/refused.jpg", None, "", "nosuch://host/x.jpg"]
     pq.write_table(pa.table({"url": urls, "text": [f"caption {n}" for n in range(len(urls))]}), tmp_path / "a.parquet")
@@ -90,7 +99,11 @@ def test_a_url_column_with_every_kind_of_trouble(
         None, "missing_image", None, "read_error", "read_error", "missing_image", "image_too_large", "read_error", None,
         "read_error", "missing_image", "missing_image", "missing_image",
     ]  # fmt: skip
-    assert [row["cf_image"] for row in rows if row["cf_image"] is not None] == [make.jpeg(1), make.jpeg(3), make.jpeg(9)]
+    assert [row["cf_image"] for row in rows if row["cf_image"] is not None] == [
+        make.jpeg(1),
+        make.jpeg(3),
+        make.jpeg(9),
+    ]
     assert [row["url"] for row in rows] == urls
     assert all(row["cf_error"] for row in rows if row["cf_error_class"])
     assert "HTTP 404" in rows[1]["cf_error"]
@@ -117,7 +130,16 @@ def test_paths_relative_to_the_file_or_to_the_root_and_absolute_ones(tmp_path: P
     for place, sample in zip(("meta/near.jpg", "far.jpg", "../outside.jpg", "meta/sub/x.jpg"), made, strict=True):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).resolve().write_bytes(sample["jpg"])
-    names = ["near.jpg", "far.jpg", str(tmp_path / "outside.jpg"), "./sub/x.jpg", f"file://{root}/far.jpg", "sub", "near.jpg/x", "a\0b"]
+    names = [
+        "near.jpg",
+        "far.jpg",
+        str(tmp_path / "outside.jpg"),
+        "./sub/x.jpg",
+        f"file://{root}/far.jpg",
+        "sub",
+        "near.jpg/x",
+        "a\0b",
+    ]
     pq.write_table(pa.table({"file_name": names}), root / "meta" / "a.parquet")
     rows = read_rows(open_source(str(root)))
     assert [row["cf_image"] for row in rows[:5]] == [made[n]["jpg"] for n in (0, 1, 2, 3, 1)]
@@ -127,7 +149,12 @@ def test_paths_relative_to_the_file_or_to_the_root_and_absolute_ones(tmp_path: P
 def test_a_struct_column_with_paths_for_missing_bytes(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"from the file")
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    values = [{"bytes": b"held", "path": None}, {"bytes": None, "path": "x.jpg"}, {"bytes": None, "path": "no.jpg"}, None]
+    values = [
+        {"bytes": b"held", "path": None},
+        {"bytes": None, "path": "x.jpg"},
+        {"bytes": None, "path": "no.jpg"},
+        None,
+    ]
     pq.write_table(pa.table({"image": pa.array(values, kind)}), tmp_path / "a.parquet")
     rows = read_rows(open_source(str(tmp_path)))
     assert [row["cf_image"] for row in rows] == [b"held", b"from the file", None, None]

@@ -28,7 +28,9 @@ def test_captions_from_files_beside_or_from_a_table(tmp_path: Path, captions: An
     by_key = {sample["__key__"]: sample for sample in made}
     order = [row["cf_key"] for row in rows]
     assert order[:3] == ["000000000.jpg", "000000004.jpg", "000000008.jpg"]
-    assert order[3].startswith("a/") and order[6].startswith("b/0") and order[9].startswith("b/c/")
+    assert order[3].startswith("a/")
+    assert order[6].startswith("b/0")
+    assert order[9].startswith("b/c/")
     for row in rows:
         sample = by_key[row["cf_key"].rpartition("/")[2][:-4]]
         assert row["cf_image"] == sample["jpg"]
@@ -46,7 +48,17 @@ def test_captions_from_files_beside_or_from_a_table(tmp_path: Path, captions: An
 
 
 def test_only_visible_images_are_rows(tmp_path: Path) -> None:
-    for name in ("x.jpg", "x.PNG", "y.webp", "x.txt", "notes.md", ".hidden.jpg", "._x.jpg", "Thumbs.db", "sub/.git/a.jpg"):
+    for name in (
+        "x.jpg",
+        "x.PNG",
+        "y.webp",
+        "x.txt",
+        "notes.md",
+        ".hidden.jpg",
+        "._x.jpg",
+        "Thumbs.db",
+        "sub/.git/a.jpg",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"caption of x")
     (tmp_path / "__MACOSX").mkdir()
@@ -80,7 +92,9 @@ def test_tables_in_the_images_own_folder_come_first_and_may_repeat_an_image(tmp_
     for name in ("train/1.jpg", "train/2.jpg", "test/1.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "1.jpg", "text": "own", "extra": {"a": 1}}\nbroken\n')
+    (tmp_path / "train" / "metadata.jsonl").write_text(
+        '{"file_name": "1.jpg", "text": "own", "extra": {"a": 1}}\nbroken\n'
+    )
     (tmp_path / "captions.txt").write_text(
         'image,caption\n./train/1.jpg,root\ntrain/2.jpg,"two, quoted"\ntrain/2.jpg,another\n2.jpg,x\ntest\\1.jpg,007\n'
     )
@@ -120,7 +134,9 @@ def test_copies_are_image_folders_again(tmp_path: Path, captions: Any) -> None:
     source.copy_rows(shard, sorted(chosen), tmp_path / "2")
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file())
     assert len(files) == (6 if captions in ("txt", "json") else 4)
-    assert [(tmp_path / "1" / name).read_bytes() for name in files] == [(tmp_path / "2" / name).read_bytes() for name in files]
+    assert [(tmp_path / "1" / name).read_bytes() for name in files] == [
+        (tmp_path / "2" / name).read_bytes() for name in files
+    ]
     copied = read_rows(open_source(str(tmp_path / "1")))
     for name in ("cf_key", "cf_image", "cf_captions", "cf_uid", *source.schema.names):
         assert [row[name] for row in copied] == [rows[number][name] for number in sorted(chosen)]
@@ -144,8 +160,8 @@ def test_a_single_image_and_a_glob(tmp_path: Path) -> None:
     make.write_image_folder(tmp_path, make.samples(12), folders=FOLDERS)
     assert [row["cf_key"] for row in read_rows(open_source(str(tmp_path / "b" / "000000001.jpg")))] == ["000000001.jpg"]
     rows = read_rows(open_source(str(tmp_path / "*" / "*.jpg")))
-    assert [row["cf_key"] for row in rows] == [f"{folder}/{number:09d}.jpg" for folder, number in
-                                               [("a", 3), ("a", 7), ("a", 11), ("b", 1), ("b", 5), ("b", 9)]]  # fmt: skip
+    wanted = [("a", 3), ("a", 7), ("a", 11), ("b", 1), ("b", 5), ("b", 9)]
+    assert [row["cf_key"] for row in rows] == [f"{folder}/{number:09d}.jpg" for folder, number in wanted]
     assert all(row["cf_captions"] for row in rows)
 
 

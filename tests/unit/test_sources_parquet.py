@@ -117,7 +117,13 @@ def test_unusual_column_types_travel_untouched(tmp_path: Path) -> None:
 
 def test_later_files_are_fitted_to_the_first_ones_schema(tmp_path: Path) -> None:
     images = pa.array([b"x"] * 3, pa.binary())
-    first = {"image": images, "n": pa.array([1, 2, 3]), "f": pa.array([0.5] * 3), "s": ["a", "b", "c"], "tags": [["t"]] * 3}
+    first = {
+        "image": images,
+        "n": pa.array([1, 2, 3]),
+        "f": pa.array([0.5] * 3),
+        "s": ["a", "b", "c"],
+        "tags": [["t"]] * 3,
+    }
     second = {
         "s": pa.array(["d", "e", None], pa.large_string()),
         "n": pa.array([4.0, 5.5, float("nan")]),
@@ -142,7 +148,11 @@ def test_later_files_are_fitted_to_the_first_ones_schema(tmp_path: Path) -> None
     assert read[1][1].misfits == 3
     rows = read[2][0]
     assert {row["cf_error_class"] for row in rows} == {"missing_image"}
-    assert [json.loads(row["cf_source_json"]) for row in rows] == [{"n": "x", "other": 1}, {"n": "y", "other": 2}, {"other": 3}]
+    assert [json.loads(row["cf_source_json"]) for row in rows] == [
+        {"n": "x", "other": 1},
+        {"n": "y", "other": 2},
+        {"other": 3},
+    ]
 
 
 def test_several_captions_and_named_columns(tmp_path: Path) -> None:
@@ -186,11 +196,13 @@ def test_options_that_cannot_be(tmp_path: Path, options: SourceOptions, message:
 
 def test_no_image_column_and_reserved_and_repeated_names(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1], "s": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(RefusedError, match=r"no column that is clearly the image.*--image-column.*n \(int64\), s \(string\)"):
+    with pytest.raises(
+        RefusedError, match=r"no column that is clearly the image.*--image-column.*n \(int64\), s \(string\)"
+    ):
         open_source(str(tmp_path))
     image = pa.array([b"x"], pa.binary())
     pq.write_table(pa.table({"image": image, "cf_mine": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(RefusedError, match="cf_mine.*reserved"):
+    with pytest.raises(RefusedError, match=r"cf_mine.*reserved"):
         open_source(str(tmp_path))
     pq.write_table(pa.table([image, pa.array([1]), pa.array([2])], ["image", "n", "n"]), tmp_path / "a.parquet")
     with pytest.raises(RefusedError, match="several columns named 'n'"):
@@ -240,7 +252,12 @@ def test_a_spoiled_row_group_costs_its_rows(tmp_path: Path) -> None:
 def test_copies_keep_schema_metadata_and_codecs(tmp_path: Path) -> None:
     features = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
     path = make.write_parquet(
-        tmp_path / "a.parquet", make.samples(60), style="struct", row_group_size=20, metadata=features, compression="zstd"
+        tmp_path / "a.parquet",
+        make.samples(60),
+        style="struct",
+        row_group_size=20,
+        metadata=features,
+        compression="zstd",
     )
     source = open_source(str(path))
     (shard,) = source.iter_shards()
@@ -268,7 +285,8 @@ def test_copies_of_named_images_still_find_them(tmp_path: Path) -> None:
 
 def test_columns_of_an_earlier_run(tmp_path: Path) -> None:
     columns = {
-        "image": pa.array([b"x"], pa.binary()), "cf_decision": ["keep"], "cf_score.a": [0.5], "cf_prev_decision": ["review"],
+        "image": pa.array([b"x"], pa.binary()), "cf_decision": ["keep"], "cf_score.a": [0.5],
+        "cf_prev_decision": ["review"],
     }  # fmt: skip
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     source = open_source(str(tmp_path))
@@ -307,7 +325,9 @@ def test_img2dataset_parquet(tmp_path: Path, encode_format: str) -> None:
 
 
 def test_duplicate_keys_are_counted_and_have_uids_of_their_own(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"key": ["a", "b", "a", None], "image": pa.array([b"1", b"2", b"3", b"4"])}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"key": ["a", "b", "a", None], "image": pa.array([b"1", b"2", b"3", b"4"])}), tmp_path / "a.parquet"
+    )
     source = open_source(str(tmp_path))
     rows, stats = read_shard(source, next(source.iter_shards()))
     assert [row["cf_key"] for row in rows] == ["a", "b", "a", "3"]

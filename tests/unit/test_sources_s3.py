@@ -132,7 +132,10 @@ def test_a_tar_is_fetched_once_for_reading_and_copying(
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("bucket-of-images/nothing/here", "does not exist"), ("no-such-bucket/x", "does not exist|cannot be read|may not")],
+    [
+        ("bucket-of-images/nothing/here", "does not exist"),
+        ("no-such-bucket/x", "does not exist|cannot be read|may not"),
+    ],
 )
 def test_what_is_not_there_is_refused(bucket: str, path: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):

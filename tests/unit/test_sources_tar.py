@@ -67,7 +67,7 @@ WHOLE = build(ADJACENT)
 @example(511)
 @example(512)
 @example(len(WHOLE) - 1)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_a_tar_cut_at_any_byte_gives_exactly_the_complete_rows(size: int) -> None:
     ends = {}
     offset = 0
@@ -90,7 +90,7 @@ def test_a_tar_cut_at_any_byte_gives_exactly_the_complete_rows(size: int) -> Non
 
 
 @given(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_garbage_anywhere_never_raises_and_never_invents_rows(place: int, garbage: bytes) -> None:
     spoiled = WHOLE[:place] + garbage + WHOLE[place + len(garbage) :]
     found = index(spoiled)
@@ -128,7 +128,9 @@ def test_keys_and_extensions_are_webdatasets(names: list[tuple[str, str]], forma
         ours = split_name(name.encode())
         assert ours == (theirs[0].removeprefix("./"), theirs[1].lower())
     data = build([(f"{stem}.{extension}", b"x") for stem, extension in names], format)
-    assert {key for key, _ in rows(data)} <= {stem.removeprefix("./").partition(".")[0] for stem, _ in names} | {"dir.x/a"}
+    assert {key for key, _ in rows(data)} <= {stem.removeprefix("./").partition(".")[0] for stem, _ in names} | {
+        "dir.x/a"
+    }
 
 
 def test_rows_are_those_of_the_webdataset_library(tmp_path: Path) -> None:
@@ -179,7 +181,8 @@ def test_two_images_under_one_key_clash_and_the_first_is_taken() -> None:
     found = index(build([("k.png", b"png"), ("k.jpg", b"jpg"), ("k.txt", b"t")]))
     assert found.keys == ["k"]
     image = found.image(0)
-    assert image is not None and image.extension == "png"
+    assert image is not None
+    assert image.extension == "png"
     assert found.clashes == 1
     assert found.duplicate_keys == 0
 
@@ -263,13 +266,13 @@ def test_interleaved_members_cut_in_the_middle_leave_only_whole_rows() -> None:
 def test_the_index_of_many_members_stays_small() -> None:
     import tracemalloc
 
-    count = 20_000
+    count = 8000
     block = tarfile.TarInfo("000000000.jpg").tobuf(tarfile.GNU_FORMAT)
     headers = bytearray()
     for number in range(count):
         info = tarfile.TarInfo(f"{number // 2:09d}.{'jpg' if number % 2 else f'{number}.txt'}")
-        headers += info.tobuf(tarfile.GNU_FORMAT) if number < 2000 else block
-        if number >= 2000:
+        headers += info.tobuf(tarfile.GNU_FORMAT) if number < 800 else block
+        if number >= 800:
             headers[-512:-499] = f"{number:09d}.jpg".encode()
             headers[-364:-356] = b" " * 8
             headers[-364:-356] = b"%06o\0 " % sum(headers[-512:])
@@ -278,6 +281,6 @@ def test_the_index_of_many_members_stays_small() -> None:
     found = index(data)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(found) == 19_000
+    assert len(found) == 7600
     assert held < 200 * count
     assert peak < 600 * count

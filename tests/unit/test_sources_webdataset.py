@@ -81,7 +81,11 @@ def test_chosen_rows_and_no_images(tmp_path: Path) -> None:
 
 def test_json_fields_are_frozen_and_the_rest_is_kept_as_json(tmp_path: Path) -> None:
     first = [
-        {"__key__": f"{n}", "jpg": b"x", "json": '{"n": %d, "f": NaN, "tags": ["a"], "deep": {"x": [1]}, "none": null}' % n}
+        {
+            "__key__": f"{n}",
+            "jpg": b"x",
+            "json": f'{{"n": {n}, "f": NaN, "tags": ["a"], "deep": {{"x": [1]}}, "none": null}}',
+        }
         for n in range(5)
     ]
     second = [
@@ -139,7 +143,7 @@ def test_captions_come_from_text_members_and_lists(tmp_path: Path) -> None:
     assert [row["cf_captions"] for row in named] == [None, ["from text"], None, ["other"], None]
     member = read_rows(open_source(str(tmp_path), SourceOptions(caption_column="txt")))
     assert [row["cf_captions"] for row in member][3] is None
-    with pytest.raises(RefusedError, match="--caption-column legend is not in .*captions, text"):
+    with pytest.raises(RefusedError, match=r"--caption-column legend is not in .*captions, text"):
         open_source(str(tmp_path), SourceOptions(caption_column="legend"))
 
 
@@ -174,7 +178,7 @@ def test_columns_of_an_earlier_run_travel_under_another_name(tmp_path: Path) -> 
     }  # fmt: skip
     assert row["cf_source_json"] is None
     make.write_webdataset(tmp_path / "a.tar", [{"__key__": "0", "jpg": b"x", "json": {"cf_mine": 1}}])
-    with pytest.raises(RefusedError, match="cf_mine.*rename"):
+    with pytest.raises(RefusedError, match=r"cf_mine.*rename"):
         open_source(str(tmp_path))
 
 
@@ -283,8 +287,8 @@ def test_a_copy_has_the_rows_members_as_they_are_and_is_deterministic(tmp_path: 
 def test_copied_duplicates_get_names_of_their_own_and_paths_are_made_safe(tmp_path: Path) -> None:
     long = "long/" * 30 + "name"
     listed = [
-        ("a.jpg", b"1"), ("a.txt", b"t1"), ("../../b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"t3"), ("/abs/c.jpg", b"4"),
-        (f"{long}.jpg", b"5"), ("./d.jpg", b"6"), ("a~2.jpg", b"7"), ("e.pkl", b"pickle"), ("e.jpg", b"8"),
+        ("a.jpg", b"1"), ("a.txt", b"t1"), ("../../b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"t3"),
+        ("/abs/c.jpg", b"4"), (f"{long}.jpg", b"5"), ("./d.jpg", b"6"), ("a~2.jpg", b"7"), ("e.pkl", b"pickle"), ("e.jpg", b"8"),
     ]  # fmt: skip
     make.write_members(tmp_path / "a.tar", listed)
     source = open_source(str(tmp_path / "a.tar"))
