@@ -1,8 +1,10 @@
-"""Inline SVG: histograms with thresholds, stacked bars. Percent coordinates, so that text keeps its size at any width."""
+"""Inline SVG: histograms with thresholds, and stacked bars; in percent coordinates, so that text keeps its size."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +45,7 @@ def bars(histogram: Histogram, thresholds: list[float], full: tuple[float, float
         low, high = low - spread, high + spread
     elif full is None:
         low, high = low - (high - low) * 0.02, high + (high - low) * 0.02
-    step = _round_step((high - low) / _BARS)
-    if histogram.integral:
-        step = max(1.0, step)
+    step = _round_step((high - low) / _BARS, whole=histogram.integral)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     drawn = np.arange(first, last + 1) * step
     index = np.searchsorted(drawn, edges + width / 2, side="right") - 1
@@ -56,7 +56,9 @@ def bars(histogram: Histogram, thresholds: list[float], full: tuple[float, float
     return Bars(drawn, np.bincount(index, counts, minlength=len(drawn) - 1).astype(np.int64), outside)
 
 
-def histogram_svg(histogram: Histogram, bands: list[Band], *, label: str, full: tuple[float, float] | None = None) -> str:
+def histogram_svg(
+    histogram: Histogram, bands: list[Band], *, label: str, full: tuple[float, float] | None = None
+) -> str:
     """A histogram with its thresholds; bars are coloured by the band they lie in, exactly up to the threshold."""
     limits = [band.threshold for band in bands if band.threshold is not None]
     drawn = bars(histogram, limits, full)
@@ -77,7 +79,8 @@ def histogram_svg(histogram: Histogram, bands: list[Band], *, label: str, full: 
             at = x(band.threshold)
             left, width = (at, 100 - at) if band.direction == "above" else (0.0, at)
             parts.append(
-                f'<rect class="zone {band.name}" x="{left:.3f}%" y="{_TOP}" width="{max(width, 0):.3f}%" height="{_HEIGHT}"/>'
+                f'<rect class="zone {band.name}" x="{left:.3f}%" y="{_TOP}" '
+                f'width="{max(width, 0):.3f}%" height="{_HEIGHT}"/>'
             )
     for position, count in enumerate(drawn.counts.tolist()):
         if not count:
@@ -89,7 +92,7 @@ def histogram_svg(histogram: Histogram, bands: list[Band], *, label: str, full: 
         pieces = "".join(
             f'<rect class="bar {zone((a + b) / 2, bands)}" x="{x(a):.3f}%" y="{_TOP + _HEIGHT - height:.1f}" '
             f'width="{x(b) - x(a):.3f}%" height="{height:.1f}"/>'
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in itertools.pairwise(cuts)
         )
         parts.append(f"<g><title>{text.esc(says)}</title>{pieces}</g>")
     base = _TOP + _HEIGHT
@@ -97,7 +100,9 @@ def histogram_svg(histogram: Histogram, bands: list[Band], *, label: str, full: 
     for value in _ticks(low, high):
         at = x(value)
         anchor = "start" if at < 4 else "end" if at > 96 else "middle"
-        parts.append(f'<text class="tick" x="{at:.3f}%" y="{base + 16}" text-anchor="{anchor}">{text.threshold(value)}</text>')
+        parts.append(
+            f'<text class="tick" x="{at:.3f}%" y="{base + 16}" text-anchor="{anchor}">{text.threshold(value)}</text>'
+        )
     for row, band in enumerate(sorted(bands, key=lambda item: item.name != "reject")):
         if band.threshold is None:
             continue
@@ -130,7 +135,7 @@ def zone(value: float, bands: list[Band]) -> str:
     return "keep" if limits else "plain"
 
 
-def stacked_bar(parts: list[tuple[str, float]], *, label: str, height: int = 28) -> str:
+def stacked_bar(parts: Sequence[tuple[str, float]], *, label: str, height: int = 28) -> str:
     """Shares of a whole as one bar; (class, amount) in drawing order. Slivers stay visible."""
     whole = sum(amount for _, amount in parts)
     drawn = [
@@ -144,20 +149,21 @@ def stacked_bar(parts: list[tuple[str, float]], *, label: str, height: int = 28)
         at = 0.0
         for (name, _), width in zip(parts, widths, strict=True):
             if width:
-                drawn.append(
-                    f'<rect class="{name}" x="{at:.3f}%" width="{width * scale:.3f}%" height="{height}"/>'
-                )
+                drawn.append(f'<rect class="{name}" x="{at:.3f}%" width="{width * scale:.3f}%" height="{height}"/>')
                 at += width * scale
     drawn.append("</svg>")
     return "".join(drawn)
 
 
-def _round_step(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+def _round_step(step: float, *, whole: bool = False) -> float:
+    """The next of 1, 2, 2.5, 5 times a power of ten; a whole number where bars count whole numbers."""
+    if whole:
+        step = max(step, 1.0)
     power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
+    factors = (1, 2, 5, 10) if whole and power < 10 else (1, 2, 2.5, 5, 10)
+    return next(factor * power for factor in factors if factor * power >= step * (1 - 1e-9))
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    step = _round_step((high - low) / 5)
+    step = _round_step((high - low) / 6)
     return [position * step for position in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

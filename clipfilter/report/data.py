@@ -170,15 +170,15 @@ def rules_of(plan: Plan, version: dict[str, Any]) -> list[RuleData]:
     """The rules with the thresholds that decided: calibrated for this model, fixed over the dataset, or as written."""
     policy = plan.policy or {"rules": []}
     weights = plan.model.get("weights_sha256")
-    own = next((entry for entry in policy.get("calibrations", []) if entry.get("weights_sha256") == weights), {})
+    entries: list[dict[str, Any]] = policy.get("calibrations", [])
+    own = next((entry for entry in entries if entry.get("weights_sha256") == weights), {})
     rules = []
     for spec in policy["rules"]:
         kind = next(kind for kind in ("concept", "alignment", "metadata", "fraction") if kind in spec)
         depends = kind in ("concept", "alignment")
         calibrated = own.get("rules", {}).get(spec["id"], {}) if depends else {}
-        bands = [
-            _band(name, spec, calibrated.get(name), version) for name in ("review", "reject") if name in {**spec, **calibrated}
-        ]
+        named = [name for name in ("review", "reject") if name in spec or name in calibrated]
+        bands = [_band(name, spec, calibrated.get(name), version) for name in named]
         rules.append(RuleData(spec["id"], kind, spec, bool(calibrated) if depends else None, bands))
     return rules
 
@@ -186,7 +186,7 @@ def rules_of(plan: Plan, version: dict[str, Any]) -> list[RuleData]:
 def _band(name: str, spec: dict[str, Any], calibrated: dict[str, Any] | None, version: dict[str, Any]) -> Band:
     if calibrated:
         direction = "above" if "above" in calibrated else "below"
-        evidence = {key: calibrated[key] for key in ("n", "target") if key in calibrated}
+        evidence: dict[str, Any] = {key: calibrated[key] for key in ("n", "target") if key in calibrated}
         return Band(name, direction, calibrated[direction], "calibrated", spec.get(name, {}), evidence)
     written = spec[name]
     direction, value = next(iter(written.items()))
@@ -288,7 +288,7 @@ def _reasons(rules: list[RuleData], batch: pa.RecordBatch) -> tuple[np.ndarray, 
     flat = lists.flatten()
     row = np.asarray(pc.list_parent_indices(lists))
     rule = np.asarray(pc.index_in(flat.field("rule"), pa.array([r.id for r in rules], pa.string())).fill_null(-1))
-    band = np.asarray(pc.index_in(flat.field("band"), pa.array(BANDS)).fill_null(-1))
+    band = np.asarray(pc.index_in(flat.field("band"), pa.array(list(BANDS))).fill_null(-1))
     known = (rule >= 0) & (band >= 0)
     row, rule, band = row[known], rule[known], band[known]
     fired = np.bincount(rule * len(BANDS) + band, minlength=len(rules) * len(BANDS)).reshape(len(rules), len(BANDS))
@@ -336,7 +336,8 @@ def _add_scoring_times(directory: Directory, data: RunData) -> None:
     if not data.content.get("thresholds"):
         return
     wanted = {name.rsplit("/", 1)[-1].split(".", 1)[0] for name in data.content["commits"]}
-    scored = [n.path for (shard, stage), n in ledger.list_commits(directory).items() if stage == "scored" and shard in wanted]
+    newest = ledger.list_commits(directory)
+    scored = [name.path for (shard, stage), name in newest.items() if stage == "scored" and shard in wanted]
     for _, commits in _commits(directory, sorted(scored)):
         for commit in commits:
             data.speed.add(commit.get("work", {}))

@@ -20,15 +20,15 @@ _CANDIDATES = 8
 _BATCH = 16_384
 _COLUMNS = ("cf_row", "cf_key", "cf_caption", "cf_sha256", "cf_decision", "cf_reasons")
 
-#: Bucket -> heading, in the order of the page (from worst to best) and in the order in which examples are dealt out.
+#: Bucket -> heading, in the order of the page (from worst to best), and the order in which examples are dealt out.
 HEADINGS = {
-    "reject_far": "Rejected, far beyond the threshold",
-    "reject_near": "Rejected, just beyond the threshold",
-    "review_far": "In review, closer to rejection",
-    "review_near": "In review, closer to being kept",
+    "reject_far": "Rejected, farthest beyond the threshold",
+    "reject_near": "Rejected, nearest to the threshold",
+    "review_far": "In review, nearest to rejection",
+    "review_near": "In review, nearest to being kept",
+    "keep_near": "Kept, nearest to the threshold",
+    "keep_far": "Kept, farthest from the threshold",
     "missing": "Not scored",
-    "keep_near": "Kept, just inside the threshold",
-    "keep_far": "Kept, far from the threshold",
     "low": "Lowest similarity",
     "high": "Highest similarity",
 }
@@ -132,7 +132,9 @@ def _buckets(rule: RuleData, values: np.ndarray, decision: np.ndarray) -> list[t
     if mildest is not None and mildest.threshold is not None:
         distance = _distance(values, mildest)
         mask = (decision == "keep") & ~missing
-        found += [("keep_near", mask, distance), ("keep_far", mask, -distance)]
+        found.append(("keep_near", mask, distance))
+        if rule.histogram.minimum < rule.histogram.maximum:
+            found.append(("keep_far", mask, -distance))
     if rule.spec.get("on_missing") != "keep":
         found.append(("missing", missing & (decision != "keep"), np.arange(len(values), dtype=np.float64)))
     return found

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import time
 from importlib.resources import files
 from urllib.parse import unquote
 
 from clipfilter import __version__
 from clipfilter.report import charts, reproduce, rules, text
-from clipfilter.report.data import RunData
+from clipfilter.report.data import LISTED_SHARDS, RunData
 from clipfilter.report.examples import Examples
+from clipfilter.report.markup import dot, items, note, plural, table
 
 #: What a class of failure means, for people.
 FAILURES = {
-    "decode_error": "The bytes are not an image that can be shown: cut off, damaged, or something else under an image's name.",
+    "decode_error": "Not an image that can be shown: cut off, damaged, or something else under an image’s name.",
     "image_too_large": "More pixels than the limit; refused from the header, before memory was spent.",
     "missing_image": "The row names an image that is not there.",
     "read_error": "The image could not be fetched; the next run with --retry-failed tries again.",
@@ -28,7 +30,13 @@ _STEPS = {
     "encode_texts": ("Embedding captions", "step-c"),
     "decide_and_write": ("Deciding and writing", "step-d"),
 }
-_DECIDED = (("keep", "Kept"), ("review", "To review"), ("reject", "Rejected"), ("failed", "Failed"))
+_POLICY_CHARACTERS = 200_000
+_DECIDED: tuple[tuple[str, str], ...] = (
+    ("keep", "Kept"),
+    ("review", "To review"),
+    ("reject", "Rejected"),
+    ("failed", "Failed"),
+)
 
 
 def render(data: RunData, examples: Examples, thumbnails: str, problem: str | None) -> str:
@@ -80,25 +88,30 @@ def _decided_by(data: RunData) -> str:
 
 
 def _header(data: RunData) -> str:
+    policy = data.plan.policy
     facts = [
         f"Model {text.esc(data.plan.model.get('model', 'unknown'))}",
-        f"{data.totals['shards']:,} {_plural(data.totals['shards'], 'shard')}",
+        plural(data.totals["shards"], "shard"),
         f"Dataset version {int(data.version)}",
         f"Finished {text.moment(data.speed.last)}",
     ]
-    if data.plan.policy is not None:
-        kicker = f"Filtered by the policy {text.esc(data.plan.policy['policy'])}, version {text.esc(data.plan.policy['version'])}"
+    if policy is not None:
+        kicker = f"Filtered by the policy {text.esc(policy['policy'])}, version {text.esc(policy['version'])}"
     else:
-        kicker = "Embedded; nothing was decided" if data.plan.job == "embed" else "Scored; nothing was decided"
-    links = [("summary", "Summary"), *([("rules", "Rules")] if data.rules else [("similarity", "Similarity")])]
-    links += [("failures", "Failures"), ("speed", "Speed")]
-    links += [("policy", "Policy")] if data.plan.policy is not None else []
-    links += [("fingerprints", "Fingerprints"), ("reproduce", "Reproduce")]
+        kicker = f"{_decided_by(data).capitalize()}; nothing was decided"
+    links = {
+        "summary": "Summary",
+        **({"rules": "Rules"} if policy is not None else {"similarity": "Similarity"}),
+        "failures": "Failures",
+        "speed": "Speed",
+        **({"policy": "Policy"} if policy is not None else {}),
+        "fingerprints": "Fingerprints",
+        "reproduce": "Reproduce",
+    }
+    listed = items([f'<a href="#{name}">{shown}</a>' for name, shown in links.items()])
     return (
         f'<header>\n<p class="kicker">{kicker}</p>\n<h1><bdi>{text.esc(dataset_name(data), 120)}</bdi></h1>\n'
-        f'<ul class="facts">{"".join(f"<li>{fact}</li>" for fact in facts)}</ul>\n'
-        f'<nav aria-label="Sections"><ul>{"".join(f"<li><a href=#{name}>{shown}</a></li>" for name, shown in links)}</ul></nav>\n'
-        "</header>\n"
+        f'<div class="facts">{items(facts)}</div>\n<nav aria-label="Sections">{listed}</nav>\n</header>\n'
     )
 
 
@@ -113,7 +126,7 @@ def _summary(data: RunData) -> str:
     label = ", ".join(f"{shown} {counts[name]:,} ({text.share(counts[name], rows)})" for name, shown in names)
     tiles = [f'<div><dt>Images in</dt><dd class="count">{rows:,}</dd></div>']
     tiles += [
-        f'<div><dt>{_dot(name)}{shown}</dt><dd class="count">{counts[name]:,}</dd>'
+        f'<div><dt>{dot(name)}{shown}</dt><dd class="count">{counts[name]:,}</dd>'
         f'<dd class="part">{text.share(counts[name], rows)}</dd></div>'
         for name, shown in names
     ]
@@ -128,68 +141,59 @@ def _summary(data: RunData) -> str:
 def _sentence(data: RunData) -> str:
     """What happened, in words that need no knowledge of the tool."""
     totals, rows = data.totals, data.totals["rows"]
+
+    def part(name: str) -> str:
+        return f"<b>{totals[name]:,}</b> ({text.share(totals[name], rows)})"
+
     if not rows:
         return "This run has no images: the source held none that could be read."
-    if totals["failed"]:
-        failed = f" <b>{totals['failed']:,}</b> ({text.share(totals['failed'], rows)}) could not be read."
-    else:
-        failed = " Every image could be read."
+    failed = f" {part('failed')} could not be read." if totals["failed"] else " Every image could be read."
     if data.plan.policy is None:
         done = "embedded" if data.plan.job == "embed" else "compared with their captions"
-        return (
-            f"Of {rows:,} images, <b>{totals['embedded']:,}</b> ({text.share(totals['embedded'], rows)}) are {done}. "
-            f"Nothing has been decided yet.{failed}"
-        )
+        return f"Of {rows:,} images, {part('embedded')} are {done}. Nothing has been decided yet.{failed}"
     said = (
-        f"Of {rows:,} images, <b>{totals['keep']:,}</b> ({text.share(totals['keep'], rows)}) are kept, "
-        f"<b>{totals['reject']:,}</b> ({text.share(totals['reject'], rows)}) are rejected, and "
-        f"<b>{totals['review']:,}</b> ({text.share(totals['review'], rows)}) wait for a person to decide.{failed}"
+        f"Of {rows:,} images, {part('keep')} are kept, {part('reject')} are rejected, and {part('review')} wait for "
+        f"a person to decide.{failed}"
     )
     most = max(data.rules, key=lambda rule: rule.counts["reject"], default=None)
     if most is not None and most.counts["reject"] and len(data.rules) > 1:
         said += (
-            f" The rule that rejects most is <b>{text.esc(most.id)}</b>, with {most.counts['reject']:,} "
-            f"{_plural(most.counts['reject'], 'image')}."
+            f" The rule that rejects most is <b>{text.esc(most.id)}</b>, with {plural(most.counts['reject'], 'image')}."
         )
     return said
 
 
 def _callout(data: RunData) -> str:
     """What a reader must know before trusting the numbers."""
-    totals, notes, bad = data.totals, [], False
+    totals, options, notes = data.totals, data.plan.options, []
     if data.differences:
-        bad = True
-        notes.append(f"The numbers do not agree: {text.esc('; '.join(data.differences))}. Run <code>clipfilter verify</code>.")
+        different = text.esc("; ".join(data.differences))
+        notes.append(f"The numbers do not agree: {different}. Run <code>clipfilter verify</code>.")
     if totals["failed_shards"]:
-        bad = True
         notes.append(
-            f"{totals['failed_shards']:,} {_plural(totals['failed_shards'], 'shard')} could not be read at all; how many images "
-            "they hold is unknown, and they are in no number on this page."
+            f"{plural(totals['failed_shards'], 'shard')} could not be read at all. How many images they hold is "
+            "unknown, and no number on this page counts them."
         )
     if totals["damaged_shards"]:
-        bad = True
-        count = totals["damaged_shards"]
         notes.append(
-            f"{count:,} {_plural(count, 'shard')} {'is' if count == 1 else 'are'} damaged: {text.size(totals['bytes_unread'])} "
-            "at the end could not be read. The images before the damage are counted here."
+            f"{plural(totals['damaged_shards'], 'shard')} damaged: {text.size(totals['bytes_unread'])} at the end "
+            "could not be read. The images before the damage are counted here."
         )
+    bad = bool(notes)
     uncalibrated = [rule.id for rule in data.rules if rule.calibrated is False and rule.bands]
     if uncalibrated:
         shown = ", ".join(f"<b>{text.esc(name)}</b>" for name in uncalibrated[:12])
         more = f" and {len(uncalibrated) - 12} more" if len(uncalibrated) > 12 else ""
         notes.append(
-            f"The thresholds of {shown}{more} are not calibrated for this model: they are the policy author’s choice, "
-            "not measured on labelled examples, and say nothing about how often a decision is right."
+            f"The thresholds of {shown}{more} are not calibrated for this model: they are the policy author’s "
+            "choice, not measured on labelled examples, and say nothing about how often a decision is right."
         )
-    options = data.plan.options
     if options.get("limit"):
         notes.append(f"Only the first {options['limit']:,} rows of the source were asked for (<code>--limit</code>).")
     if options.get("sample"):
-        notes.append(f"Only a sample of {options['sample']:.3%} of the source was asked for (<code>--sample</code>).")
-    if not notes:
-        return ""
-    items = "".join(f"<li>{note}</li>" for note in notes)
-    return f'<aside class="callout{" bad" if bad else ""}" aria-label="Before you rely on this"><ul>{items}</ul></aside>\n'
+        notes.append(f"Only {options['sample']:.4g} of the source’s rows were asked for (<code>--sample</code>).")
+    look = "callout bad" if bad else "callout"
+    return f'<aside class="{look}" aria-label="Before you rely on this">{items(notes)}</aside>\n' if notes else ""
 
 
 def _failures(data: RunData) -> str:
@@ -197,107 +201,97 @@ def _failures(data: RunData) -> str:
     parts = ['<section id="failures">\n<h2>Failures and gaps</h2>']
     if data.failures:
         parts.append(
-            f"<p>{totals['failed']:,} of {totals['rows']:,} images ({text.share(totals['failed'], totals['rows'])}) failed. "
-            "Each is recorded with its reason; none of them took another image with it.</p>"
+            f"<p>{totals['failed']:,} of {totals['rows']:,} images failed. Each is recorded with its reason; none of "
+            "them took another image with it.</p>"
         )
-        body = ""
+        rows = []
         for found in sorted(data.failures.values(), key=lambda item: -item.count):
-            shown = "".join(
-                f"<p><bdi>{text.esc(message, 300)}</bdi><br><span class=note><bdi>{text.esc(key, 120)}</bdi> in "
-                f"<bdi>{text.esc(path, 160)}</bdi></span></p>"
+            examples = "".join(
+                f"<p><bdi>{text.esc(message, 300)}</bdi><br>"
+                f'<span class="note"><bdi>{text.esc(key, 120)}</bdi> in <bdi>{text.esc(path, 160)}</bdi></span></p>'
                 for message, key, path in found.examples
             )
-            body += (
-                f'<tr><th scope="row"><code>{text.esc(found.name)}</code></th><td class="num">{found.count:,}</td>'
-                f'<td class="num">{text.share(found.count, totals["rows"])}</td>'
-                f"<td>{text.esc(FAILURES.get(found.name, ''))}</td><td>{shown}</td></tr>"
-            )
-        parts.append(
-            '<div class="scroll"><table><caption class="note">Failed images by class</caption><thead><tr><th scope="col">Class</th>'
-            '<th scope="col" class="num">Images</th><th scope="col" class="num">Share</th><th scope="col">Meaning</th>'
-            f'<th scope="col">Examples</th></tr></thead><tbody>{body}</tbody></table></div>'
-        )
+            meaning = text.esc(FAILURES.get(found.name, ""))
+            name = f"<code>{text.esc(found.name)}</code>"
+            rows.append([name, f"{found.count:,}", text.share(found.count, totals["rows"]), meaning, examples])
+        columns = ["Class", "#Images", "#Share", "Meaning", "Examples"]
+        parts.append(table(columns, rows, caption="Failed images by class"))
     else:
         parts.append("<p>No image failed.</p>")
     failed_shards = data.content["failed_shards"]
     if failed_shards:
-        body = "".join(
-            f'<tr><th scope="row"><bdi>{text.esc(item["shard"]["path"], 200)}</bdi></th><td><bdi>{text.esc(item["error"], 400)}</bdi></td></tr>'
-            for item in failed_shards[:20]
-        )
-        more = f'<p class="note">{len(failed_shards) - 20:,} more are in the version file.</p>' if len(failed_shards) > 20 else ""
+        rows = [
+            [f"<bdi>{text.esc(item['shard']['path'], 200)}</bdi>", f"<bdi>{text.esc(item['error'], 400)}</bdi>"]
+            for item in failed_shards[:LISTED_SHARDS]
+        ]
         parts.append(
-            '<div class="scroll"><table><caption class="note">Shards that could not be read (their images are not counted)'
-            '</caption><thead><tr><th scope="col">Shard</th><th scope="col">Error</th></tr></thead>'
-            f"<tbody>{body}</tbody></table></div>{more}"
+            table(["Shard", "Error"], rows, caption="Shards that could not be read; their images are not counted")
         )
+        parts.append(_more(len(failed_shards)))
     if data.damaged:
-        body = "".join(
-            f'<tr><th scope="row"><bdi>{text.esc(path, 200)}</bdi></th><td class="num">{unread:,}</td></tr>' for path, unread in data.damaged
-        )
-        parts.append(
-            '<div class="scroll"><table><caption class="note">Damaged shards</caption><thead><tr><th scope="col">Shard</th>'
-            f'<th scope="col" class="num">Bytes not read</th></tr></thead><tbody>{body}</tbody></table></div>'
-        )
+        rows = [[f"<bdi>{text.esc(path, 200)}</bdi>", f"{unread:,}"] for path, unread in data.damaged]
+        parts.append(table(["Shard", "#Bytes not read"], rows, caption="Damaged shards"))
+        parts.append(_more(totals["damaged_shards"]))
     gaps = [
         (totals["not_downloaded"], "rows of the source were never downloaded; they are not counted as images"),
-        (totals["duplicate_keys"], "images have a key that an earlier image of their shard already has; both are kept apart"),
+        (totals["duplicate_keys"], "images have a key that an earlier image of their shard has; both are kept apart"),
         (data.extra["clashes"], "files were passed over because their sample already had an image"),
         (data.extra["misfits"], "rows have metadata of another type than the rest; it is kept as JSON beside them"),
         (totals["captions_truncated"], "captions are longer than the model reads; it saw their beginning"),
         (data.speed.halvings, "times the batch was halved because memory ran out"),
         (data.speed.retries, "shards needed another attempt"),
     ]
-    items = "".join(f"<li>{count:,} {what}.</li>" for count, what in gaps if count)
-    parts.append(f"<ul>{items}</ul>" if items else "")
-    return "\n".join(parts) + "\n</section>"
+    parts.append(items([f"{count:,} {what}." for count, what in gaps if count]))
+    return "\n".join(part for part in parts if part) + "\n</section>"
+
+
+def _more(count: int) -> str:
+    return note(f"{count - LISTED_SHARDS:,} more are not listed here.") if count > LISTED_SHARDS else ""
 
 
 def _speed(data: RunData) -> str:
     speed, run, rows = data.speed, data.run, data.totals["rows"]
     parts = ['<section id="speed">\n<h2>Speed</h2>']
     done = run.get("rows_processed") or 0
-    working = (run.get("seconds") or 0) - (run.get("startup_seconds") or 0)
+    startup = run.get("startup_seconds") or 0
+    working = (run.get("seconds") or 0) - startup
     unit = "images" if data.plan.job != "filter" else "rows"
     if done and working > 0:
         parts.append(
             f"<p>{done:,} {unit} in {text.duration(working)}: <b>{_rate(done / working)} {unit} a second</b>, after "
-            f"{text.duration(run.get('startup_seconds') or 0)} of start-up, with the {text.esc(run.get('engine', ''))} engine.</p>"
+            f"{text.duration(startup)} of start-up, with the {text.esc(run.get('engine', ''))} engine.</p>"
         )
         if done < rows:
-            parts.append(f'<p class="note">The other {rows - done:,} were done by an earlier start of the same run.</p>')
+            parts.append(note(f"The other {rows - done:,} were done by an earlier start of the same run."))
     elif speed.first is not None and speed.last is not None and speed.last > speed.first and rows:
         span = speed.last - speed.first
         parts.append(
-            f"<p>{rows:,} {unit} in {text.duration(span)} from the first shard’s beginning to the last one’s end "
-            f"({_rate(rows / span)} {unit} a second, pauses included).</p>"
+            f"<p>{rows:,} {unit} in {text.duration(span)} from the beginning of the first shard to the end of the last "
+            f"one ({_rate(rows / span)} {unit} a second, pauses included).</p>"
         )
-    seconds = [(name, speed.seconds[name]) for name in _STEPS if speed.seconds[name] > 0]
-    seconds += [(name, value) for name, value in sorted(speed.seconds.items()) if name not in _STEPS and value > 0]
-    if seconds:
-        whole = sum(value for _, value in seconds)
-        drawn = [(_STEPS.get(name, (name, "failed"))[1], value) for name, value in seconds]
-        label = "Worker time by step: " + ", ".join(
-            f"{_STEPS.get(name, (name, ''))[0]} {text.share(value, whole)}" for name, value in seconds
-        )
-        body = "".join(
-            f'<tr><th scope="row">{_dot(_STEPS.get(name, ("", "failed"))[1])} {text.esc(_STEPS.get(name, (name, ""))[0])}</th>'
-            f'<td class="num">{text.duration(value)}</td><td class="num">{text.share(value, whole)}</td></tr>'
-            for name, value in seconds
-        )
+    steps = {name: speed.seconds[name] for name in _STEPS} | dict(sorted(speed.seconds.items()))
+    steps = {name: value for name, value in steps.items() if value > 0}
+    if steps:
+        whole = sum(steps.values())
+        named = {name: _STEPS.get(name, (name, "failed")) for name in steps}
+        label = ", ".join(f"{named[name][0]} {text.share(value, whole)}" for name, value in steps.items())
+        bar = [(named[name][1], value) for name, value in steps.items()]
+        body = [
+            [f"{dot(named[name][1])} {text.esc(named[name][0])}", text.duration(value), text.share(value, whole)]
+            for name, value in steps.items()
+        ]
+        parts.append(charts.stacked_bar(bar, label=f"Worker time by step: {label}", height=18))
         parts.append(
-            charts.stacked_bar(drawn, label=label, height=18)
-            + '<div class="scroll"><table><caption class="note">Where the workers’ time went. Steps overlap, so this adds up '
-            "to more than the time on the clock.</caption>"
-            '<thead><tr><th scope="col">Step</th><th scope="col" class="num">Time</th><th scope="col" class="num">Share</th></tr>'
-            f"</thead><tbody>{body}</tbody></table></div>"
+            table(
+                ["Step", "#Time", "#Share"],
+                body,
+                caption="Where the workers’ time went. Steps overlap, so they can add up to more than the clock’s time.",
+                attributes=' class="narrow"',
+            )
         )
     if speed.machines:
-        count, cores = len(speed.machines), sum(speed.machines.values())
-        backends = ", ".join(sorted(speed.backends)) or "unknown backend"
-        parts.append(
-            f'<p class="note">{count:,} {_plural(count, "machine")}, {cores:,} {_plural(cores, "core")} in all, {text.esc(backends)}.</p>'
-        )
+        where = f"{plural(len(speed.machines), 'machine')}, {plural(sum(speed.machines.values()), 'core')} in all"
+        parts.append(note(f"{where}, {text.esc(', '.join(sorted(speed.backends)) or 'unknown backend')}."))
     return "\n".join(parts) + "\n</section>"
 
 
@@ -308,53 +302,48 @@ def _rate(value: float) -> str:
 def _policy(data: RunData) -> str:
     if data.plan.policy is None:
         return ""
-    shown = text.clean_block(reproduce.policy_yaml(data.plan.policy), 200_000)
-    import html
-
+    shown = html.escape(text.clean_block(reproduce.policy_yaml(data.plan.policy), _POLICY_CHARACTERS))
     return (
-        '<section id="policy">\n<h2>Policy</h2>\n<p class="note">As it decided: lists written out, defaults filled in. '
-        "It can be saved and used as a policy file.</p>\n"
-        f'<pre tabindex="0" role="region" aria-label="Policy text"><code>{html.escape(shown)}</code></pre>\n</section>'
+        '<section id="policy">\n<h2>Policy</h2>\n'
+        + note("As it decided: lists written out, defaults filled in. It can be saved and used as a policy file.")
+        + f'\n<pre tabindex="0" role="region" aria-label="Policy text"><code>{shown}</code></pre>\n</section>'
     )
 
 
 def _fingerprints(data: RunData) -> str:
-    model, plan, files_of = data.plan.model, data.plan, data.content["commits"]
+    model, plan, content = data.plan.model, data.plan, data.content
     preprocess = model.get("preprocess") or {}
+    seen = (
+        f"{preprocess.get('size')} x {preprocess.get('size')} pixels, {preprocess.get('interpolation')}, "
+        f"{preprocess.get('resize_mode')} side, decoded {plan.options.get('decode', 'fast')}"
+    )
     rows = [
-        ("Model", text.esc(model.get("model", "unknown"))),
-        ("Architecture", text.esc(model.get("architecture", "unknown"))),
-        ("Weights, sha256", _code(model.get("weights_sha256"))),
-        (
-            "Images as the model sees them",
-            text.esc(
-                f"{preprocess.get('size')} x {preprocess.get('size')} pixels, {preprocess.get('interpolation')}, "
-                f"{preprocess.get('resize_mode')}; decoded {plan.options.get('decode', 'fast')}; {model.get('dtype', '')}"
-            ),
-        ),
-        ("Policy, sha256", _code(plan.policy_sha256) if plan.policy_sha256 else "none"),
-        ("Plan, sha256", _code(plan.sha256)),
-        ("Dataset version", f"{int(data.version)}, made of {len(files_of):,} {_plural(len(files_of), 'commit')}"),
-        ("Written by", text.esc(plan.created_by)),
+        ["Model", text.esc(model.get("model", "unknown"))],
+        ["Architecture", text.esc(model.get("architecture", "unknown"))],
+        ["Weights, sha256", _code(model.get("weights_sha256"))],
+        ["Images as it sees them", text.esc(seen)],
+        ["Precision", text.esc(model.get("dtype", "unknown"))],
+        ["Policy, sha256", _code(plan.policy_sha256) if plan.policy_sha256 else "no policy"],
+        ["Plan, sha256", _code(plan.sha256)],
     ]
-    if data.content.get("thresholds"):
-        fixed = ", ".join(
-            f"{name} = {text.score(value) if value is not None else 'nothing to rank'}" for name, value in data.content["thresholds"].items()
-        )
-        rows.insert(6, ("Fixed over the dataset", text.esc(fixed, 2000)))
+    for name, value in content.get("thresholds", {}).items():
+        rows.append([f"Fixed: {text.esc(name)}", text.score(value) if value is not None else "nothing to rank"])
+    rows.append(["Dataset version", f"{int(data.version)}, made of {plural(len(content['commits']), 'commit')}"])
     if data.kept_files:
-        rows.append(("Kept images", f"{data.kept_files:,} {_plural(data.kept_files, 'file')}, {text.size(data.kept_bytes)}"))
-    body = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in rows)
+        rows.append(["Kept images", f"{plural(data.kept_files, 'file')}, {text.size(data.kept_bytes)}"])
+    rows.append(["Written by", text.esc(plan.created_by)])
     return (
-        '<section id="fingerprints">\n<h2>Fingerprints</h2>\n<p class="note">What makes these decisions the ones they are; '
-        "the same fingerprints give the same decisions.</p>\n"
-        f'<div class="scroll"><table class="plain-table"><tbody>{body}</tbody></table></div>\n</section>'
+        '<section id="fingerprints">\n<h2>Fingerprints</h2>\n'
+        + note("What makes these decisions the ones they are; equal fingerprints give equal decisions.")
+        + table(["", ""], rows, attributes=' class="plain-table"')
+        + "\n</section>"
     )
 
 
 def _reproduce(data: RunData) -> str:
     lines = "\n\n".join(
-        f'<span class="comment"># {text.esc(comment)}</span>\n{text.esc(command, 2000)}' for comment, command in reproduce.commands(data)
+        f'<span class="comment"># {text.esc(comment)}</span>\n{text.esc(command, 2000)}'
+        for comment, command in reproduce.commands(data)
     )
     return (
         '<section id="reproduce">\n<h2>Check it, use it, repeat it</h2>\n'
@@ -364,11 +353,3 @@ def _reproduce(data: RunData) -> str:
 
 def _code(value: object) -> str:
     return f"<code>{text.esc(value)}</code>"
-
-
-def _dot(name: str) -> str:
-    return f'<svg class="dot" width="10" height="10" aria-hidden="true"><circle class="{name}" cx="5" cy="5" r="5"/></svg>'
-
-
-def _plural(count: int, word: str) -> str:
-    return word if count == 1 else word + "s"

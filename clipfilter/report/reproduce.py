@@ -20,7 +20,7 @@ _FLAGS = (
     ("limit", "--limit", None),
     ("sample", "--sample", None),
 )
-_COLUMN_FLAGS = (("image_column", "--image-column"), ("caption_column", "--caption-column"), ("uid_column", "--uid-column"))
+_COLUMN_OPTIONS = ("image_column", "caption_column", "uid_column")
 
 
 def commands(data: RunData) -> list[tuple[str, str]]:
@@ -30,9 +30,8 @@ def commands(data: RunData) -> list[tuple[str, str]]:
     if data.plan.policy is not None:
         found.append(("Write the kept images as a dataset, bytes unchanged", f"clipfilter export {out} --to DATASET"))
         found.append(("Write the review queue", f"clipfilter export {out} --what review --to QUEUE"))
-    found.append(
-        ("Decide again with another policy, without reading any image", f"clipfilter filter {out} --policy POLICY --out OUT2")
-    )
+    again = f"clipfilter filter {out} --policy POLICY --out OUT2"
+    found.append(("Decide again with another policy, without reading any image", again))
     found.append(("Repeat this run (the policy is above)" if data.plan.policy else "Repeat this run", _again(data)))
     return found
 
@@ -51,9 +50,9 @@ def _again(data: RunData) -> str:
         value = plan.options.get(name, default)
         if value != default:
             words += [flag, _quote(value)]
-    for name, flag in _COLUMN_FLAGS:
+    for name in _COLUMN_OPTIONS:
         value = (plan.source.get("options") or {}).get(name)
-        words += [flag, _quote(value)] if value else []
+        words += ["--" + name.replace("_", "-"), _quote(value)] if value else []
     return " ".join([*words, "--out", "OUT"])
 
 
@@ -87,8 +86,5 @@ def policy_yaml(value: Any, indent: int = 0) -> str:
 
 
 def _scalar(value: Any, *, flow: bool = False) -> str:
-    if isinstance(value, str) and not flow and _PLAIN.match(value) and value.lower() not in _RESERVED and value == value.strip():
-        return value
-    if value == {}:
-        return "{}"
-    return json.dumps(value, ensure_ascii=False)
+    plain = isinstance(value, str) and not flow and _PLAIN.match(value) is not None and value == value.strip()
+    return value if plain and value.lower() not in _RESERVED else json.dumps(value, ensure_ascii=False)

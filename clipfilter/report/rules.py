@@ -5,6 +5,9 @@ from __future__ import annotations
 from clipfilter.report import charts, text
 from clipfilter.report.data import Band, RuleData, RunData
 from clipfilter.report.examples import HEADINGS, Example, Examples
+from clipfilter.report.histogram import Histogram
+from clipfilter.report.markup import dot, note, plural, table
+from clipfilter.report.thumbnails import NO_THUMBNAILS
 
 _DECISIONS = {"keep": "kept", "review": "review", "reject": "rejected", None: "undecided"}
 _METADATA = {
@@ -29,63 +32,72 @@ def section(data: RunData, examples: Examples, thumbnails: str, problem: str | N
     if data.plan.policy is None:
         return _similarity(data, examples, thumbnails, problem)
     parts = ['<section id="rules">\n<h2>Decisions by rule</h2>', _table(data)]
-    parts.append(_about_pictures(thumbnails, problem, undecided=False) if examples.by_bucket else "")
+    parts.append(_about_examples(data, thumbnails, problem) if examples.by_bucket else "")
     parts += [_rule(data, rule, examples) for rule in data.rules]
     return "\n".join(parts) + "\n</section>"
 
 
 def _table(data: RunData) -> str:
-    rows = data.totals["rows"]
-    body = ""
+    total = data.totals["rows"]
+    rows = []
     for rule in data.rules:
-        label = f"{rule.counts['reject']:,} rejected, {rule.counts['review']:,} to review, {rule.counts['missing']:,} not scored"
-        bar = charts.stacked_bar(
-            [("reject", rule.counts["reject"]), ("review", rule.counts["review"]), ("failed", rule.counts["missing"])]
-            + [("empty", max(rows - rule.stopped, 0))],
-            label=label,
-            height=12,
+        counts = [rule.counts[band] for band in ("reject", "review", "missing")]
+        label = "{:,} rejected, {:,} to review, {:,} not scored".format(*counts)
+        parts = [*zip(("reject", "review", "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]
+        rows.append(
+            [
+                f'<a href="#rule-{text.esc(rule.id)}">{text.esc(rule.id)}</a>',
+                *(f"{count:,}" for count in counts),
+                text.share(rule.stopped, total),
+                f"{rule.alone:,}",
+                charts.stacked_bar(parts, label=label, height=12),
+            ]
         )
-        body += (
-            f'<tr><th scope="row"><a href="#rule-{text.esc(rule.id)}">{text.esc(rule.id)}</a></th>'
-            + "".join(f'<td class="num">{rule.counts[band]:,}</td>' for band in ("reject", "review", "missing"))
-            + f'<td class="num">{text.share(rule.stopped, rows)}</td><td class="num">{rule.alone:,}</td><td class="wide">{bar}</td></tr>'
-        )
-    return (
-        '<p class="note">How many images each rule puts into its bands. An image can be caught by several rules; the worst one '
-        "decides. “By this rule alone” counts the images that would have been treated more mildly without it.</p>\n"
-        '<div class="scroll"><table><thead><tr><th scope="col">Rule</th><th scope="col" class="num">Reject</th>'
-        '<th scope="col" class="num">Review</th><th scope="col" class="num">Not scored</th><th scope="col" class="num">Share</th>'
-        '<th scope="col" class="num">By this rule alone</th><th scope="col">Of all images</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    legend = {"reject": "Reject", "review": "Review", "failed": "Not scored"}
+    columns = [
+        "Rule",
+        *(f"#{dot(look)}{title}" for look, title in legend.items()),
+        "#Share",
+        "#By it alone",
+        "~Of all images",
+    ]
+    return note(
+        "How many images each rule puts into its bands. An image can be caught by several rules, and the worst one "
+        "decides. “By it alone” counts the images that would have been treated more mildly without the rule."
+    ) + table(columns, rows)
 
 
-def _about_pictures(thumbnails: str, problem: str | None, *, undecided: bool) -> str:
+def _about_examples(data: RunData, thumbnails: str, problem: str | None) -> str:
+    """Where the examples come from, and what became of their pictures."""
+    said = f"The examples come from {len(data.chosen):,} of {plural(data.totals['shards'], 'shard')}."
     if thumbnails == "none":
-        return '<p class="note">Examples are shown without pictures (<code>--thumbnails none</code>).</p>'
-    if problem:
-        return f'<p class="note">{text.esc(problem)}</p>'
+        return note(f"{said} They are without pictures (<code>--thumbnails none</code>).")
+    if problem and problem.endswith(NO_THUMBNAILS):
+        return note(f"{said} {text.esc(problem)}")
     if thumbnails == "show":
-        return '<p class="note">All example pictures are shown clearly (<code>--thumbnails show</code>).</p>'
-    which = "pictures are blurred, since nobody has decided about them" if undecided else "pictures that were not kept are blurred"
-    return f'<p class="note">Example {which}; <code>clipfilter report --thumbnails show</code> writes the page with clear ones.</p>'
+        said += " All their pictures are shown clearly (<code>--thumbnails show</code>)."
+    else:
+        which = "nobody has decided about yet" if data.plan.policy is None else "were not kept"
+        said += (
+            f" Pictures that {which} are blurred beyond recovery; "
+            "<code>clipfilter report --thumbnails show</code> writes the page with clear ones."
+        )
+    return note(f"{said} {text.esc(problem or '')}")
 
 
 def _rule(data: RunData, rule: RuleData, examples: Examples) -> str:
+    name = text.esc(rule.id)
     chips = f'<span class="chip">{rule.kind}</span>'
     if rule.calibrated is not None and rule.bands:
-        chips += (
-            '<span class="chip keep">calibrated for this model</span>' if rule.calibrated else '<span class="chip review">not calibrated</span>'
-        )
+        look, said = ("keep", "calibrated for this model") if rule.calibrated else ("review", "not calibrated")
+        chips += f'<span class="chip {look}">{said}</span>'
     parts = [
-        f'<article class="rule" id="rule-{text.esc(rule.id)}" aria-labelledby="name-{text.esc(rule.id)}">',
-        f'<div class="rule-head"><h3 id="name-{text.esc(rule.id)}">{text.esc(rule.id)}</h3>{chips}</div>',
+        f'<article class="rule" id="rule-{name}" aria-labelledby="name-{name}">',
+        f'<div class="rule-head"><h3 id="name-{name}">{name}</h3>{chips}</div>',
         f"<p>{_meaning(rule)}</p>",
-        _chart(data, rule),
-        _thresholds(data, rule),
-    ]
-    parts += [
-        _bucket(found, bucket, rule) for bucket in HEADINGS if (found := examples.by_bucket.get((rule.id, bucket)))
+        _chart(rule),
+        _thresholds(rule),
+        _buckets({bucket: rows for (owner, bucket), rows in examples.by_bucket.items() if owner == rule.id}, rule),
     ]
     return "\n".join(part for part in parts if part) + "\n</article>"
 
@@ -105,7 +117,7 @@ def _meaning(rule: RuleData) -> str:
         }
         said += f". {kinds.get(concept.get('score', 'probability'), 'The score is as the policy defines it')}."
     elif rule.kind == "alignment":
-        said = "How well the caption fits the picture. The score is the cosine of the two embeddings; higher fits better."
+        said = "How well the caption fits the picture. The score is the cosine of both embeddings; higher fits better."
     elif rule.kind == "metadata":
         name = rule.spec["metadata"]
         said = f"A number of the image: {text.esc(_METADATA.get(name, 'the column ' + name))}."
@@ -120,94 +132,95 @@ def _phrases(phrases: list[str]) -> str:
     return shown + (f" and {len(phrases) - 8} more" if len(phrases) > 8 else "")
 
 
-def _chart(data: RunData, rule: RuleData) -> str:
+def _chart(rule: RuleData) -> str:
     histogram = rule.histogram
     if not histogram.n:
-        return '<p class="note">No image has this score.</p>'
-    scored = text.number(histogram.n)
-    label = f"Histogram of the score of {rule.id} for {scored} images, from {text.score(histogram.minimum)} to {text.score(histogram.maximum)}. "
-    label += " ".join(
-        f"{band.beyond} lie {band.direction} the {band.name} threshold {text.threshold(band.threshold)}."
-        for band in rule.bands
-        if band.threshold is not None
+        return note("No image has this score.")
+    limits = [band for band in rule.bands if band.threshold is not None]
+    scored = f"{plural(histogram.n, 'image')} scored {_spread(histogram)}"
+    label = f"Histogram of the score of {rule.id}: {scored}. " + " ".join(
+        f"{band.beyond:,} lie {band.direction} {text.threshold(band.threshold or 0)} ({band.name})." for band in limits
     )
-    full = (0.0, 1.0) if rule.kind == "concept" and rule.spec["concept"].get("score", "probability") == "probability" else None
-    drawn = charts.bars(histogram, [band.threshold for band in rule.bands if band.threshold is not None], full)
-    notes = [
-        f"{scored} images scored from {text.score(histogram.minimum)} to {text.score(histogram.maximum)}, "
-        f"half of them below about {text.score(histogram.quantile(0.5))}."
-    ]
+    probability = rule.kind == "concept" and rule.spec["concept"].get("score", "probability") == "probability"
+    full = (0.0, 1.0) if probability else None
+    drawn = charts.bars(histogram, [band.threshold for band in limits if band.threshold is not None], full)
+    notes = [f"{scored}."]
     if rule.unscored:
         notes.append(f"{rule.unscored:,} have no score.")
     if charts.squeezed(drawn):
         notes.append("Bar heights are square roots, so that rare scores can be seen.")
-    below, above = drawn.outside
-    if below:
-        notes.append(f"{below:,} lower ones are drawn in the first bar.")
-    if above:
-        notes.append(f"{above:,} higher ones are drawn in the last bar.")
-    return charts.histogram_svg(histogram, rule.bands, label=label, full=full) + f'\n<p class="note">{" ".join(notes)}</p>'
+    for count, which in zip(
+        drawn.outside, ("lower ones are drawn in the first", "higher ones in the last"), strict=True
+    ):
+        if count:
+            notes.append(f"{count:,} {which} bar.")
+    return charts.histogram_svg(histogram, rule.bands, label=label, full=full) + "\n" + note(" ".join(notes))
 
 
-def _thresholds(data: RunData, rule: RuleData) -> str:
-    if not rule.bands:
-        return '<p class="note">This rule decides nothing by itself; another one ranks its score.</p>'
-    body = ""
-    for band in sorted(rule.bands, key=lambda item: item.name != "reject"):
-        shown = "none: nothing to rank" if band.threshold is None else f"{band.direction} {text.score(band.threshold)}"
-        body += (
-            f'<tr><th scope="row"><span class="chip {band.name}">{band.name}</span></th><td>{shown}</td>'
-            f'<td class="num">{band.beyond:,}</td><td class="num">{text.share(band.beyond, rule.histogram.n)}</td>'
-            f"<td>{_origin(band, rule)}</td></tr>"
-        )
+def _spread(histogram: Histogram) -> str:
+    if histogram.minimum == histogram.maximum:
+        return f"{text.score(histogram.minimum)}, every one"
     return (
-        '<div class="scroll"><table><thead><tr><th scope="col">Band</th><th scope="col">Threshold</th>'
-        '<th scope="col" class="num">Images beyond</th><th scope="col" class="num">Of those scored</th>'
-        f'<th scope="col">Where the threshold comes from</th></tr></thead><tbody>{body}</tbody></table></div>'
+        f"from {text.score(histogram.minimum)} to {text.score(histogram.maximum)}, half of them below about "
+        f"{text.score(histogram.quantile(0.5))}"
     )
+
+
+def _thresholds(rule: RuleData) -> str:
+    if not rule.bands:
+        return note("This rule decides nothing by itself; another one ranks its score.")
+    rows = [
+        [
+            f'<span class="chip {band.name}">{band.name}</span>',
+            "none: nothing to rank" if band.threshold is None else f"{band.direction} {text.score(band.threshold)}",
+            f"{band.beyond:,}",
+            text.share(band.beyond, rule.histogram.n),
+            _origin(band, rule),
+        ]
+        for band in sorted(rule.bands, key=lambda item: item.name != "reject")
+    ]
+    return table(["Band", "Threshold", "#Images beyond", "#Of those scored", "Where the threshold comes from"], rows)
 
 
 def _origin(band: Band, rule: RuleData) -> str:
     if band.source == "calibrated":
-        found = []
-        if "target" in band.evidence:
-            found.append(f"target {text.esc(band.evidence['target'])}")
-        if "n" in band.evidence:
-            found.append(f"{band.evidence['n']:,} labelled examples")
+        found = [f"target {text.esc(band.evidence['target'])}"] if "target" in band.evidence else []
+        found += [f"{band.evidence['n']:,} labelled examples"] if "n" in band.evidence else []
         return "Calibrated for this model" + (f": {', '.join(found)}" if found else "")
     if band.source == "dataset":
         direction, share = next(iter(band.written.items()))
-        which = "best" if direction == "outside_top" else "lowest"
-        return f"Fixed over the whole dataset: outside the {which} {share:.4g} of all ranked images"
-    if rule.calibrated is None:
-        return "Written in the policy"
-    return "Written in the policy, not calibrated for this model"
+        which = "top" if direction == "outside_top" else "bottom"
+        return f"Fixed over the whole dataset: outside the {which} {100 * share:.4g}% of the ranked images"
+    return "Written in the policy" + ("" if rule.calibrated is None else ", not calibrated for this model")
 
 
 def _similarity(data: RunData, examples: Examples, thumbnails: str, problem: str | None) -> str:
     histogram = data.similarity
     parts = ['<section id="similarity">\n<h2>How well captions fit their pictures</h2>']
     if histogram.n:
-        label = f"Histogram of caption similarity of {histogram.n} images, from {text.score(histogram.minimum)} to {text.score(histogram.maximum)}"
-        parts.append(
-            "<p>The cosine of image and caption embedding (CLIP score); higher fits better.</p>\n"
-            + charts.histogram_svg(histogram, [], label=label)
-            + f'<p class="note">{histogram.n:,} images have a caption. Scores go from {text.score(histogram.minimum)} to '
-            f"{text.score(histogram.maximum)}, half of them below about {text.score(histogram.quantile(0.5))}.</p>"
-        )
+        scored = f"{plural(histogram.n, 'image')} with a caption, {_spread(histogram)}"
+        parts += [
+            "<p>The cosine of image and caption embedding (CLIP score); higher fits better.</p>",
+            charts.histogram_svg(histogram, [], label=f"Histogram of caption similarity: {scored}"),
+            note(f"{scored}."),
+        ]
     else:
         parts.append("<p>No image has a caption that was compared with it.</p>")
-    found = {bucket: rows for (_, bucket), rows in examples.by_bucket.items()}
-    if found:
-        parts.append(_about_pictures(thumbnails, problem, undecided=True))
-        parts += [_bucket(found[bucket], bucket, None) for bucket in HEADINGS if bucket in found]
+    if examples.by_bucket:
+        parts.append(_about_examples(data, thumbnails, problem))
+        parts.append(_buckets({bucket: rows for (_, bucket), rows in examples.by_bucket.items()}, None))
     return "\n".join(parts) + "\n</section>"
 
 
-def _bucket(found: list[Example], bucket: str, rule: RuleData | None) -> str:
-    plain = " no-images" if all(example.image is None for example in found) else ""
-    cards = "".join(_card(example, rule) for example in found)
-    return f'<div class="examples{plain}"><h4>{HEADINGS[bucket]}</h4><ul class="cards">{cards}</ul></div>'
+def _buckets(found: dict[str, list[Example]], rule: RuleData | None) -> str:
+    """The examples from worst to best, every bucket under its heading."""
+    shown = ""
+    for bucket, heading in HEADINGS.items():
+        if bucket in found:
+            plain = " no-images" if all(example.image is None for example in found[bucket]) else ""
+            cards = "".join(_card(example, rule) for example in found[bucket])
+            shown += f'<div class="examples{plain}"><h4>{heading}</h4><ul class="cards">{cards}</ul></div>\n'
+    return f'<div class="buckets">\n{shown}</div>' if shown else ""
 
 
 def _card(example: Example, rule: RuleData | None) -> str:
@@ -219,8 +232,8 @@ def _card(example: Example, rule: RuleData | None) -> str:
     parts = []
     if example.image is not None:
         seen = "Blurred picture" if example.blurred else "Picture"
-        caption = f": {example.caption}" if example.caption else f" {example.key}"
-        parts.append(f'<img src="{example.image}" alt="{text.esc(seen + caption, 200)}" loading="lazy" decoding="async">')
+        alt = text.esc(f"{seen}: {example.caption or example.key}", 200)
+        parts.append(f'<img src="{example.image}" alt="{alt}" loading="lazy" decoding="async">')
     parts.append(
         f'<div class="line"><span class="value">{text.score(example.score, limit)}</span>'
         f'<span class="chip {decision or ""}">{_DECISIONS[decision]}</span></div>'
@@ -235,5 +248,5 @@ def _card(example: Example, rule: RuleData | None) -> str:
     others = [item["rule"] for item in example.reasons if rule is not None and item["rule"] != rule.id]
     if others:
         parts.append(f'<p class="small">also caught by {text.esc(", ".join(others), 120)}</p>')
-    parts.append(f'<p class="key"><bdi>{text.esc(example.key, 90)}</bdi> · <bdi>{text.esc(example.path, 90)}</bdi></p>')
-    return f"<li>{''.join(parts)}</li>"
+    where = f"<bdi>{text.esc(example.key, 90)}</bdi> · <bdi>{text.esc(example.path, 90)}</bdi>"
+    return f'<li>{"".join(parts)}<p class="key">{where}</p></li>'

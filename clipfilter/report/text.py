@@ -66,6 +66,8 @@ def score(value: float | None, beside: float | None = None) -> str:
         return "none"
     if value == int(value) and abs(value) < 1e15 and (beside is None or beside == int(beside)) and abs(value) >= 2:
         return f"{value:,.0f}"
+    if 0 < value < 0.0005 and (beside is None or abs(beside) >= 0.001):
+        return "<0.001"
     for decimals in (3, 4, 5, 6):
         shown = f"{value:,.{decimals}f}" if abs(value) < 1e7 else f"{value:.4g}"
         if beside is None or value == beside or shown != f"{beside:,.{decimals}f}":
@@ -84,9 +86,10 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
 
 
 def size(count: float) -> str:
@@ -98,4 +101,7 @@ def size(count: float) -> str:
 
 
 def moment(unix: float | None) -> str:
-    return datetime.fromtimestamp(unix, UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0") if unix is not None else "unknown"
+    """A Unix time as "5 March 2026, 14:02 UTC"."""
+    if unix is None:
+        return "at an unknown time"
+    return datetime.fromtimestamp(unix, UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")

@@ -19,7 +19,9 @@ log = logging.getLogger("clipfilter.report")
 #: Longest side in pixels, largest JPEG in bytes, and how many cells remain of a blurred image's longer side.
 SIDE = 224
 MAX_BYTES = 12_000
-CELLS = 9
+CELLS = 8
+#: How the sentence ends when no picture could be had at all.
+NO_THUMBNAILS = "so there are no thumbnails."
 _DECODE_SIDE = 224
 _MAX_PIXELS = 64_000_000
 
@@ -43,7 +45,7 @@ def add_thumbnails(examples: Examples, source_plan: dict[str, Any], mode: str) -
         source = Source.from_plan(source_plan)
     except Exception as error:
         log.warning("no thumbnails: %s", error)
-        return f"The source could not be opened ({_short(error)}), so there are no thumbnails."
+        return f"The source could not be opened ({_short(error)}), {NO_THUMBNAILS}"
     for commit, rows in wanted.items():
         try:
             shard = Shard.from_json(examples.shards[commit])
@@ -60,7 +62,8 @@ def add_thumbnails(examples: Examples, source_plan: dict[str, Any], mode: str) -
     if not missing:
         return None
     if missing == len(examples.all()):
-        return f"The source could not be read again ({problem or 'its images have changed'}), so there are no thumbnails."
+        why = problem or "its images have changed"
+        return f"The source could not be read again ({why}), {NO_THUMBNAILS}"
     return f"{missing} of {len(examples.all())} thumbnails could not be read again from the source."
 
 
