@@ -177,7 +177,7 @@ def _record(policy: CompiledPolicy, encoder: Encoder) -> dict[str, Any]:
         "version": policy.policy.version,
         "policy_sha256": policy.policy.sha256,
         "prompts_sha256": policy.prompts_sha256,
-        "model": policy.model,
+        "model": encoder.fingerprint["model"],
         "weights_sha256": encoder.fingerprint["weights_sha256"],
         "uncalibrated": list(policy.uncalibrated),
     }

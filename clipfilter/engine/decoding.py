@@ -91,17 +91,22 @@ def decode_batches(
     batch_size: int,
     times: StageTimes,
     keep_row: Callable[[str], bool] | None = None,
+    max_rows: int | None = None,
 ) -> Iterator[DecodedBatch]:
     """Re-cut source batches into decoded batches of exactly `batch_size` rows (the last may be shorter).
 
     The cut depends on the rows alone, never on how the source happened to batch them, so that embeddings are
-    the same in every attempt. `keep_row` (of cf_uid) drops rows that a sample does not include.
+    the same in every attempt. `keep_row` (of cf_uid) drops rows that a sample does not include; of the others the first
+    `max_rows` are taken.
     """
     waiting: list[tuple[pa.RecordBatch, list[Image]]] = []
     count = 0
     for batch in batches:
         if keep_row is not None:
             batch = batch.filter(pa.array([keep_row(uid) for uid in batch.column("cf_uid").to_pylist()], pa.bool_()))
+        if max_rows is not None:
+            batch = batch.slice(0, max_rows)
+            max_rows -= batch.num_rows
         if batch.num_rows == 0:
             continue
         started = time.perf_counter()
@@ -115,6 +120,8 @@ def decode_batches(
             ready, waiting = _take(waiting, batch_size)
             count -= batch_size
             yield _assemble(ready, image_size, batch_size)
+        if max_rows == 0:
+            break
     if count:
         yield _assemble(waiting, image_size, batch_size)
 

@@ -220,9 +220,10 @@ def _refuse_other_plan(prepared: Preparation) -> None:
         if not prepared.base
         else options,
         "text_column": prepared.text,
-        "model": old["model"] | {"model": prepared.model},
     }
-    # The source's version is settled by the directory: a filter of a run that has grown is another plan.
+    # "nano" and "nano@1" may be the same weights; only loading tells, and the plan that follows compares them.
+    if old["model"]["model"].split("@")[0] != prepared.model.split("@")[0]:
+        wanted["model"] = old["model"] | {"model": prepared.model}
     refuse_if_different(prepared.directory.url, old, wanted)
 
 

@@ -159,8 +159,7 @@ class Worker:
         assert self.source is not None
         options = self.spec.options
         times = StageTimes()
-        rows = None if task.row_cap is None else range(task.row_cap)
-        reader = self.source.read(shard, rows)
+        reader = self.source.read(shard)
         with contextlib.ExitStack() as stack:
             decoder: Any = self._threads
             if task.isolated:
@@ -175,7 +174,8 @@ class Worker:
                 self.encoder.preprocess.size,
                 options["batch_size"],
                 times,
-                _sampler(options.get("sample")),
+                _sampler(options["sample"]),
+                task.row_cap,
             )
             if on_gpu:
                 batches = stack.enter_context(contextlib.closing(prefetch(batches, 2)))  # type: ignore[type-var]
