@@ -68,6 +68,7 @@ class ImageFolder:
             raise RefusedError("--image-column does not apply to an image folder: every image file in it is a row.")
         downloaded = found.kind == "img2dataset-files"
         plan: dict[str, Any] = {
+            "kind": found.kind,
             "img2dataset": downloaded,
             "stats": found.stats,
             "caption_guesses": [],
@@ -249,7 +250,8 @@ class ImageFolder:
 
     def _names(self, folder: str) -> set[str]:
         """The names of the files that may speak of images in `folder`, listed once."""
-        if folder not in self._beside:
+        found = self._beside.get(folder)
+        if found is None:
             if len(self._beside) > _REMEMBERED_FOLDERS:
                 self._beside.clear()
                 self._tables = {place: found for place, found in self._tables.items() if found}
@@ -259,12 +261,13 @@ class ImageFolder:
             except Exception as error:  # every filesystem has exceptions of its own
                 raise ShardError(f"{self.location.url(folder)} cannot be listed: {error}") from error
             names = (entry.rstrip("/").rpartition("/")[2] for entry in entries)
-            self._beside[folder] = {
+            found = {
                 name
                 for name in names
                 if name.lower().endswith((*_SIDECAR_SUFFIXES, *tables.SUFFIXES)) and name[0] != "."
             }
-        return self._beside[folder]
+            self._beside[folder] = found
+        return found
 
     def _file(self, path: str) -> bytes:
         try:

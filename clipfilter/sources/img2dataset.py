@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from clipfilter import storage
-from clipfilter.sources.discover import TAR_SUFFIXES, Location
+from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location
 from clipfilter.sources.schema import freeze
 
 SUCCESS = "success"
@@ -18,7 +18,7 @@ _COLUMNS = {"key", "status"}
 
 def stem(path: str) -> str:
     """The relative path of a shard without its ending: `a/00000` of `a/00000.tar` or of the folder `a/00000`."""
-    for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True):
+    for suffix in sorted((*TAR_SUFFIXES, *PARQUET_SUFFIXES), key=len, reverse=True):
         if path.lower().endswith(suffix):
             return path[: -len(suffix)]
     return path
@@ -49,6 +49,12 @@ def merge(sidecar: pa.Schema, fields: pa.Schema) -> pa.Schema:
     return pa.schema([*merged, *(item for item in fields if item.name not in sidecar.names)])
 
 
+def has_stats(location: Location, path: str) -> bool:
+    """Whether the shard at `path` has its `_stats.json`, which img2dataset writes last."""
+    fs, inside = storage.filesystem(location.url(stem(path) + "_stats.json"))
+    return bool(fs.exists(inside))
+
+
 @dataclass
 class Sidecar:
     """The sidecar of one shard: how many downloads failed, and the records by key (read only when asked for)."""
@@ -65,12 +71,8 @@ class Sidecar:
 
         `stats_expected`: other shards have a `_stats.json`, which is written last, so one without is unfinished.
         """
-        base = stem(path)
-        unfinished = False
-        if stats_expected:
-            fs, inside = storage.filesystem(location.url(base + "_stats.json"))
-            unfinished = not fs.exists(inside)
-        sidecar = cls(location.url(base + ".parquet"), False, 0, unfinished)
+        unfinished = stats_expected and not has_stats(location, path)
+        sidecar = cls(location.url(stem(path) + ".parquet"), False, 0, unfinished)
         table = sidecar._read(["status"])
         if table is not None:
             sidecar.present = True

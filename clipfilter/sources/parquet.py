@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from clipfilter import storage
 from clipfilter.errors import MISSING_IMAGE, READ_ERROR, ShardError
+from clipfilter.sources import img2dataset
 from clipfilter.sources.discover import PARQUET_SUFFIXES, Entry, Found, Location
 from clipfilter.sources.fetch import Fetched, Fetcher, fetch_images
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
@@ -45,7 +46,6 @@ from clipfilter.sources.schema import (
 from clipfilter.sources.spool import check_unchanged
 
 _KEY_NAMES = ("key", "__key__")
-_SUCCESS = "success"
 _ROOTS = b"clipfilter.image_roots"  # where relative paths of a copied file lead
 _STREAMED = 128 << 20  # a row group with more bytes than this is read page by page
 _COPY_ROWS = 10_000
@@ -84,7 +84,6 @@ class Parquet:
 
     def __init__(self, location: Location, options: SourceOptions, columns: pa.Schema, plan: dict[str, Any]) -> None:
         self.location, self.options, self.columns, self.plan = location, options, columns, plan
-        self.kind = "img2dataset-parquet" if plan["downloads"] else "parquet"
         self._schema = full_schema(columns)
 
     @classmethod
@@ -102,6 +101,8 @@ class Parquet:
         key = next((name for name in _KEY_NAMES if name in names and is_textual(schema.field(name).type)), None)
         downloads = how == "bytes" and {"key", "status", "error_message"} <= names
         plan = {
+            "kind": "img2dataset-parquet" if downloads else "parquet",
+            "stats": downloads and found.stats,
             "image": column,
             "how": how,
             "caption": caption,
@@ -155,6 +156,8 @@ class Parquet:
     ) -> Iterator[pa.RecordBatch]:
         with ExitStack() as stack:
             file = self._open(shard, stack)
+            if self.plan["stats"]:
+                stats.unfinished = not img2dataset.has_stats(self.location, shard.path)
             pieces = self._pieces(file, shard, rows, images, stats)
             if not images:
                 for piece in pieces:
@@ -371,7 +374,7 @@ class Parquet:
                     problem = f"row group {group} cannot be read: {' '.join(str(error).split())[:200]}"
                     table = None
                 if table is not None and self.plan["downloads"] and "status" in present:
-                    good = pc.fill_null(pc.equal(table["status"], _SUCCESS), False).to_numpy()
+                    good = pc.fill_null(pc.equal(table["status"], img2dataset.SUCCESS), False).to_numpy()
                     stats.not_downloaded += int((~good).sum())
                     numbers = np.where(good, counted + np.cumsum(good) - 1, -1)
                 if table is not None and self.plan["key"] in present:

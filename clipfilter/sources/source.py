@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from clipfilter.sources.discover import Location, detect, locate
+from clipfilter.sources.discover import Location, detect, locate, refusing
 from clipfilter.sources.model import ReadStats, Shard, ShardReader, SourceOptions
 from clipfilter.sources.schema import schema_from_text, schema_to_text
 
@@ -51,9 +51,9 @@ class Source:
     was empty. A Source is cheap to rebuild elsewhere from `to_plan()`: no listing and no inference again.
     """
 
-    def __init__(self, url: str, kind: str, reader: _Format) -> None:
+    def __init__(self, url: str, reader: _Format) -> None:
         self.url = url
-        self.kind = kind
+        self.kind: str = reader.plan["kind"]
         self._format = reader
         self.options = reader.options
         self.schema = reader.columns
@@ -78,7 +78,7 @@ class Source:
         location = Location(plan["root"], plan["pattern"])
         options = SourceOptions.from_json(plan["options"])
         columns = schema_from_text(plan["schema"])
-        return cls(plan["url"], plan["kind"], _format_class(plan["kind"])(location, options, columns, plan["format"]))
+        return cls(plan["url"], _format_class(plan["kind"])(location, options, columns, plan["format"]))
 
     def iter_shards(self) -> Iterator[Shard]:
         """The shards in listing order, found as they are asked for; only Parquet footers are opened, one at a time."""
@@ -107,9 +107,7 @@ def open_source(url: str, options: SourceOptions | None = None) -> Source:
     """
     options = options or SourceOptions()
     location = locate(url)
-    from clipfilter.sources.discover import refusing
-
     with refusing(url):
         found = detect(location)
         reader = _format_class(found.kind).infer(location, options, found)
-    return Source(url, reader.kind if hasattr(reader, "kind") else found.kind, reader)
+    return Source(url, reader)

@@ -18,7 +18,7 @@ from clipfilter.sources.tar import TarFile
 _PIECE = 8 << 20
 _ATTEMPTS = 3
 _GZIP_MAGIC = b"\x1f\x8b"
-_KEPT_OPEN = 2
+_KEPT_OPEN = 4
 
 
 class TarCache:

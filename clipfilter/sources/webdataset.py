@@ -103,6 +103,7 @@ class Webdataset:
         if not captioned and records:
             captioned = any(record_captions(record, [], None, guessed) for record in records)
         plan = {
+            "kind": found.kind if sidecar is not None or found.stats else "webdataset",
             "image_extension": wanted,
             "text_extension": texts_named,
             "caption_field": caption if caption and not texts_named else None,

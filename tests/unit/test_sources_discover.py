@@ -59,6 +59,7 @@ def test_files_globs_and_braces_agree(tmp_path: Path) -> None:
     assert keys("part/0000[0-2].tar") == [0, 1, 2]
     assert keys("*/{00010,00001}.tar") == [10, 1]
     assert keys("part/00007.tar") == [7]
+    assert keys("**/*[0r].tar") == [90, 0, 10]
     assert keys("part/../part/00007.tar") == [7]
     assert keys("") == [90, *range(12)]
     assert open_source(f"file://{tmp_path}/part").kind == "webdataset"

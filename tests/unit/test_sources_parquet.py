@@ -324,6 +324,14 @@ def test_img2dataset_parquet(tmp_path: Path, encode_format: str) -> None:
     assert pq.read_table(tmp_path / "copy.parquet")["key"].to_pylist() == [row["cf_key"] for row in some]
 
 
+def test_an_img2dataset_parquet_without_stats_is_reported(tmp_path: Path) -> None:
+    make.write_img2dataset(tmp_path, make.samples(3), format="parquet", shard=0)
+    make.write_img2dataset(tmp_path, make.samples(3), format="parquet", shard=1, unfinished=True)
+    source = open_source(str(tmp_path))
+    read = [read_shard(source, shard) for shard in source.iter_shards()]
+    assert [(len(rows), stats.unfinished) for rows, stats in read] == [(3, False), (3, True)]
+
+
 def test_duplicate_keys_are_counted_and_have_uids_of_their_own(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"key": ["a", "b", "a", None], "image": pa.array([b"1", b"2", b"3", b"4"])}), tmp_path / "a.parquet"

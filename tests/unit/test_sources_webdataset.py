@@ -288,7 +288,8 @@ def test_copied_duplicates_get_names_of_their_own_and_paths_are_made_safe(tmp_pa
     long = "long/" * 30 + "name"
     listed = [
         ("a.jpg", b"1"), ("a.txt", b"t1"), ("../../b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"t3"),
-        ("/abs/c.jpg", b"4"), (f"{long}.jpg", b"5"), ("./d.jpg", b"6"), ("a~2.jpg", b"7"), ("e.pkl", b"pickle"), ("e.jpg", b"8"),
+        ("/abs/c.jpg", b"4"), (f"{long}.jpg", b"5"),
+        ("./d.jpg", b"6"), ("a~2.jpg", b"7"), ("e.pkl", b"pickle"), ("e.jpg", b"8"),
     ]  # fmt: skip
     make.write_members(tmp_path / "a.tar", listed)
     source = open_source(str(tmp_path / "a.tar"))
