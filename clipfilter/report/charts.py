@@ -107,7 +107,7 @@ def histogram_svg(
         if band.threshold is None:
             continue
         at, y = x(band.threshold), 13 + 16 * row
-        anchor, shift = ("end", -6) if at > 50 else ("start", 6)
+        anchor, shift = ("end", -6) if at > 45 else ("start", 6)
         parts.append(
             f'<line class="limit {band.name}" x1="{at:.3f}%" x2="{at:.3f}%" y1="{y - 10}" y2="{base}"/>'
             f'<text class="mark {band.name}" x="{at:.3f}%" dx="{shift}" y="{y}" text-anchor="{anchor}">'

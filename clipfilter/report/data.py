@@ -350,6 +350,9 @@ def _compare(data: RunData) -> None:
     pairs = [("rows", totals["rows"], data.rows), ("failed", totals["failed"], failed)]
     if data.content["stage"] == "decided":
         pairs += [(name, totals[name], data.decisions[name]) for name in DECISIONS]
+        for rule in data.rules:
+            said = totals["rules"].get(rule.id, {})
+            pairs += [(f"{rule.id} {band}", said.get(band, 0), rule.counts[band]) for band in BANDS]
     data.differences = [
         f"the version counts {said:,} {name}, the rows say {found:,}" for name, said, found in pairs if said != found
     ]

@@ -18,14 +18,15 @@ TOTAL = 48
 PER_BUCKET = 3
 _CANDIDATES = 8
 _BATCH = 16_384
+_OTHERS_LAST = 1e12
 _COLUMNS = ("cf_row", "cf_key", "cf_caption", "cf_sha256", "cf_decision", "cf_reasons")
 
 #: Bucket -> heading, in the order of the page (from worst to best), and the order in which examples are dealt out.
 HEADINGS = {
     "reject_far": "Rejected, farthest beyond the threshold",
     "reject_near": "Rejected, nearest to the threshold",
-    "review_far": "In review, nearest to rejection",
-    "review_near": "In review, nearest to being kept",
+    "review_far": "In the review band, nearest to rejection",
+    "review_near": "In the review band, nearest to being kept",
     "keep_near": "Kept, nearest to the threshold",
     "keep_far": "Kept, farthest from the threshold",
     "missing": "Not scored",
@@ -126,8 +127,9 @@ def _buckets(rule: RuleData, values: np.ndarray, decision: np.ndarray) -> list[t
         found += [("reject_near", mask, distance), ("reject_far", mask, -distance)]
     if review is not None and review.threshold is not None:
         distance = _distance(values, review)
-        mask = past(values, review) & ~rejected & (decision == "review")
-        found += [("review_near", mask, distance), ("review_far", mask, -distance)]
+        mask = past(values, review) & ~rejected
+        other = np.where(decision == "review", 0.0, _OTHERS_LAST)  # what another rule decided more severely
+        found += [("review_near", mask, distance + other), ("review_far", mask, -distance + other)]
     mildest = review or reject
     if mildest is not None and mildest.threshold is not None:
         distance = _distance(values, mildest)

@@ -78,7 +78,8 @@ def render(data: RunData, examples: Examples, thumbnails: str, problem: str | No
 def dataset_name(data: RunData) -> str:
     """The last part of the source's URL."""
     url = text.place(data.source.get("url", "")).rstrip("/")
-    return unquote(url.rsplit("/", 1)[-1]) or url or "dataset"
+    name = url.rsplit("/", 1)[-1]
+    return (unquote(name) if "://" in url else name) or "dataset"
 
 
 def _decided_by(data: RunData) -> str:
@@ -221,15 +222,17 @@ def _failures(data: RunData) -> str:
     failed_shards = data.content["failed_shards"]
     if failed_shards:
         rows = [
-            [f"<bdi>{text.esc(item['shard']['path'], 200)}</bdi>", f"<bdi>{text.esc(item['error'], 400)}</bdi>"]
+            [
+                f"<bdi class='wrap'>{text.esc(item['shard']['path'], 200)}</bdi>",
+                f"<bdi>{text.esc(item['error'], 400)}</bdi>",
+            ]
             for item in failed_shards[:LISTED_SHARDS]
         ]
-        parts.append(
-            table(["Shard", "Error"], rows, caption="Shards that could not be read; their images are not counted")
-        )
+        said = "Shards that could not be read; their images are not counted"
+        parts.append(table(["Shard", "Error"], rows, caption=said))
         parts.append(_more(len(failed_shards)))
     if data.damaged:
-        rows = [[f"<bdi>{text.esc(path, 200)}</bdi>", f"{unread:,}"] for path, unread in data.damaged]
+        rows = [[f"<bdi class='wrap'>{text.esc(path, 200)}</bdi>", f"{unread:,}"] for path, unread in data.damaged]
         parts.append(table(["Shard", "#Bytes not read"], rows, caption="Damaged shards"))
         parts.append(_more(totals["damaged_shards"]))
     gaps = [
@@ -281,14 +284,8 @@ def _speed(data: RunData) -> str:
             for name, value in steps.items()
         ]
         parts.append(charts.stacked_bar(bar, label=f"Worker time by step: {label}", height=18))
-        parts.append(
-            table(
-                ["Step", "#Time", "#Share"],
-                body,
-                caption="Where the workers’ time went. Steps overlap, so they can add up to more than the clock’s time.",
-                attributes=' class="narrow"',
-            )
-        )
+        said = "Where the workers’ time went. Steps overlap, so they can add up to more than the clock’s time."
+        parts.append(table(["Step", "#Time", "#Share"], body, caption=said, attributes=' class="narrow"'))
     if speed.machines:
         where = f"{plural(len(speed.machines), 'machine')}, {plural(sum(speed.machines.values()), 'core')} in all"
         parts.append(note(f"{where}, {text.esc(', '.join(sorted(speed.backends)) or 'unknown backend')}."))

@@ -179,7 +179,8 @@ def _thresholds(rule: RuleData) -> str:
         ]
         for band in sorted(rule.bands, key=lambda item: item.name != "reject")
     ]
-    return table(["Band", "Threshold", "#Images beyond", "#Of those scored", "Where the threshold comes from"], rows)
+    columns = ["Band", "Threshold", "#Images beyond", "#Of those scored", "Where the threshold comes from"]
+    return table(columns, rows, attributes=' class="thresholds"')
 
 
 def _origin(band: Band, rule: RuleData) -> str:

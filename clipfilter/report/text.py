@@ -66,8 +66,8 @@ def score(value: float | None, beside: float | None = None) -> str:
         return "none"
     if value == int(value) and abs(value) < 1e15 and (beside is None or beside == int(beside)) and abs(value) >= 2:
         return f"{value:,.0f}"
-    if 0 < value < 0.0005 and (beside is None or abs(beside) >= 0.001):
-        return "<0.001"
+    if 0 < abs(value) < 0.0005 and (beside is None or abs(beside) >= 0.001):
+        return "<0.001" if value > 0 else ">−0.001"
     for decimals in (3, 4, 5, 6):
         shown = f"{value:,.{decimals}f}" if abs(value) < 1e7 else f"{value:.4g}"
         if beside is None or value == beside or shown != f"{beside:,.{decimals}f}":
@@ -82,6 +82,8 @@ def threshold(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    if 0 < seconds < 0.05:
+        return "<0.1 s"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clipfilter.errors import RowError
+from clipfilter.errors import ClipfilterError, RowError
 from clipfilter.report.examples import Example, Examples
 
 log = logging.getLogger("clipfilter.report")
@@ -116,5 +116,7 @@ def _within(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not isinstance(error, ClipfilterError | OSError) or not text:
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text if len(text) <= 160 else text[:157] + "..."
