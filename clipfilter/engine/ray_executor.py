@@ -12,7 +12,6 @@ from clipfilter.engine.executors import TASKS_PER_WORKER, Outcome, Resources, er
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count
 from clipfilter.engine.worker import JobSpec, Task
 from clipfilter.errors import ClipfilterError, RefusedError
-from clipfilter.storage import is_local
 
 log = logging.getLogger("clipfilter.engine")
 
@@ -119,8 +118,11 @@ class RayExecutor:
         return self._resources
 
     def refuse_unshared(self, url: str, what: str) -> None:
-        """A local path cannot be seen from the other hosts of a cluster: refuse before work begins."""
-        if is_local(url) and len(self.hosts) > 1:
+        """A plain path cannot be seen from the other hosts of a cluster: refuse before work begins.
+
+        Whoever writes file:// says that it is mounted everywhere.
+        """
+        if "://" not in url and len(self.hosts) > 1:
             self.close()
             raise RefusedError(
                 f"{what} {url} is a path of one machine, but the Ray cluster has {len(self.hosts)}; put it on storage all "
