@@ -50,10 +50,7 @@ class Fetcher:
             return Fetched(name)
         if name is None or not name.strip():
             return Fetched(None, MISSING_IMAGE, "the path or URL is empty")
-        try:
-            return Fetched(self._read(name.strip()))
-        except RowError as error:
-            return Fetched(None, error.error_class, error.message)
+        return _caught(self._read, name.strip())
 
     def _read(self, name: str) -> bytes:
         if _SCHEME.match(name) or os.path.isabs(name):
@@ -74,6 +71,18 @@ class Fetcher:
                     self._bases.sort(key=lambda other: other != base)
             return data
         raise missing or RowError(MISSING_IMAGE, f"{name} has no folder to lie in")
+
+
+def _caught(read: Callable[[str], bytes], name: str) -> Fetched:
+    try:
+        return Fetched(read(name))
+    except RowError as error:
+        return Fetched(None, error.error_class, error.message)
+
+
+def fetch_url(url: str) -> Fetched:
+    """One file by its full path or URL, taken literally."""
+    return _caught(read_url, url)
 
 
 def read_url(url: str) -> bytes:

@@ -14,7 +14,7 @@ from clipfilter import storage
 from clipfilter.errors import MISSING_IMAGE, ClipfilterError, RefusedError, RowError, ShardError
 from clipfilter.sources import img2dataset, tables
 from clipfilter.sources.discover import Entry, Folder, Found, Location, below, is_image_name
-from clipfilter.sources.fetch import Fetched, Fetcher, fetch_in_order, read_url
+from clipfilter.sources.fetch import Fetched, fetch_in_order, fetch_url, read_url
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, shard_id
 from clipfilter.sources.records import (
     CAPTION_NAMES,
@@ -180,10 +180,9 @@ class ImageFolder:
     ) -> Iterator[Row]:
         occurrences = _occurrences(shard.members) if sidecar is not None else {}
         stats.duplicate_keys = len(occurrences)
-        fetch = Fetcher([self.location.root])
 
         def load(job: _Job) -> _Loaded:
-            image = fetch(job.path) if images else Fetched(None)
+            image = fetch_url(self.location.url(job.path)) if images else Fetched(None)
             return _Loaded(job, image, *self._read_beside(job))
 
         jobs = (self._job(number, self._path(shard, number)) for number in numbers)

@@ -371,10 +371,11 @@ def _number(text: bytes) -> int | None:
 
 def _checksum_holds(header: bytes) -> bool:
     stored = _number(header[148:156])
-    rest = header[:148] + header[156:]
-    total = 256 + sum(rest)
+    total = sum(header) - sum(header[148:156]) + 256
+    if stored == total:
+        return True
     # Some old writers summed signed bytes.
-    return stored == total or stored == total - 256 * sum(1 for byte in rest if byte > 127)
+    return stored == total - 256 * sum(1 for byte in header[:148] + header[156:] if byte > 127)
 
 
 def _pax(payload: bytes) -> dict[str, bytes]:

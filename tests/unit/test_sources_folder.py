@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,30 @@ def test_an_image_that_went_costs_its_row(tmp_path: Path) -> None:
     assert [row["cf_error_class"] for row in rows] == [None, "missing_image", None]
     assert rows[1]["cf_image"] is None
     assert "there is no file" in rows[1]["cf_error"]
+
+
+def test_odd_file_names_are_taken_literally(tmp_path: Path) -> None:
+    names = [" space .jpg", "#hash?q.jpg", "data:x.jpg", "http:y.jpg", "per%20cent.jpg", "{a,b}[1]*.jpg", "ünïcode.jpg"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    source = open_source(str(tmp_path))
+    rows = read_rows(source)
+    assert [row["cf_key"] for row in rows] == names
+    assert [row["cf_image"] for row in rows] == [name.encode() for name in names]
+    assert [row["cf_captions"] for row in rows] == [[name] for name in names]
+    source.copy_rows(next(source.iter_shards()), range(len(names)), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.jpg")} == set(names)
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    with open(path, "wb") as handle:
+        handle.write(b"x")
+    source = Source.from_plan(json.loads(json.dumps(open_source(str(tmp_path)).to_plan())))
+    shard = Shard.from_json(json.loads(json.dumps(next(source.iter_shards()).to_json())))
+    (row,) = read_shard(source, shard)[0]
+    assert (row["cf_key"], row["cf_image"]) == ("caf\\udce9.jpg", b"x")
 
 
 def test_a_single_image_and_a_glob(tmp_path: Path) -> None:
