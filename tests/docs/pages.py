@@ -1,0 +1,121 @@
+"""Takes Markdown pages apart: fenced blocks with their markers, commands with their expected output, links, headings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+
+_FENCE = re.compile(r"^```(\w*)\s*$")
+_MARKER = re.compile(r"^<!--\s*(?P<name>[a-z-]+)(?::\s*(?P<value>.*?))?\s*-->$")
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"`[^`]*`")
+
+
+@dataclass
+class Block:
+    """One fenced block.
+
+    Markers are HTML comments on the line above the fence: `no-run: reason` exempts the block from being run, `exit: N`
+    is the exit code of its last command (the others exit with 0), `file: NAME` writes a block into the page's folder.
+    """
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    markers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(REPO)}:{self.line}"
+
+
+@dataclass
+class Command:
+    """A line (or continued lines) after `$ `, and the lines of output that the page shows below it."""
+
+    text: str
+    output: list[str]
+
+
+def pages() -> list[Path]:
+    """README.md and every page below docs/, sorted."""
+    return [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page, top to bottom."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    index = 0
+    markers: dict[str, str] = {}
+    while index < len(lines):
+        line = lines[index]
+        marker, fence = _MARKER.match(line), _FENCE.match(line)
+        if marker:
+            markers[marker["name"]] = marker["value"] or ""
+        elif fence:
+            end = next(i for i in range(index + 1, len(lines)) if lines[i].rstrip() == "```")
+            yield Block(page, index + 1, fence[1], "\n".join(lines[index + 1 : end]) + "\n", markers)
+            markers, index = {}, end
+        elif line.strip():
+            markers = {}
+        index += 1
+
+
+def commands(block: Block) -> list[Command]:
+    """The commands of a `console` block, each with its output; of a `bash` block, every line is a command."""
+    found: list[Command] = []
+    continued = False
+    for line in block.text.splitlines():
+        if continued:
+            found[-1].text += "\n" + line
+        elif block.language == "bash":
+            if not line.strip() or line.startswith("#"):
+                continue
+            found.append(Command(line, []))
+        elif line.startswith("$ "):
+            found.append(Command(line[2:], []))
+        else:
+            assert found, f"{block.where}: output before the first command"
+            found[-1].output.append(line)
+            continue
+        continued = line.endswith("\\")
+    return found
+
+
+def shape(line: str) -> str:
+    """A line of output without what may differ between machines: numbers, bars, hashes, the working folder, spacing."""
+    line = re.sub(r"\b[0-9a-f]{12,}\b", "HASH", line)
+    line = re.sub(r"/\S*/(?=[\w.-]+)", "", line)
+    line = re.sub(r"[█▏]+", "", line)
+    line = re.sub(r"[-+]?\d[\d,.]*%?", "0", line)
+    line = re.sub(r"(0\s+)+0\b", "0", line)
+    return " ".join(line.split())
+
+
+def links(page: Path) -> Iterator[tuple[int, str]]:
+    """(line, target) of every link and image outside of code."""
+    inside = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            inside = not inside
+        elif not inside:
+            for match in _LINK.finditer(_CODE.sub(lambda m: "`" * len(m[0]), line)):
+                yield number, match[1] or match[2]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: set[str] = set()
+    inside = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif not inside and (heading := re.match(r"#{1,6}\s+(.*)", line)):
+            text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1]).strip().lower()
+            found.add(re.sub(r"[^\w\- ]", "", text).replace(" ", "-"))
+    return found

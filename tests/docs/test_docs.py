@@ -1,0 +1,179 @@
+"""The documentation is true: its commands run and print what it shows, its links lead somewhere, its tables are complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipfilter import errors
+from clipfilter.engine.columns import DECISION_COLUMNS, FACTS, FAILED, IDENTITY
+from clipfilter.policies import load_policy
+from tests.docs import cli_reference
+from tests.docs.pages import REPO, Block, Command, anchors, blocks, commands, links, pages, shape
+
+#: Pages whose examples have tests of their own (tests/unit/test_policies_load.py) or are sketches of an API.
+ELSEWHERE = {REPO / "docs/reference/policy.md", REPO / "docs/reference/sources.md"}
+RUN = ("console", "bash", "python")
+SECONDS = 300
+
+
+def identify(value: object) -> str:
+    return str(value.relative_to(REPO)) if isinstance(value, Path) else repr(value)
+
+
+def runs(page: Path) -> list[Block]:
+    """The blocks of a page that are run or written, in order."""
+    if page in ELSEWHERE:
+        return []
+    return [b for b in blocks(page) if "no-run" not in b.markers and (b.language in RUN or "file" in b.markers)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A work folder as the pages assume it: a checkout, with the sample photographs and the policies."""
+    shutil.copytree(REPO / "samples", tmp_path / "samples")
+    shutil.copytree(REPO / "policies", tmp_path / "policies")
+    return tmp_path
+
+
+def execute(block: Block, folder: Path) -> None:
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(REPO),
+        "COLUMNS": "200",
+    }
+    if "file" in block.markers:
+        (folder / block.markers["file"]).write_text(block.text, encoding="utf-8")
+        return
+    if block.language == "python":
+        todo = [(Command(block.text, []), [sys.executable, "-c", block.text])]
+    else:
+        todo = [(c, ["bash", "-euo", "pipefail", "-c", c.text]) for c in commands(block)]
+    wanted = int(block.markers.get("exit", 0))
+    for number, (command, arguments) in enumerate(todo):
+        done = subprocess.run(
+            arguments,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+        )
+        expected = wanted if number == len(todo) - 1 else 0
+        assert done.returncode == expected, f"{block.where}: `{command.text}` ended with {done.returncode}\n{done.stdout}"
+        printed = {shape(line) for line in done.stdout.splitlines()}
+        for line in command.output:
+            if line.strip() and line.strip() != "...":
+                assert shape(line) in printed, f"{block.where}: `{command.text}` did not print\n{line}\nbut\n{done.stdout}"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("page", [page for page in pages() if runs(page)], ids=identify)
+def test_what_a_page_shows_can_be_done(page: Path, folder: Path) -> None:
+    """Every command of a page, top to bottom in one folder: its exit code and its output (numbers may differ)."""
+    for block in runs(page):
+        execute(block, folder)
+    if page.name == "run-directory.md":
+        everything_in_a_run_is_described(page.read_text(encoding="utf-8"), folder)
+
+
+def everything_in_a_run_is_described(text: str, folder: Path) -> None:
+    """Each file, column and JSON field of the runs that the page made has its place on the page, in backquotes."""
+    described = set(re.findall(r"`([^`\n]+)`", text))
+    found = [path.parent for path in folder.glob("*/plan.json")]
+    assert found, "the page makes no run"
+    for out in found:
+        for path in out.iterdir():
+            assert {path.name, path.name + "/"} & described, f"{path.name} is not described"
+        names: set[str] = set()
+        for path in [*out.glob("annotated/*"), *out.glob("failed/*"), *out.glob("scored/*")]:
+            names |= set(pq.read_schema(path).names)
+        for path in out.glob("embeddings/*"):
+            names |= set(pa.ipc.open_file(pa.memory_map(str(path))).schema.names)
+        ours = {"cf_score.<rule>" if name.startswith("cf_score.") else name for name in names if name.startswith("cf_")}
+        assert ours <= described, f"columns not described: {ours - described}"
+        for path in [out / "plan.json", *out.glob("commits/*"), *out.glob("versions/*"), out / "run.json"]:
+            content = json.loads(path.read_text())
+            fields = set(content) | set(content.get("counts", {})) | set(content.get("totals", {}))
+            fields |= set(content.get("work", {})) | set(content.get("options", {}))
+            assert fields <= described, f"{path.name}: not described: {fields - described}"
+
+
+def test_few_blocks_are_exempt_and_each_says_why() -> None:
+    exempt = [b for page in pages() if page not in ELSEWHERE for b in blocks(page) if "no-run" in b.markers]
+    assert all(len(block.markers["no-run"]) > 5 for block in exempt)
+    run = sum(len(runs(page)) for page in pages())
+    assert len(exempt) < run / 2, f"{len(exempt)} blocks are exempt, {run} are run"
+
+
+@pytest.mark.parametrize("page", pages(), ids=identify)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for line, target in links(page):
+        if re.match(r"[a-z]+:", target):
+            assert target.startswith(("https://", "http://", "mailto:")), f"{page.name}:{line}: {target}"
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / unquote(path)).resolve() if path else page
+        assert file.is_relative_to(REPO), f"{page.name}:{line}: {target} leaves the repository"
+        assert file.exists(), f"{page.name}:{line}: {target} does not exist"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name}:{line}: {target} has no such heading"
+
+
+@pytest.mark.parametrize("page", [p for p in pages() if p not in ELSEWHERE], ids=identify)
+def test_every_policy_on_a_page_loads(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page):
+        if block.language == "yaml" and block.text.startswith("policy:"):
+            (tmp_path / "policy.yaml").write_text(block.text, encoding="utf-8")
+            load_policy(str(tmp_path / "policy.yaml"))
+
+
+def test_every_option_is_documented() -> None:
+    page = cli_reference.PAGE.read_text(encoding="utf-8")
+    assert cli_reference.update(page) == page, "run `python -m tests.docs.cli_reference`"
+
+
+def test_every_page_of_the_documentation_can_be_reached_from_the_readme() -> None:
+    seen, todo = set(), [REPO / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in seen:
+            continue
+        seen.add(page)
+        targets = ((page.parent / unquote(t.partition("#")[0])).resolve() for _, t in links(page) if ":" not in t)
+        todo += [t for t in targets if t.suffix == ".md" and t.is_relative_to(REPO) and t.exists()]
+    assert set(pages()) <= seen, f"no link leads to {sorted(identify(p) for p in set(pages()) - seen)}"
+
+
+def test_every_error_class_is_documented() -> None:
+    text = (REPO / "docs/reference/errors.md").read_text(encoding="utf-8")
+    classes = {v for k, v in vars(errors).items() if k.isupper() and isinstance(v, str)}
+    assert len(classes) >= 6
+    assert {f"`{name}`" for name in classes} <= set(re.findall(r"`\w+`", text))
+
+
+def test_every_column_is_documented() -> None:
+    text = (REPO / "docs/reference/run-directory.md").read_text(encoding="utf-8")
+    columns = {*IDENTITY.names, *FAILED.names, *FACTS.names, *DECISION_COLUMNS, "image_emb", "text_emb"}
+    assert {f"`{name}`" for name in columns} <= set(re.findall(r"`[\w.]+`", text))
+
+
+def test_decisions_are_numbered_without_gaps() -> None:
+    found = sorted((REPO / "docs/decisions").glob("[0-9]*.md"))
+    assert [path.name[:4] for path in found] == [f"{n:04d}" for n in range(1, len(found) + 1)]
+    for path in found:
+        text = path.read_text(encoding="utf-8")
+        for heading in ("## Context", "## Decision", "## Consequences"):
+            assert heading in text, f"{path.name} has no {heading}"
+        assert len(text) < 4000, f"{path.name} is longer than a page"
