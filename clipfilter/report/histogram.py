@@ -87,5 +87,6 @@ class Histogram:
         if exponent is None or self.exponent is None:
             return
         used = np.flatnonzero(counts)
-        index = ((used + start) >> (self.exponent - exponent)) - self._start
+        coarser = min(self.exponent - exponent, 62)  # bin numbers stay below 2**53: one more shift changes nothing
+        index = ((used + start) >> coarser) - self._start
         np.add.at(self._counts, index, counts[used])

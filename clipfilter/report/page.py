@@ -208,7 +208,7 @@ def _failures(data: RunData) -> str:
         rows = []
         for found in sorted(data.failures.values(), key=lambda item: -item.count):
             examples = "".join(
-                f"<p><bdi>{text.esc(message, 300)}</bdi><br>"
+                f"<p><bdi>{text.esc(text.place(message), 300)}</bdi><br>"
                 f'<span class="note"><bdi>{text.esc(key, 120)}</bdi> in <bdi>{text.esc(path, 160)}</bdi></span></p>'
                 for message, key, path in found.examples
             )
@@ -224,7 +224,7 @@ def _failures(data: RunData) -> str:
         rows = [
             [
                 f"<bdi class='wrap'>{text.esc(item['shard']['path'], 200)}</bdi>",
-                f"<bdi>{text.esc(item['error'], 400)}</bdi>",
+                f"<bdi>{text.esc(text.place(item['error']), 400)}</bdi>",
             ]
             for item in failed_shards[:LISTED_SHARDS]
         ]

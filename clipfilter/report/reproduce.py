@@ -87,4 +87,7 @@ def policy_yaml(value: Any, indent: int = 0) -> str:
 
 def _scalar(value: Any, *, flow: bool = False) -> str:
     plain = isinstance(value, str) and not flow and _PLAIN.match(value) is not None and value == value.strip()
-    return value if plain and value.lower() not in _RESERVED else json.dumps(value, ensure_ascii=False)
+    if plain and value.lower() not in _RESERVED:
+        return str(value)
+    # Characters that the page would not show are written as YAML escapes, so that the text stays the policy.
+    return "".join(c if text.shown(c) else f"\\U{ord(c):08X}" for c in json.dumps(value, ensure_ascii=False))

@@ -73,7 +73,7 @@ def _about_examples(data: RunData, thumbnails: str, problem: str | None) -> str:
     if thumbnails == "none":
         return note(f"{said} They are without pictures (<code>--thumbnails none</code>).")
     if problem and problem.endswith(NO_THUMBNAILS):
-        return note(f"{said} {text.esc(problem)}")
+        return note(f"{said} {text.esc(text.place(problem))}")
     if thumbnails == "show":
         said += " All their pictures are shown clearly (<code>--thumbnails show</code>)."
     else:
@@ -82,7 +82,7 @@ def _about_examples(data: RunData, thumbnails: str, problem: str | None) -> str:
             f" Pictures that {which} are blurred beyond recovery; "
             "<code>clipfilter report --thumbnails show</code> writes the page with clear ones."
         )
-    return note(f"{said} {text.esc(problem or '')}")
+    return note(f"{said} {text.esc(text.place(problem or ''))}")
 
 
 def _rule(data: RunData, rule: RuleData, examples: Examples) -> str:

@@ -18,14 +18,14 @@ _QUERY = re.compile(r"(://[^\s?#]{1,2000})[?#]\S{1,4000}")
 def clean(text: object, limit: int = 400) -> str:
     """One line of plain text: line breaks become spaces, control and direction-changing characters U+FFFD."""
     value = str(text)[: limit * 4].translate(_SPACES)
-    value = "".join(character if _shown(character) else "\ufffd" for character in value)
+    value = "".join(character if shown(character) else "\ufffd" for character in value)
     value = " ".join(value.split())
     return value if len(value) <= limit else value[: limit - 1].rstrip() + "…"
 
 
 def clean_block(text: str, limit: int) -> str:
     """Like `clean`, for several lines."""
-    lines = ("".join(c if _shown(c) else "\ufffd" for c in line) for line in text[:limit].split("\n"))
+    lines = ("".join(c if shown(c) else "\ufffd" for c in line) for line in text[:limit].split("\n"))
     return "\n".join(lines) + ("\n… (cut)" if len(text) > limit else "")
 
 
@@ -35,11 +35,12 @@ def esc(text: object, limit: int = 400) -> str:
 
 
 def place(url: object) -> str:
-    """A URL or path without user name, password, query or fragment, which may hold secrets."""
+    """A URL, path or message, its URLs without user name, password, query or fragment, which may hold secrets."""
     return _QUERY.sub(r"\1", _CREDENTIALS.sub("://", clean(url, 2000)))
 
 
-def _shown(character: str) -> bool:
+def shown(character: str) -> bool:
+    """False for control, bidirectional and other invisible characters, unassigned ones and lone surrogates."""
     category = unicodedata.category(character)
     return category not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") or character in _JOINERS
 
