@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ log = logging.getLogger("clipfilter.engine")
 #: With no actor ready for this long, the cluster is taken for lost.
 LOST_CLUSTER_SECONDS = 600.0
 _PROGRESS_SECONDS = 1.0
+_KNOCK_SECONDS = 10.0
 
 
 class EncoderActor:
@@ -78,6 +80,8 @@ class RayExecutor:
 
         self._ray = ray
         try:
+            if address is not None:
+                _knock(address)
             if address is None:
                 ray.init(
                     address="local",
@@ -89,7 +93,7 @@ class RayExecutor:
                 )
             else:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise RefusedError(
                 f"no Ray cluster answers at {address or 'this machine'} ({_first_line(error)}); check --address, "
                 "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave --address out to start one here."
@@ -271,6 +275,13 @@ class _Actor:
         self.rows_before = 0
         self.progress: Any = None
         self.asked = 0.0
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once when nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _first_line(error: object) -> str:
