@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/clipfilter run samples/photos --policy demo --out $(DEMO_OUT) --engine ray --thumbnails show
+	@$(BIN)/clipfilter run samples/photos --policy demo --out $(DEMO_OUT) --engine ray --thumbnails show --max-failures 0.1
 
 test: $(READY) browser
 	$(BIN)/python -m pytest

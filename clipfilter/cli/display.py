@@ -81,7 +81,7 @@ def print_result(result: JobResult, report: str | None) -> None:
     """The table at the end of a job."""
     console = Console()
     totals = result.totals
-    title = f"{totals['rows']:,} rows in {totals['shards']:,} shards"
+    title = f"{totals['rows']:,} rows in {totals['shards']:,} shard{'' if totals['shards'] == 1 else 's'}"
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(justify="left")
     table.add_column(justify="right")

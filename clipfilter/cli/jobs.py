@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import sys
 from typing import Annotated, Any
 
 import typer
 
-Source = Annotated[str, typer.Argument(help="Parquet, webdataset tars, an image folder or img2dataset output; path or URL.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Parquet, webdataset tars, an image folder or img2dataset output; path or URL.")]
 Out = Annotated[str, typer.Option("--out", "-o", help="Run directory to write (path or URL); resumed when it exists.")]
 Model = Annotated[str, typer.Option(help="nano, an open_clip name/pretrained tag, or ARCH=/path/to/checkpoint.")]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; without it Ray runs on this machine.")]
@@ -153,7 +155,7 @@ def score(
 
 
 def filter_(
-    run: Annotated[str, typer.Argument(help="Run directory of an earlier run, embed or score.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of an earlier run, embed or score.")],
     out: Out,
     policy: Annotated[str, typer.Option("--policy", "-p", help="Policy file, or the name of a pack.")],
     engine: EngineOption = Engine.auto,
@@ -195,7 +197,8 @@ def _job(job: str, **given: Any) -> None:
     if dry_run:
         display.print_plan(request, as_json)
         return
-    with display.progress(enabled=not (quiet or as_json)) as shown:
+    # Ray prints what its workers suffer; stdout belongs to the result.
+    with contextlib.redirect_stdout(sys.stderr), display.progress(enabled=not (quiet or as_json)) as shown:
         result = run_job(request, shown)
     report = None
     if job in ("run", "filter"):

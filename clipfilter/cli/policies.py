@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-PolicyArgument = Annotated[str, typer.Argument(help="Policy file, or the name of a pack.")]
+PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a pack.")]
 
 policy_app = typer.Typer(no_args_is_help=True, help="Check and show policies.", rich_markup_mode=None)
 

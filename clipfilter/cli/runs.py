@@ -10,7 +10,7 @@ import typer
 
 from clipfilter.cli.jobs import Json, Thumbnails
 
-Run = Annotated[str, typer.Argument(help="Run directory (path or URL).")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory (path or URL).")]
 
 
 class What(enum.StrEnum):
