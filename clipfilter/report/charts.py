@@ -13,7 +13,7 @@ from clipfilter.report import text
 from clipfilter.report.data import Band
 from clipfilter.report.histogram import Histogram
 
-_BARS = 48
+_FEWEST_BARS, _BARS = 16, 48
 _TOP, _HEIGHT, _BOTTOM = 40, 150, 22
 
 
@@ -28,7 +28,7 @@ class Bars:
 
 
 def bars(histogram: Histogram, thresholds: list[float], full: tuple[float, float] | None = None) -> Bars:
-    """At most about `_BARS` bars with round edges, over the range where the rows and the thresholds are.
+    """Up to about `_BARS` bars (fewer for few rows) with round edges, over the range of the rows and the thresholds.
 
     full: the range to draw whatever the data (probabilities).
     """
@@ -45,7 +45,8 @@ def bars(histogram: Histogram, thresholds: list[float], full: tuple[float, float
         low, high = low - spread, high + spread
     elif full is None:
         low, high = low - (high - low) * 0.02, high + (high - low) * 0.02
-    step = _round_step((high - low) / _BARS, whole=histogram.integral)
+    wanted = min(max(3 * math.sqrt(histogram.n), _FEWEST_BARS), _BARS)
+    step = _round_step((high - low) / wanted, whole=histogram.integral)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     drawn = np.arange(first, last + 1) * step
     index = np.searchsorted(drawn, edges + width / 2, side="right") - 1

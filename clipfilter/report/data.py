@@ -231,7 +231,9 @@ def _add_shards(directory: Directory, data: RunData, commits: list[dict[str, Any
             for found in sums.failures.values():
                 known = data.failures.setdefault(found.name, FailureClass(found.name))
                 known.count += found.count
-                known.examples += found.examples[: FAILURE_EXAMPLES - len(known.examples)]
+                seen = {message for message, _, _ in known.examples}
+                fresh = [example for example in found.examples if example[0] not in seen]
+                known.examples += fresh[: FAILURE_EXAMPLES - len(known.examples)]
             for name in _EXTRA_COUNTS:
                 data.extra[name] += commit["counts"].get(name, 0)
             if commit.get("damaged") and len(data.damaged) < LISTED_SHARDS:

@@ -23,12 +23,12 @@ _COLUMNS = ("cf_row", "cf_key", "cf_caption", "cf_sha256", "cf_decision", "cf_re
 
 #: Bucket -> heading, in the order of the page (from worst to best), and the order in which examples are dealt out.
 HEADINGS = {
-    "reject_far": "Rejected, farthest beyond the threshold",
-    "reject_near": "Rejected, nearest to the threshold",
-    "review_far": "In the review band, nearest to rejection",
-    "review_near": "In the review band, nearest to being kept",
-    "keep_near": "Kept, nearest to the threshold",
-    "keep_far": "Kept, farthest from the threshold",
+    "reject_far": "Rejected, farthest out",
+    "reject_near": "Rejected, nearest the threshold",
+    "review_far": "Review band, farthest out",
+    "review_near": "Review band, nearest the threshold",
+    "keep_near": "Kept, nearest the threshold",
+    "keep_far": "Kept, farthest from it",
     "missing": "Not scored",
     "low": "Lowest similarity",
     "high": "Highest similarity",

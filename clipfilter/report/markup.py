@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clipfilter.report import text
+
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", attributes: str = "") -> str:
     """A table whose first column heads its rows. A column title that begins with "#" holds numbers, with "~" a bar."""
@@ -32,6 +34,11 @@ def note(said: str) -> str:
 
 def items(found: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{item}</li>' for item in found)}</ul>" if found else ""
+
+
+def place_of(key: str, path: str) -> str:
+    """Key and shard of an image (plain text), for people; the root of a folder needs no name."""
+    return " · ".join(f"<bdi>{text.esc(part, 120)}</bdi>" for part in (key, path) if part not in ("", "."))
 
 
 def plural(count: int, word: str) -> str:

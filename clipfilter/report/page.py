@@ -13,7 +13,7 @@ from clipfilter import __version__
 from clipfilter.report import charts, reproduce, rules, text
 from clipfilter.report.data import LISTED_SHARDS, RunData
 from clipfilter.report.examples import Examples
-from clipfilter.report.markup import dot, items, note, plural, table
+from clipfilter.report.markup import dot, items, note, place_of, plural, table
 
 #: What a class of failure means, for people.
 FAILURES = {
@@ -209,7 +209,7 @@ def _failures(data: RunData) -> str:
         for found in sorted(data.failures.values(), key=lambda item: -item.count):
             examples = "".join(
                 f"<p><bdi>{text.esc(text.place(message), 300)}</bdi><br>"
-                f'<span class="note"><bdi>{text.esc(key, 120)}</bdi> in <bdi>{text.esc(path, 160)}</bdi></span></p>'
+                f'<span class="note">{place_of(key, path)}</span></p>'
                 for message, key, path in found.examples
             )
             meaning = text.esc(FAILURES.get(found.name, ""))

@@ -160,10 +160,8 @@ def _chart(rule: RuleData) -> str:
 def _spread(histogram: Histogram) -> str:
     if histogram.minimum == histogram.maximum:
         return f"{text.score(histogram.minimum)}, every one"
-    return (
-        f"from {text.score(histogram.minimum)} to {text.score(histogram.maximum)}, half of them below about "
-        f"{text.score(histogram.quantile(0.5))}"
-    )
+    middle = text.score(histogram.quantile(0.5))
+    return f"from {text.score(histogram.minimum)} to {text.score(histogram.maximum)}, median about {middle}"
 
 
 def _thresholds(rule: RuleData) -> str:
@@ -218,9 +216,9 @@ def _buckets(found: dict[str, list[Example]], rule: RuleData | None) -> str:
     shown = ""
     for bucket, heading in HEADINGS.items():
         if bucket in found:
-            plain = " no-images" if all(example.image is None for example in found[bucket]) else ""
+            plain = "no-images" if all(example.image is None for example in found[bucket]) else f"n{len(found[bucket])}"
             cards = "".join(_card(example, rule) for example in found[bucket])
-            shown += f'<div class="examples{plain}"><h4>{heading}</h4><ul class="cards">{cards}</ul></div>\n'
+            shown += f'<div class="examples {plain}"><h4>{heading}</h4><ul class="cards">{cards}</ul></div>\n'
     return f'<div class="buckets">\n{shown}</div>' if shown else ""
 
 
@@ -249,5 +247,7 @@ def _card(example: Example, rule: RuleData | None) -> str:
     others = [item["rule"] for item in example.reasons if rule is not None and item["rule"] != rule.id]
     if others:
         parts.append(f'<p class="small">also caught by {text.esc(", ".join(others), 120)}</p>')
-    where = f"<bdi>{text.esc(example.key, 90)}</bdi> · <bdi>{text.esc(example.path, 90)}</bdi>"
+    where = " · ".join(
+        f"<bdi>{text.esc(part, 90)}</bdi>" for part in (example.key, example.path) if part not in ("", ".")
+    )
     return f'<li>{"".join(parts)}<p class="key">{where}</p></li>'

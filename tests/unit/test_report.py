@@ -326,6 +326,43 @@ def test_writing_leaves_no_temporary_files(built: Built) -> None:
     assert not list(Path(built.url).glob(".tmp*"))
 
 
+def test_a_run_on_a_remote_store(built: Built) -> None:
+    """The page of a run on an object store is the page of the same run on a disk, but for where and when."""
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    for file in Path(built.url).rglob("*"):
+        if file.is_file() and file.name != "report.html":
+            fs.pipe_file(f"/report-bucket/run/{file.relative_to(built.url).as_posix()}", file.read_bytes())
+    assert write_report("memory://report-bucket/run") == "memory://report-bucket/run/report.html"
+    remote = Page(fs.cat_file("/report-bucket/run/report.html").decode())
+    local = read(built)
+    assert remote.rows == local.rows
+    assert len(remote.images("Picture")) == len(local.images("Picture")) > 0
+
+
+@pytest.mark.integration
+def test_the_report_of_a_real_run(tmp_path: Path) -> None:
+    """The sample photographs through the real engine and the bundled model."""
+    from clipfilter.engine.job import JobRequest, run_job
+
+    root = Path(__file__).parents[2]
+    samples, policy = root / "samples" / "photos", root / "policies" / "demo.yaml"
+    if not samples.is_dir() or not policy.is_file():
+        pytest.skip("the sample photographs or the demo policy are not in this checkout")
+    result = run_job(JobRequest("run", str(samples), str(tmp_path / "out"), policy=str(policy), engine="local"))
+    page = Page(Path(write_report(result.out)).read_text(encoding="utf-8"))
+    assert len(page.html) < 3_000_000
+    assert "do not agree" not in page.text
+    for rule, bands in result.totals["rules"].items():
+        cells = page.table_row(rule, 7)
+        assert [int(cell.replace(",", "")) for cell in cells[1:4]] == [
+            bands.get(b, 0) for b in ("reject", "review", "missing")
+        ]
+    assert page.images("Picture")
+    assert page.images("Blurred picture")
+
+
 def test_importing_the_report_is_light() -> None:
     code = "import sys, clipfilter.report; print([m for m in ('torch', 'pyarrow', 'numpy', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
