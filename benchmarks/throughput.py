@@ -131,7 +131,9 @@ def _bare(model: str, folder: str, threads: int, seconds: float) -> None:
 def _first(folder: Path, count: int) -> tuple[list[bytes], list[str]]:
     with tarfile.open(sorted(folder.glob("*.tar"))[0]) as tar:
         files = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-    return [d for n, d in files if n.endswith("jpg")][:count], [d.decode() for n, d in files if n.endswith("txt")][:count]
+    return [d for n, d in files if n.endswith("jpg")][:count], [d.decode() for n, d in files if n.endswith("txt")][
+        :count
+    ]
 
 
 def peer(folder: Path, threads: int, images: int) -> float:

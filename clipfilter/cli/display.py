@@ -127,14 +127,18 @@ def _print_details(console: Console, totals: dict[str, Any]) -> None:
         for name in ("review", "reject", "missing"):
             table.add_column(name, justify="right")
         for rule, bands in totals["rules"].items():
-            table.add_row(rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in ("review", "reject", "missing")))
+            table.add_row(
+                rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in ("review", "reject", "missing"))
+            )
         console.print()
         console.print(table)
     if totals["failed_by_class"]:
         failures = ", ".join(f"{count:,} {name}" for name, count in totals["failed_by_class"].items())
         console.print(Text(f"failed: {failures}", _COLOURS["failed"]))
     if totals["not_downloaded"]:
-        console.print(f"{totals['not_downloaded']:,} rows of the source were never downloaded and are not counted", style="dim")
+        console.print(
+            f"{totals['not_downloaded']:,} rows of the source were never downloaded and are not counted", style="dim"
+        )
     console.print()
 
 

@@ -9,11 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Parquet, webdataset tars, an image folder or img2dataset output; path or URL.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="Parquet, webdataset tars, an image folder or img2dataset output; path or URL."
+    ),
+]
 Out = Annotated[str, typer.Option("--out", "-o", help="Run directory to write (path or URL); resumed when it exists.")]
 Model = Annotated[str, typer.Option(help="nano, an open_clip name/pretrained tag, or ARCH=/path/to/checkpoint.")]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; without it Ray runs on this machine.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Encoder processes or actors [default: one per GPU, or per 8 cores].")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Encoder processes or actors [default: one per GPU, or per 8 cores].")
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each worker.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")]
@@ -25,7 +32,9 @@ UidColumn = Annotated[str | None, typer.Option(help="Column with the rows' own u
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")]
 Sample = Annotated[float | None, typer.Option(help="Only this share of the rows, chosen by a hash of their uid.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try damaged shards and transient failures again.")]
-MaxFailures = Annotated[float, typer.Option(min=0, max=1, help="Share of rows that may fail before the exit code is 3.")]
+MaxFailures = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of rows that may fail before the exit code is 3.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")]
@@ -58,9 +67,13 @@ class Thumbnails(enum.StrEnum):
 ThumbnailsOption = Annotated[
     Thumbnails, typer.Option(help="Thumbnails of review and rejected rows in the report: none, blur or show.")
 ]
-EngineOption = Annotated[Engine, typer.Option(help="Where the work runs; auto takes ray for an address or several GPUs.")]
+EngineOption = Annotated[
+    Engine, typer.Option(help="Where the work runs; auto takes ray for an address or several GPUs.")
+]
 DecodeOption = Annotated[Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")]
-CaptionsOption = Annotated[Captions, typer.Option(help="Which caption counts when a row has several; none ignores them.")]
+CaptionsOption = Annotated[
+    Captions, typer.Option(help="Which caption counts when a row has several; none ignores them.")
+]
 _MAX_PIXELS = 178_956_970
 
 
@@ -84,7 +97,9 @@ def run(
     uid_column: UidColumn = None,
     limit: Limit = None,
     sample: Sample = None,
-    copy: Annotated[bool, typer.Option("--copy/--no-copy", help="Write kept and review images beside the decisions.")] = True,
+    copy: Annotated[
+        bool, typer.Option("--copy/--no-copy", help="Write kept and review images beside the decisions.")
+    ] = True,
     thumbnails: ThumbnailsOption = Thumbnails.blur,
     retry_failed: RetryFailed = False,
     max_failures: MaxFailures = 0.01,

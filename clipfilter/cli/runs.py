@@ -26,11 +26,15 @@ class Form(enum.StrEnum):
 
 def export(
     run: Run,
-    to: Annotated[str, typer.Option("--to", help="Where to write (path or URL); empty or a started export of this run.")],
+    to: Annotated[
+        str, typer.Option("--to", help="Where to write (path or URL); empty or a started export of this run.")
+    ],
     what: Annotated[What, typer.Option(help="Which rows.")] = What.kept,
     form: Annotated[
         Form,
-        typer.Option("--as", help="source: the source's own format; clip-retrieval: npy and metadata; datacomp: uid subset."),
+        typer.Option(
+            "--as", help="source: the source's own format; clip-retrieval: npy and metadata; datacomp: uid subset."
+        ),
     ] = Form.source,
     as_json: Json = False,
 ) -> None:

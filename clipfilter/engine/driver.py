@@ -133,7 +133,9 @@ class StageRun:
             [results[i][0] for i in order], [results[i][1] for i in order], [failed[i] for i in sorted(failed)]
         )
 
-    def _read_existing(self, existing: dict[tuple[str, str], ledger.CommitName]) -> dict[str, tuple[str, dict[str, Any]]]:
+    def _read_existing(
+        self, existing: dict[tuple[str, str], ledger.CommitName]
+    ) -> dict[str, tuple[str, dict[str, Any]]]:
         names = [name for (_, stage), name in sorted(existing.items()) if stage == self.stage]
         commits = ledger.read_commits(self.directory, [name.path for name in names])
         return {name.shard: (name.path, commit) for name, commit in zip(names, commits, strict=True)}
@@ -179,7 +181,10 @@ class StageRun:
         if (before["size"], before["etag"]) != (unit.shard.size, unit.shard.etag):
             log.info("%s changed since it was processed", unit.shard.path)
             return int(commit["generation"]) + 1
-        if unit.inputs is not None and commit.get("base_generation", unit.inputs["generation"]) != unit.inputs["generation"]:
+        if (
+            unit.inputs is not None
+            and commit.get("base_generation", unit.inputs["generation"]) != unit.inputs["generation"]
+        ):
             return int(commit["generation"]) + 1
         if self.retry_failed and (commit.get("damaged") or TRANSIENT & set(commit["failed_by_class"])):
             return int(commit["generation"]) + 1
@@ -230,7 +235,11 @@ class StageRun:
         item.attempts += 1
         log.warning("%s: attempt %d failed: %s", path, item.attempts, outcome.message)
         if outcome.permanent or item.attempts >= MAX_ATTEMPTS:
-            failed[item.order] = {"shard": item.unit.shard.to_json(), "error": outcome.message, "attempts": item.attempts}
+            failed[item.order] = {
+                "shard": item.unit.shard.to_json(),
+                "error": outcome.message,
+                "attempts": item.attempts,
+            }
             return
         # A shard whose worker died may hold the image that killed it: decode apart from now on.
         item.isolated = item.isolated or outcome.kind == "died"

@@ -45,7 +45,9 @@ def export_run(run: str, to: str, *, what: What = "kept", form: Form = "source")
     if plan is None or newest is None:
         raise RefusedError(f"{run} holds no finished run; finish it by repeating its command, then export.")
     if newest[1]["stage"] != "decided":
-        raise RefusedError(f"{run} holds no decisions; run `clipfilter filter {run} --policy ...` first, then export that.")
+        raise RefusedError(
+            f"{run} holds no decisions; run `clipfilter filter {run} --policy ...` first, then export that."
+        )
     target = Directory(to)
     identity = {"run": directory.url, "plan": plan.sha256, "version": newest[0], "what": what, "form": form}
     if not target.create(MARKER, (json.dumps(identity, indent=1) + "\n").encode()):
@@ -63,7 +65,9 @@ def export_run(run: str, to: str, *, what: What = "kept", form: Form = "source")
     return {"to": target.url, "what": what, "form": form, "rows": rows, "files": files}
 
 
-def _chosen(directory: Directory, commits: list[dict[str, Any]], what: What) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+def _chosen(
+    directory: Directory, commits: list[dict[str, Any]], what: What
+) -> Iterator[tuple[dict[str, Any], pa.Table]]:
     """Each commit with its annotated rows of the wanted decision; shards without any are left out."""
     for commit in commits:
         if "annotated" not in commit["files"] or not commit["counts"][_DECISION[what]]:
@@ -188,10 +192,10 @@ def _datacomp(
     for _, table in _chosen(directory, commits, what):
         uids = table["cf_uid"].to_pylist()
         if any(len(uid) != 32 for uid in uids):
-            raise RefusedError("a DataComp subset needs uids of 32 hex digits, which this source's uid column does not have.")
-        halves.append(
-            np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], dtype=np.dtype("u8,u8"))
-        )
+            raise RefusedError(
+                "a DataComp subset needs uids of 32 hex digits, which this source's uid column does not have."
+            )
+        halves.append(np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], dtype=np.dtype("u8,u8")))
     subset = np.sort(np.concatenate(halves)) if halves else np.empty(0, np.dtype("u8,u8"))
     path = target.scratch() / "subset.npy"
     np.save(path, subset, allow_pickle=False)

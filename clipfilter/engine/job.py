@@ -107,7 +107,9 @@ def prepare(request: JobRequest) -> Preparation:
     if request.job == "filter":
         base = open_run(request.source)
         if directory.url == base[0].url:
-            raise RefusedError(f"--out is the run itself ({directory.url}); name another directory for the new decision.")
+            raise RefusedError(
+                f"--out is the run itself ({directory.url}); name another directory for the new decision."
+            )
         existing = read_plan(directory)
         plan = {"run": base[0].url, "version": base[1], "plan_sha256": base[3].sha256, "source": base[3].source}
         return Preparation(
@@ -138,7 +140,9 @@ def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
     directory = Directory(url)
     plan = read_plan(directory)
     if plan is None:
-        raise RefusedError(f"{url} is not a run directory (it has no plan.json); give the --out of an earlier run or embed.")
+        raise RefusedError(
+            f"{url} is not a run directory (it has no plan.json); give the --out of an earlier run or embed."
+        )
     if plan.job == "filter":
         return open_run(plan.source["run"])
     newest = ledger.latest_version(directory)
@@ -347,7 +351,17 @@ def _finish(
     exit_code, messages = _judge(totals, failed_shards, request.max_failures)
     messages += description["warnings"]
     result = JobResult(
-        directory.url, name, plan, totals, failed_shards, seconds, startup, processed, executor.name, exit_code, messages
+        directory.url,
+        name,
+        plan,
+        totals,
+        failed_shards,
+        seconds,
+        startup,
+        processed,
+        executor.name,
+        exit_code,
+        messages,
     )
     summary = {key: value for key, value in asdict(result).items() if key != "plan"}
     directory.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())

@@ -102,7 +102,9 @@ class LocalExecutor:
             self._rows_of_dead += worker.rows
             assert self._spec is not None
             self._workers[self._workers.index(worker)] = _WorkerProcess(self._spec, self._events)
-            reason = f"its worker was killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
+            reason = (
+                f"its worker was killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
+            )
             for ticket in worker.tickets:
                 yield Outcome(ticket, "died", message=reason)
         elif "rows" in message:

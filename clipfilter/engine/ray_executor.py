@@ -154,7 +154,9 @@ class RayExecutor:
                 if description is not None:
                     return description
             if time.monotonic() - began > LOST_CLUSTER_SECONDS:
-                raise ClipfilterError("no encoder actor came up in ten minutes; the cluster lacks the CPUs or GPUs asked for.")
+                raise ClipfilterError(
+                    "no encoder actor came up in ten minutes; the cluster lacks the CPUs or GPUs asked for."
+                )
             self._ray.wait([a.loading for a in self._actors if a.loading], timeout=0.5)
 
     def free(self) -> int:
@@ -260,7 +262,9 @@ class RayExecutor:
         if any(actor.ready for actor in self._actors):
             self._ready_at = time.monotonic()
         elif time.monotonic() - getattr(self, "_ready_at", time.monotonic()) > LOST_CLUSTER_SECONDS:
-            raise ClipfilterError("no encoder actor has been alive for ten minutes; run the same command again to resume.")
+            raise ClipfilterError(
+                "no encoder actor has been alive for ten minutes; run the same command again to resume."
+            )
 
 
 class _Actor:

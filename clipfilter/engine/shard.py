@@ -170,7 +170,9 @@ def embed_rows(
         image_emb = runner.images(batch.pixels)[:n]
         times.add("encode_images", started)
         images = [
-            image if isinstance(image, RowError) or finite else RowError(ENCODE_ERROR, "the model gave no finite embedding")
+            image
+            if isinstance(image, RowError) or finite
+            else RowError(ENCODE_ERROR, "the model gave no finite embedding")
             for image, finite in zip(batch.images, np.isfinite(image_emb).all(axis=1), strict=True)
         ]
         ok = np.array([not isinstance(image, RowError) for image in images], bool)
@@ -290,7 +292,9 @@ def _report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardReport:
             rules.setdefault(rule, Counter())[band] += 1
     classes = Counter(failed["cf_error_class"].to_pylist())
     return ShardReport(
-        counts, dict(sorted(classes.items())), {rule: dict(sorted(bands.items())) for rule, bands in sorted(rules.items())}
+        counts,
+        dict(sorted(classes.items())),
+        {rule: dict(sorted(bands.items())) for rule, bands in sorted(rules.items())},
     )
 
 

@@ -146,7 +146,11 @@ def _check_shard(directory: Directory, commit: dict[str, Any]) -> Iterator[str]:
         for name in ("keep", "review", "reject"):
             if found.get(name, 0) != counts[name]:
                 yield f"{path}: the commit counts {counts[name]} {name}, the rows say {found.get(name, 0)}"
-        if counts["keep"] + counts["review"] + counts["reject"] != counts["decided"] != counts["rows"] - counts["failed"]:
+        if (
+            counts["keep"] + counts["review"] + counts["reject"]
+            != counts["decided"]
+            != counts["rows"] - counts["failed"]
+        ):
             yield f"{path}: decided is not kept + review + rejected"
     elif set(found) - {None}:
         yield f"{path}: rows have decisions, but nothing was to be decided"
@@ -215,7 +219,10 @@ def _note_strangers(directory: Directory, proof: Proof) -> None:
     for commit in ledger.read_commits(directory, paths):
         named |= {entry["name"] for entry in commit["files"].values()}
     strangers = [
-        f"{folder}/{file}" for folder in DATA_FOLDERS for file in directory.list(folder) if f"{folder}/{file}" not in named
+        f"{folder}/{file}"
+        for folder in DATA_FOLDERS
+        for file in directory.list(folder)
+        if f"{folder}/{file}" not in named
     ]
     if strangers:
         shown = ", ".join(strangers[:3]) + (" ..." if len(strangers) > 3 else "")
@@ -230,11 +237,19 @@ def _say_what_holds(version: dict[str, Any], commits: list[dict[str, Any]], proo
             f"{totals['decided']:,} decided = {totals['keep']:,} keep + {totals['review']:,} review + {totals['reject']:,} reject"
         )
     else:
-        proof.proved.append(f"{totals['rows']:,} rows in = {totals['embedded']:,} embedded + {totals['failed']:,} failed")
-    proof.proved.append(f"no row is there twice, in each of {len(commits):,} shards; totals are the sums of the commits")
+        proof.proved.append(
+            f"{totals['rows']:,} rows in = {totals['embedded']:,} embedded + {totals['failed']:,} failed"
+        )
+    proof.proved.append(
+        f"no row is there twice, in each of {len(commits):,} shards; totals are the sums of the commits"
+    )
     if totals["failed_shards"]:
         proof.notes.append(f"{totals['failed_shards']} shard(s) failed as a whole; their row count is unknown")
     if totals["damaged_shards"]:
-        proof.notes.append(f"{totals['damaged_shards']} shard(s) are damaged; {totals['bytes_unread']:,} bytes were not read")
+        proof.notes.append(
+            f"{totals['damaged_shards']} shard(s) are damaged; {totals['bytes_unread']:,} bytes were not read"
+        )
     if totals["not_downloaded"]:
-        proof.notes.append(f"{totals['not_downloaded']:,} rows of the source were never downloaded; they are not rows in")
+        proof.notes.append(
+            f"{totals['not_downloaded']:,} rows of the source were never downloaded; they are not rows in"
+        )

@@ -96,9 +96,7 @@ class Worker:
         self._encoder_turn = threading.Lock()
         self._progress = threading.Lock()
         if self.source is not None:
-            self._settings = DecodeSettings(
-                self.encoder.preprocess, spec.options["decode"], spec.options["max_pixels"]
-            )
+            self._settings = DecodeSettings(self.encoder.preprocess, spec.options["decode"], spec.options["max_pixels"])
             self._threads = ThreadDecoder(self._settings, spec.threads)
 
     def describe(self) -> dict[str, Any]:
@@ -118,7 +116,9 @@ class Worker:
         copies = self.source if self.spec.options["copy"] else None
         writer = ShardWriter(self.directory, shard, copies, score_columns_only=self.spec.job == "filter")
         try:
-            report, extra = self._embed(task, shard, writer) if task.op == "embed" else self._decide(task, shard, writer)
+            report, extra = (
+                self._embed(task, shard, writer) if task.op == "embed" else self._decide(task, shard, writer)
+            )
             stage = self._stage(task)
             commit = {
                 "shard": task.shard,
@@ -233,7 +233,9 @@ class Worker:
         self._count(report.counts["rows"])
         carried = {name: files[name] for name in ("embeddings", "failed") if same_run and name in files}
         extra: dict[str, Any] = {
-            "counts": {n: commit["counts"].get(n, 0) for n in ("not_downloaded", "duplicate_keys", "clashes", "misfits")},
+            "counts": {
+                n: commit["counts"].get(n, 0) for n in ("not_downloaded", "duplicate_keys", "clashes", "misfits")
+            },
             "damaged": commit.get("damaged", False),
             "bytes_unread": commit.get("bytes_unread", 0),
             "captions_truncated": commit.get("captions_truncated", 0),

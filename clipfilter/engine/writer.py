@@ -62,7 +62,9 @@ class ShardWriter:
         path = self._folder / f"{what}{extension}"
         written = self._source.copy_rows(self._shard, rows, path)
         if written != len(rows):
-            raise OSError(f"{self._shard.path} changed while it was read: {len(rows)} rows were decided, {written} copied")
+            raise OSError(
+                f"{self._shard.path} changed while it was read: {len(rows)} rows were decided, {written} copied"
+            )
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(self._shard.path).name.split(".")[0]).strip("_")[:48]
         self._publish(path, what, extension, written, f"{stem or 'images'}-")
 

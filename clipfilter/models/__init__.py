@@ -48,8 +48,9 @@ def load_encoder(
 ) -> Encoder:
     """Load the model called `name` onto `device`, in eval mode.
 
-    name: `nano` (bundled; `nano@1` pins its edition), `ARCH/TAG` as open_clip writes it (`ViT-B-32/laion2b_s34b_b79k`),
-    or `ARCH=/path/to/checkpoint.safetensors` (also .pt, .pth, .bin) for a local open_clip checkpoint.
+    name: `nano` (bundled; `nano@1` pins its edition), `ARCH/TAG` as open_clip writes it
+    (`ViT-B-32/laion2b_s34b_b79k`), or `ARCH=/path/to/checkpoint.safetensors` (also .pt, .pth, .bin) for a local
+    open_clip checkpoint.
     threads: CPU threads of torch's operators in this process; None leaves torch's choice.
 
     Raises RefusedError when the model is unknown, cannot be had (no network), or its file does not fit.

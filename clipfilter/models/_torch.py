@@ -19,9 +19,9 @@ DTYPES = ("fp32", "bf16", "fp16")
 def torch_with_torchvision() -> None:
     """Make `import torchvision` work beside a CPU-only torch; call it before open_clip or timm is imported.
 
-    The published torchvision is built against the CUDA torch: with a CPU-only torch its operator library cannot be
-    loaded, and its import fails on the missing operators `nms` and `qnms`. Declaring them is enough for transforms
-    and models, which never call them. Where the library does load, nothing is declared.
+    The published torchvision is built against the CUDA torch: with a CPU-only torch its operator library cannot
+    be loaded, and its import fails on the missing operators `nms` and `qnms`. Declaring them is enough for
+    transforms and models, which never call them. Where the library does load, nothing is declared.
     """
     import torch
 
@@ -32,15 +32,16 @@ def torch_with_torchvision() -> None:
         return
     for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         except OSError:
             continue
         return
-    fragment = torch.library.Library("torchvision", "FRAGMENT")
-    fragment.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    fragment.define(
+    fragment = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for schema in (
+        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    )
+    ):
+        fragment.define(schema)  # type: ignore[no-untyped-call]
     _declared.append(fragment)  # the operators live as long as this object
 
 

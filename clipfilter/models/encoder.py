@@ -22,9 +22,9 @@ class TorchEncoder:
 
     image_tower: normalised pixels [n, 3, S, S] in `dtype` -> [n, dim].
     text_tower: token ids int64 [n, length], padded with `pad_id` -> [n, dim].
-    tokenize: texts -> untruncated id lists, special tokens included; `end_id` is what a truncated text ends with.
-    cut_to_longest: whether the text tower gives the same vectors when padding is cut off: causal towers, and towers
-    that mask their padding. Otherwise every text is padded to the context.
+    tokenize: texts -> untruncated id lists, special tokens included; a truncated text ends with `end_id`.
+    cut_to_longest: whether the text tower gives the same vectors when padding is cut off: causal towers, and
+    towers that mask their padding. Otherwise every text is padded to the context.
     image_chunk: images per forward pass; small chunks keep the activations in the CPU's cache.
     """
 
@@ -72,12 +72,10 @@ class TorchEncoder:
         self._last_tokens: tuple[tuple[str, ...], list[list[int]]] = ((), [])
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
-        """uint8 [n, 3, S, S] -> normalised [n, 3, S, S] on the device, in torchvision's order of operations."""
+        """uint8 [n, 3, S, S] -> normalised [n, 3, S, S] on the device, in torchvision's order."""
         size = self.preprocess.size
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"expected uint8 [n, 3, {size}, {size}], got {pixels.dtype} {list(pixels.shape)}"
-            )
+            raise ValueError(f"expected uint8 [n, 3, {size}, {size}], got {pixels.dtype} {list(pixels.shape)}")
         batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device, non_blocking=True)
         return batch.float().div_(255).sub_(self._mean).div_(self._std).to(self.dtype)
 
@@ -94,7 +92,7 @@ class TorchEncoder:
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """n texts -> float32 [n, dim], unit norm.
 
-        Texts of similar length share a forward pass, so one long text does not make the others pay for its length.
+        Texts of similar length share a forward pass: one long text does not make the others pay for it.
         """
         tokens = [self._truncate(ids) for ids in self._tokens(texts)]
         out = np.empty((len(tokens), self.dim), np.float32)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from clipfilter.errors import RefusedError
 from clipfilter.images.preprocess import PreprocessConfig
@@ -19,15 +22,15 @@ from clipfilter.models.encoder import TorchEncoder
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# CLIP's tokenizer is plain Python and quadratic in the length of a word. Nothing beyond these bounds can reach a
-# context of 77 tokens as words do, so they change no embedding of a caption that a person wrote.
+# CLIP's tokenizer is plain Python and quadratic in the length of a word. Nothing beyond these bounds can reach
+# a context of 77 tokens as words do, so they change no embedding of a caption that a person wrote.
 _MAX_CHARACTERS = 20_000
 _LONG_RUN = re.compile(r"(\S{1000})(?=\S)")
 _MAX_CACHED_WORDS = 200_000
 
 
 def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) -> TorchEncoder:
-    """`ARCH/TAG` or `ARCH=/path/to/checkpoint` as an encoder; raises RefusedError (see `models.load_encoder`)."""
+    """`ARCH/TAG` or `ARCH=/path/to/checkpoint` as an encoder; RefusedError as in `models.load_encoder`."""
     torch_with_torchvision()
     import open_clip
 
@@ -41,11 +44,7 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
         hint = f"did you mean {close[0]}?" if close else "`nano` works everywhere."
         raise RefusedError(f"open_clip has no architecture {architecture!r}; {hint}")
     text_config = config["text_cfg"]
-    if (
-        text_config.get("hf_tokenizer_name")
-        or text_config.get("hf_model_name")
-        or "siglip" in architecture.lower()
-    ):
+    if text_config.get("hf_tokenizer_name") or text_config.get("hf_model_name") or "siglip" in architecture.lower():
         raise RefusedError(f"{architecture} has a tokenizer other than CLIP's, which is not supported yet")
 
     if local:
@@ -107,35 +106,31 @@ def _tag_config(architecture: str, tag: str) -> dict[str, Any]:
     if config:
         return dict(config)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    wrong = (
-        f"{architecture} has no weights called {tag!r}"
-        if tag
-        else f"{architecture} needs the name of its weights"
-    )
+    wrong = f"{architecture} has no weights called {tag!r}" if tag else f"{architecture} needs the name of its weights"
     choice = f"one of {', '.join(f'{architecture}/{t}' for t in tags)}, or " if tags else ""
     raise RefusedError(f"{wrong}: use {choice}{architecture}=/path/to/checkpoint.safetensors")
 
 
 def _download(architecture: str, tag: str, tag_config: dict[str, Any]) -> Path:
-    """The local file of these weights, from open_clip's cache or the network; RefusedError says how to do without."""
+    """The local file of these weights, from open_clip's cache or the network, or RefusedError."""
     from open_clip.pretrained import download_pretrained
 
     try:
-        with _quiet():
+        with _quiet(), _hub_offline_if_unreachable():
             return Path(download_pretrained(tag_config))
     except Exception as error:  # every client library has its own; all mean that the file could not be had
         hub = str(tag_config.get("hf_hub", "")).strip("/")
         source = f"https://huggingface.co/{hub}" if hub else tag_config.get("url", "its publisher")
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise RefusedError(
-            f"the weights of {architecture}/{tag} are not in the cache and cannot be downloaded ({reason}). On a "
-            f"machine with a network, download the .safetensors (or .bin, .pt) file from {source}, copy it here and "
-            f"use --model {architecture}=/path/to/that/file"
+            f"the weights of {architecture}/{tag} are not in the cache and cannot be downloaded ({reason}). "
+            f"On a machine with a network, download the .safetensors (or .bin, .pt) file from {source}, copy it "
+            f"here and use --model {architecture}=/path/to/that/file"
         ) from None
 
 
 def _usual_preprocessing(architecture: str) -> dict[str, Any]:
-    """What all published weights of this architecture agree on; {} (CLIP's own) where they differ or there are none."""
+    """What all published weights of this architecture agree on; {} (CLIP's own) where there is no such thing."""
     import open_clip
 
     keys = ("mean", "std", "interpolation", "resize_mode")
@@ -189,16 +184,15 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], architecture: str
     except RuntimeError as error:
         details = [line.strip() for line in str(error).splitlines()[1:]]
         reason = details[0][:200] if details else str(error)[:200]
-        raise RefusedError(
-            f"the checkpoint {path} does not fit the architecture {architecture}: {reason}"
-        ) from None
+        raise RefusedError(f"the checkpoint {path} does not fit the architecture {architecture}: {reason}") from None
 
 
-def _causal_text_tower(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The text forward for ids of any length up to the context, or None where cutting would change the result.
+def _causal_text_tower(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """The text forward for ids of any length up to the context, or None where cutting changes the result.
 
-    In a causal tower that reads its answer at the end token nothing after that token can matter, so a batch is as
-    long as its longest text. Towers that attend both ways, append a class token or pool the last position differ.
+    In a causal tower that reads its answer at the end token nothing after that token can matter, so a batch is
+    as long as its longest text. Towers that attend both ways, append a class token or pool the last position
+    differ.
     """
     import torch
     from open_clip.transformer import TextTransformer, text_global_pool
@@ -213,14 +207,14 @@ def _causal_text_tower(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
     def forward(ids: Tensor) -> Tensor:
         length = ids.shape[1]
-        cast = text.transformer.get_cast_dtype()
-        x = text.token_embedding(ids).to(cast) + text.positional_embedding[:length].to(cast)
+        dtype = text.transformer.get_cast_dtype()
+        x = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
         x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
         x = text_global_pool(text.ln_final(x), ids, pool, eos_token_id=end_id)
         projection = text.text_projection
-        if projection is None:
-            return x
-        return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+        if projection is not None:
+            x = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+        return cast("Tensor", x)
 
     return forward
 
@@ -230,20 +224,33 @@ def _tokenize_with(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]
     specials = dict(tokenizer.cache)
 
     def tokenize(texts: Sequence[str]) -> list[list[int]]:
-        if (
-            len(tokenizer.cache) > _MAX_CACHED_WORDS
-        ):  # it never forgets; millions of captions would fill the memory
+        if len(tokenizer.cache) > _MAX_CACHED_WORDS:  # it never forgets; millions of captions would fill the memory
             tokenizer.cache = dict(specials)
-        return [
-            [tokenizer.sot_token_id, *tokenizer.encode(_bounded(text)), tokenizer.eot_token_id]
-            for text in texts
-        ]
+        return [[tokenizer.sot_token_id, *tokenizer.encode(_bounded(text)), tokenizer.eot_token_id] for text in texts]
 
     return tokenize
 
 
 def _bounded(text: str) -> str:
     return _LONG_RUN.sub(r"\1 ", text[:_MAX_CHARACTERS])
+
+
+@contextmanager
+def _hub_offline_if_unreachable() -> Iterator[None]:
+    """Ask only the cache where the hub cannot be reached; its client would retry every file for most of a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    hub = urlsplit(constants.ENDPOINT)
+    if not getproxies():
+        try:
+            socket.create_connection((hub.hostname or "", hub.port or 443), timeout=10).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

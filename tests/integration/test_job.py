@@ -80,14 +80,14 @@ def test_embed_then_filter_gives_the_very_files_of_run(
     assert verify_run(filtered.out).problems == []
 
 
-def test_filter_reads_no_image_and_export_writes_the_dataset(
-    dataset: Path, policy: str, tmp_path: Path
-) -> None:
+def test_filter_reads_no_image_and_export_writes_the_dataset(dataset: Path, policy: str, tmp_path: Path) -> None:
     source = tmp_path / "tars"
     shutil.copytree(dataset, source)
     run_job(JobRequest("embed", str(source), str(tmp_path / "run"), engine="local"))
     source.rename(tmp_path / "away")
-    filtered = run_job(JobRequest("filter", str(tmp_path / "run"), str(tmp_path / "out"), policy=policy, engine="local"))
+    filtered = run_job(
+        JobRequest("filter", str(tmp_path / "run"), str(tmp_path / "out"), policy=policy, engine="local")
+    )
     assert filtered.totals["decided"] == 120
     (tmp_path / "away").rename(source)
     summary = export_run(filtered.out, str(tmp_path / "dst"))
@@ -297,8 +297,12 @@ def test_verify_finds_every_kind_of_tampering(finished: JobResult, tmp_path: Pat
         assert any("changed" in p for p in tampered(f"flip-{name}", lambda out, n=name: flip(first(out, f"{n}/*"))))
     assert any("missing" in p for p in tampered("gone", lambda out: first(out, "annotated/*").unlink()))
     assert any("not there" in p for p in tampered("commit", lambda out: first(out, "commits/*").unlink()))
-    assert any("sums" in p for p in tampered("total", lambda out: edit(first(out, "versions/*"), '"rows": 120', '"rows": 121')))
-    assert any("rows" in p for p in tampered("count", lambda out: edit(first(out, "commits/*"), '"rows": 40', '"rows": 41')))
+    assert any(
+        "sums" in p for p in tampered("total", lambda out: edit(first(out, "versions/*"), '"rows": 120', '"rows": 121'))
+    )
+    assert any(
+        "rows" in p for p in tampered("count", lambda out: edit(first(out, "commits/*"), '"rows": 40', '"rows": 41'))
+    )
     assert any("edited" in p for p in tampered("plan", lambda out: edit(out / "plan.json", '"fast"', '"exact"')))
 
 
@@ -311,7 +315,9 @@ def test_files_of_a_late_attempt_are_noted_and_change_nothing(finished: JobResul
     assert "belong to no commit" in proof.notes[0]
 
 
-@pytest.mark.parametrize("form", ["parquet", "folder", "img2dataset-webdataset", "img2dataset-parquet", "img2dataset-files"])
+@pytest.mark.parametrize(
+    "form", ["parquet", "folder", "img2dataset-webdataset", "img2dataset-parquet", "img2dataset-files"]
+)
 def test_every_form_of_source_runs_verifies_and_exports_in_its_own_form(form: str, policy: str, tmp_path: Path) -> None:
     made = samples(24)
     source = tmp_path / "source"

@@ -36,9 +36,7 @@ def remote_hashes(fs: Any, out: str, folder: str, local: Path) -> dict[str, str]
     return {name: value for name, value in data_files(local).items() if name.startswith(folder)}
 
 
-def test_a_run_between_buckets_equals_the_local_one(
-    s3: Any, finished: Any, policy: str, tmp_path: Path
-) -> None:
+def test_a_run_between_buckets_equals_the_local_one(s3: Any, finished: Any, policy: str, tmp_path: Path) -> None:
     request = JobRequest("run", "s3://bucket/tars", "s3://bucket/out", policy=policy, engine="local")
     result = run_job(request)
     assert result.totals == finished.totals
@@ -87,7 +85,9 @@ def test_uploads_that_were_never_finished_are_aborted(s3: Any) -> None:
         s3.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
     # This server says that every upload began in 2010.
     century = 100 * 365 * 24 * 3600.0
-    assert Directory("s3://bucket/up").abort_stale_uploads(century) == 0, "a fresh upload may belong to a living attempt"
+    assert Directory("s3://bucket/up").abort_stale_uploads(century) == 0, (
+        "a fresh upload may belong to a living attempt"
+    )
     assert Directory("s3://bucket/up").abort_stale_uploads() == 1
     left = s3.call_s3("list_multipart_uploads", Bucket="bucket").get("Uploads", [])
     assert [upload["Key"] for upload in left] == ["elsewhere/b.parquet"]

@@ -79,9 +79,7 @@ def samples(count: int, start: int = 0) -> list[dict[str, Any]]:
         name, data, caption = some[number % len(some)]
         # A byte after the end of a JPEG changes its hash, not its picture.
         data += number.to_bytes(4, "big")
-        made.append(
-            {"__key__": f"{number:06d}", "jpg": data, "txt": caption, "json": {"name": name, "number": number}}
-        )
+        made.append({"__key__": f"{number:06d}", "jpg": data, "txt": caption, "json": {"name": name, "number": number}})
     return made
 
 

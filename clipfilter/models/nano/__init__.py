@@ -17,7 +17,7 @@ CONFIG, WEIGHTS, VOCABULARY = HERE / "nano.json", HERE / "nano.safetensors", HER
 
 
 def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> TorchEncoder:
-    """The bundled model (`nano`, or `nano@EDITION`); raises RefusedError for another edition or damaged weights."""
+    """The bundled model (`nano`, or `nano@EDITION`); RefusedError for another edition or damaged weights."""
     torch_with_torchvision()
     from tokenizers import BertWordPieceTokenizer
 
@@ -34,9 +34,7 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
     try:
         network.load_state_dict(unpack(read_state_dict(WEIGHTS)), strict=True)
     except RuntimeError as error:
-        raise RefusedError(
-            f"the bundled weights {WEIGHTS} do not fit: reinstall clipfilter ({error})"
-        ) from None
+        raise RefusedError(f"the bundled weights {WEIGHTS} do not fit: reinstall clipfilter ({error})") from None
     network.place(torch_device, torch_dtype)
     preprocess = PreprocessConfig.from_json(config["preprocess"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,25 +12,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+_STORED_AS_INT8 = re.compile(r"text_body\.(word|blocks\.\d+\.(up|down))\.weight")
 _SCALE = ".scale"  # suffix of the per-row scales of a tensor stored as int8
 
 
 class Nano(nn.Module):
-    """Both towers. Each vector is two blocks side by side, so that the cosine of an image and a text is a weighted sum:
+    """Both towers. A vector is two blocks side by side; the cosine of an image and a text is their weighted sum:
 
-    - the class block, in MiniLM's own space: for images the mean of class-name embeddings under the classifier's
-      probabilities (ConSE, Norouzi et al. 2014, arXiv:1312.5650), for texts their MiniLM embedding;
+    - the class block, in MiniLM's own space: for images the mean of class-name embeddings under the
+      classifier's probabilities (ConSE, Norouzi et al. 2014, arXiv:1312.5650), for texts their MiniLM embedding;
     - the caption block: learned projections of the image features and of the MiniLM embedding.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.dim = int(config["caption_dim"]) + int(config["text_width"])
-        self.image_body = fold_batch_norm(timm.create_model(config["image_body"], pretrained=False).eval())
+        self.image_body: Any = fold_batch_norm(timm.create_model(config["image_body"], pretrained=False).eval())
         self.image_head = ImageHead(config)
         self.text_body = TextBody(config)
         self.text_head = TextHead(config)
-        self.compute_dtype = torch.float32
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move to `device` for inference, the bodies in `dtype`; the small heads stay in float32."""
@@ -41,26 +42,28 @@ class Nano(nn.Module):
         """Normalised pixels [n, 3, S, S] -> [n, dim], float32."""
         body = self.image_body
         features = body.forward_features(pixels.contiguous(memory_format=torch.channels_last)).mean((2, 3))
-        return self.image_head(features.float(), body.classifier(features).float())
+        vectors: Tensor = self.image_head(features.float(), body.classifier(features).float())
+        return vectors
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids [n, length], 0 is padding -> [n, dim], float32."""
-        return self.text_head(self.text_body(ids).float())
+        vectors: Tensor = self.text_head(self.text_body(ids).float())
+        return vectors
 
 
 class ImageHead(nn.Module):
-    """Pooled features [n, features] and class logits [n, classes] -> [n, dim]."""
+    """Pooled features [n, features] and class logits [n, 1000] -> [n, dim]."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.caption_weight = float(config["caption_weight"])
         self.temperature = float(config["class_temperature"])
         self.class_vectors = nn.Parameter(torch.zeros(1000, config["text_width"]))
-        self.project = nn.Linear(config["image_features"], config["caption_dim"])
+        self.caption = Projection(config["image_features"], config["hidden"], config["caption_dim"])
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         classes = (logits / self.temperature).softmax(-1) @ self.class_vectors
-        return _blocks(self.project(features), classes, self.caption_weight)
+        return two_blocks(self.caption(features), classes, self.caption_weight)
 
 
 class TextHead(nn.Module):
@@ -69,20 +72,38 @@ class TextHead(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.caption_weight = float(config["caption_weight"])
-        self.project = nn.Linear(config["text_width"], config["caption_dim"])
+        self.caption = Projection(config["text_width"], config["hidden"], config["caption_dim"])
 
     def forward(self, pooled: Tensor) -> Tensor:
         pooled = F.normalize(pooled, dim=-1)
-        return _blocks(self.project(pooled), pooled, self.caption_weight)
+        return two_blocks(self.caption(pooled), pooled, self.caption_weight)
 
 
-def _blocks(caption: Tensor, classes: Tensor, weight: float) -> Tensor:
+class Projection(nn.Module):
+    """A linear map plus a small perceptron: [n, inputs] -> [n, outputs]. `dropout` matters in training only."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.up = nn.Linear(inputs, hidden)
+        self.down = nn.Linear(hidden, outputs)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        hidden = F.dropout(F.gelu(self.up(x)), self.dropout, self.training)
+        result: Tensor = self.linear(x) + self.down(hidden)
+        return result
+
+
+def two_blocks(caption: Tensor, classes: Tensor, weight: float | Tensor) -> Tensor:
+    """Unit rows whose dot products are weight * cos(caption blocks) + (1 - weight) * cos(class blocks)."""
     caption, classes = F.normalize(caption, dim=-1), F.normalize(classes, dim=-1)
     return torch.cat([caption * weight**0.5, classes * (1 - weight) ** 0.5], dim=-1)
 
 
 class TextBody(nn.Module):
-    """BERT's encoder (post-norm, attending both ways, padding masked), mean-pooled: ids [n, length] -> [n, width]."""
+    """BERT's encoder (post-norm, both ways, padding masked), mean-pooled: ids [n, length] -> [n, width]."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -90,13 +111,11 @@ class TextBody(nn.Module):
         self.word = nn.Embedding(config["vocabulary"], width)
         self.position = nn.Parameter(torch.zeros(config["positions"], width))  # token type 0 is added in
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.blocks = nn.ModuleList(
-            TextBlock(width, config["text_heads"]) for _ in range(config["text_layers"])
-        )
+        self.blocks = nn.ModuleList(TextBlock(width, config["text_heads"]) for _ in range(config["text_layers"]))
 
     def forward(self, ids: Tensor) -> Tensor:
         real = ids != 0
-        x = self.norm(self.word(ids) + self.position[: ids.shape[1]])
+        x: Tensor = self.norm(self.word(ids) + self.position[: ids.shape[1]])
         for block in self.blocks:
             x = block(x, real[:, None, None, :])
         weights = real[..., None].to(x.dtype)
@@ -117,17 +136,16 @@ class TextBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         n, length, width = x.shape
         q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(n, length, width)
-        )
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(n, length, width)
         x = self.norm1(x + self.out(attended))
-        return self.norm2(x + self.down(F.gelu(self.up(x))))
+        result: Tensor = self.norm2(x + self.down(F.gelu(self.up(x))))
+        return result
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Fold every batch norm of a timm EfficientNet into its convolution (same outputs, one pass less over memory)."""
+    """Fold every batch norm of a timm EfficientNet into its convolution: same outputs, less memory traffic."""
     for module in list(model.modules()):
-        children = dict(module.named_children())
+        children: dict[str, Any] = dict(module.named_children())
         pairs = [("conv_stem", "bn1"), ("conv_head", "bn2")]
         if "conv_pwl" in children:
             pairs = [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
@@ -140,13 +158,11 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def pack(
-    state: Mapping[str, Tensor], int8: tuple[str, ...] = ("text_body.word.weight",)
-) -> dict[str, Tensor]:
-    """How the weights lie in the file: float16, and the named matrices int8 with one float32 scale per row."""
+def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as they lie in the file: float16, the largest matrices int8 with a float32 scale per row."""
     packed = {}
     for name, tensor in state.items():
-        if name in int8:
+        if _STORED_AS_INT8.fullmatch(name):
             scale = tensor.abs().amax(1).clamp_min(1e-12) / 127
             packed[name] = (tensor / scale[:, None]).round().to(torch.int8)
             packed[name + _SCALE] = scale.float()
