@@ -68,7 +68,9 @@ def render() -> str:
     parts = []
     for name, function in commands():
         found = list(parameters(function))
-        words = [p.names[0] if p.argument else f"{p.names[0]} {p.names[0].strip('-').upper()}" for p in found if p.required]
+        words = [
+            p.names[0] if p.argument else f"{p.names[0]} {p.names[0].strip('-').upper()}" for p in found if p.required
+        ]
         more = ["[options]"] if any(not p.required for p in found) else []
         sentence = " ".join((function.__doc__ or "").split())
         rows = "".join(f"| {_names(p)} | {_meaning(p)} | {_default(p)} |\n" for p in found)

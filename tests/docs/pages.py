@@ -1,4 +1,4 @@
-"""Takes Markdown pages apart: fenced blocks with their markers, commands with their expected output, links, headings."""
+"""Takes Markdown pages apart: fenced blocks and their markers, commands with expected output, links, headings."""
 
 from __future__ import annotations
 
