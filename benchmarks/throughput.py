@@ -146,10 +146,11 @@ def peer(folder: Path, threads: int, images: int) -> float:
 
 
 def _peer(folder: str, threads: int, images: int) -> None:
-    import clipfilter.models.openclip  # noqa: F401 - makes torchvision importable beside a CPU-only torch
     import open_clip
     import torch
     import webdataset as wds
+
+    import clipfilter.models.openclip  # noqa: F401 - makes torchvision importable beside a CPU-only torch
 
     torch.set_num_threads(threads)
     model, _, transform = open_clip.create_model_and_transforms("ViT-B-32")
@@ -233,10 +234,11 @@ def _watch(pid: int, peak: list[int]) -> None:
 
 def random_vit(work: Path) -> str:
     """A ViT-B-32 checkpoint with random weights, as a model name."""
-    import clipfilter.models.openclip  # noqa: F401
     import open_clip
     import torch
     from safetensors.torch import save_file
+
+    import clipfilter.models.openclip  # noqa: F401
 
     torch.manual_seed(0)
     path = work / "vit-b-32-random.safetensors"

@@ -91,7 +91,7 @@ class Directory:
     def exists(self, name: str) -> bool:
         return bool(self.fs.exists(self.path(name)))
 
-    def list(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
         """Names of the files directly in `folder`, sorted; empty when there is no such folder."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.invalidate_cache()
@@ -211,7 +211,7 @@ class Directory:
         base = Path(self.root) / ".tmp" if self.local else Path(tempfile.gettempdir()) / f"clipfilter-{os.getuid()}"
         host = socket.gethostname()
         for folder in base.glob("*") if base.is_dir() else ():
-            owner, _, rest = folder.name.rpartition("-")
+            owner = folder.name.rpartition("-")[0]
             owner_host, _, pid = owner.rpartition("-")
             old = time.time() - folder.stat().st_mtime > _STALE_UPLOAD_SECONDS
             if old or (owner_host == host and pid.isdigit() and not _alive(int(pid))):

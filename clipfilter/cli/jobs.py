@@ -23,7 +23,6 @@ Workers = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each worker.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass [default: 64 on CPU, 256 on GPU].")]
 MaxPixels = Annotated[int, typer.Option(min=1, help="Images with more pixels are refused from their header.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column with image bytes, paths or URLs.")]
@@ -51,6 +50,12 @@ class Decode(enum.StrEnum):
     exact = "exact"
 
 
+class Precision(enum.StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class Captions(enum.StrEnum):
     first = "first"
     max = "max"
@@ -74,6 +79,7 @@ DecodeOption = Annotated[Decode, typer.Option(help="fast (scaled JPEG decoding) 
 CaptionsOption = Annotated[
     Captions, typer.Option(help="Which caption counts when a row has several; none ignores them.")
 ]
+Dtype = Annotated[Precision | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")]
 _MAX_PIXELS = 178_956_970
 
 
@@ -204,11 +210,8 @@ def _job(job: str, **given: Any) -> None:
     columns = {name: given.pop(name, None) for name in ("image_column", "caption_column", "uid_column")}
     captions = given.get("captions", "first")
     options = SourceOptions(**columns, captions="first" if captions == "none" else str(captions))  # type: ignore[arg-type]
-    request = JobRequest(
-        job=job,  # type: ignore[arg-type]
-        source_options=options,
-        **{name: str(value) if isinstance(value, enum.StrEnum) else value for name, value in given.items()},
-    )
+    plain: dict[str, Any] = {n: str(v) if isinstance(v, enum.StrEnum) else v for n, v in given.items()}
+    request = JobRequest(job=job, source_options=options, **plain)  # type: ignore[arg-type]
     if dry_run:
         display.print_plan(request, as_json)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import MISSING_IMAGE, RowError
+from clipfilter.images.decode import Mode
 from clipfilter.images.load import LoadedImage, load_image
 from clipfilter.images.preprocess import PreprocessConfig
 
@@ -26,7 +27,7 @@ class DecodeSettings:
     """How images are decoded: the model's preprocessing, "fast" or "exact", and the pixel limit of the guard."""
 
     preprocess: PreprocessConfig
-    mode: str
+    mode: Mode
     max_pixels: int
 
 
@@ -163,7 +164,7 @@ def _assemble(parts: list[tuple[pa.RecordBatch, list[Image]]], size: int, batch_
     return DecodedBatch(table.to_batches()[0], images, pixels)
 
 
-def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """Run an iterator in a thread, at most `depth` items ahead; its exception surfaces here."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stop = threading.Event()

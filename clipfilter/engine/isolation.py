@@ -18,6 +18,8 @@ import numpy as np
 
 from clipfilter.engine.decoding import DecodeSettings, Image, load_guarded
 from clipfilter.errors import DECODER_CRASH, MISSING_IMAGE, RowError
+from clipfilter.images.facts import ImageFacts
+from clipfilter.images.load import LoadedImage
 from clipfilter.images.preprocess import PreprocessConfig
 
 #: Seconds one image may take before its decoder is taken for hung.
@@ -43,7 +45,8 @@ class IsolatedDecoder:
 
     def _load(self, data: memoryview) -> Image:
         child = self._child or self._start()
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
             _send(child.stdin, {}, data)
             if not select.select([child.stdout], [], [], self._timeout)[0]:
@@ -96,10 +99,7 @@ def _pack(image: Any) -> tuple[dict[str, Any], bytes]:
     return header | {"facts": facts, "shape": image.pixels.shape}, image.pixels.tobytes()
 
 
-def _unpack(header: dict[str, Any], body: bytes) -> Any:
-    from clipfilter.images.facts import ImageFacts
-    from clipfilter.images.load import LoadedImage
-
+def _unpack(header: dict[str, Any], body: bytes) -> LoadedImage:
     pixels = np.frombuffer(body, np.uint8).reshape(header["shape"])
     return LoadedImage(
         pixels=pixels,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clipfilter.engine import ledger
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
@@ -28,7 +28,9 @@ log = logging.getLogger("clipfilter.engine")
 #: Enough for any camera, far below a decompression bomb (Pillow's own limit).
 DEFAULT_MAX_PIXELS = 178_956_970
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
-DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+DEFAULT_DTYPE: dict[str, Any] = {"cpu": "fp32", "cuda": "bf16"}
+
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 EXIT_DONE, EXIT_CRASH, EXIT_REFUSED, EXIT_FAILURES = 0, 1, 2, 3
 
@@ -51,7 +53,7 @@ class JobRequest:
     workers: int | None = None
     threads: int | None = None
     device: str = "auto"
-    dtype: str | None = None
+    dtype: Dtype | None = None
     batch_size: int | None = None
     decode: str = "fast"
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -189,7 +191,7 @@ def run_job(request: JobRequest, display: Display | None = None) -> JobResult:
         prepared.directory.clean_scratch(stale_only=True)
 
 
-def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], str]:
+def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], Dtype]:
     """The plan's options and the dtype: what was asked for, else what the plan says, else the device's default."""
     request, existing = prepared.request, prepared.existing
     old = existing.options if existing else {}
@@ -303,10 +305,7 @@ def _stages(
     first_op = "embed" if prepared.source is not None else "score"
     scored, done = stage(first_op, "scored", units(), **retry)
     thresholds = fix_thresholds(directory, dataset_thresholds, scored.commits)
-    if prepared.source is not None:
-        again = run_units(directory, scored.names, scored.commits)
-    else:
-        again = units()
+    again = units() if prepared.source is None else run_units(directory, scored.names, scored.commits)
     decided, done_again = stage("decide", final, again, thresholds=thresholds)
     decided.failed = scored.failed + decided.failed
     return decided, thresholds, max(done, done_again)

@@ -41,7 +41,7 @@ def write_commit(directory: Directory, name: CommitName, commit: dict[str, Any])
 def list_commits(directory: Directory) -> dict[tuple[str, str], CommitName]:
     """The newest commit of every (shard id, stage), from names alone."""
     newest: dict[tuple[str, str], CommitName] = {}
-    for file in directory.list("commits"):
+    for file in directory.names("commits"):
         match = _COMMIT_NAME.match(file)
         if match is None:
             continue
@@ -88,7 +88,7 @@ def totals_of(commits: list[dict[str, Any]], failed_shards: list[dict[str, Any]]
 
 def latest_version(directory: Directory) -> tuple[str, dict[str, Any]] | None:
     """Name and content of the newest version, None before the first."""
-    names = [name for name in directory.list("versions") if re.fullmatch(r"\d{6}\.json", name)]
+    names = [name for name in directory.names("versions") if re.fullmatch(r"\d{6}\.json", name)]
     if not names:
         return None
     return names[-1].removesuffix(".json"), directory.read_json(f"versions/{names[-1]}")

@@ -221,7 +221,7 @@ class RayExecutor:
         actor.ready = True
         actor.rows_before += actor.rows
         actor.rows = 0
-        return answer["ready"]
+        return dict(answer["ready"])
 
     def _finish_task(self, actor: _Actor, reference: Any) -> list[Outcome]:
         ticket = actor.tasks.pop(reference)

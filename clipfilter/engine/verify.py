@@ -99,7 +99,8 @@ def _hash(directory: Directory, name: str) -> tuple[str, int]:
     """sha256 and size of a file, or of a folder as `storage.file_sha256` defines it."""
     if directory.fs.isdir(directory.path(name)):
         digest, size = hashlib.sha256(), 0
-        for file in sorted(directory.walk(name), key=lambda f: _folder_order(f, name)):
+        files: list[str] = directory.walk(name)
+        for file in sorted(files, key=lambda f: _folder_order(f, name)):
             inner, length = _hash(directory, file)
             digest.update(f"{file[len(name) + 1 :]}\0{inner}\n".encode())
             size += length
@@ -215,13 +216,13 @@ def _check_totals(version: dict[str, Any], commits: list[dict[str, Any]], proof:
 def _note_strangers(directory: Directory, proof: Proof) -> None:
     """Data files no commit names: attempts that were killed or came late. Harmless, since readers trust commits."""
     named = set()
-    paths = [f"commits/{file}" for file in directory.list("commits")]
+    paths = [f"commits/{file}" for file in directory.names("commits")]
     for commit in ledger.read_commits(directory, paths):
         named |= {entry["name"] for entry in commit["files"].values()}
     strangers = [
         f"{folder}/{file}"
         for folder in DATA_FOLDERS
-        for file in directory.list(folder)
+        for file in directory.names(folder)
         if f"{folder}/{file}" not in named
     ]
     if strangers:

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,7 +40,7 @@ class JobSpec:
     policy: dict[str, Any] | None
     model: str
     device: str
-    dtype: str
+    dtype: Literal["fp32", "bf16", "fp16"]
     threads: int
     options: dict[str, Any]
     text: bool
@@ -178,7 +178,7 @@ class Worker:
                 task.row_cap,
             )
             if on_gpu:
-                batches = stack.enter_context(contextlib.closing(prefetch(batches, 2)))  # type: ignore[type-var]
+                batches = stack.enter_context(contextlib.closing(prefetch(batches, 2)))
             report = process_shard(
                 batches,
                 self.encoder,
@@ -207,7 +207,8 @@ class Worker:
         return report, extra
 
     def _decide(self, task: Task, shard: Shard, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
-        assert task.inputs is not None and self.policy is not None
+        assert task.inputs is not None
+        assert self.policy is not None
         origin = Directory(task.inputs["run"])
         commit = task.inputs["commit"]
         files = commit["files"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ class TextEncoder(Protocol):
     dim: int
     logit_scale: float
     logit_bias: float | None
-    score_kind: str
+    score_kind: Literal["softmax", "sigmoid"]
     fingerprint: dict[str, Any]
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray: ...
@@ -95,7 +95,7 @@ class CompiledPolicy:
         if self.uncalibrated:
             found.append(
                 f"uncalibrated for {self.model}: {', '.join(self.uncalibrated)}; the thresholds are as written in "
-                "the policy, and the records say so (`clipfilter policy calibrate` sets them from labels)"
+                "the policy, and the records say so"
             )
         if self.truncated_texts:
             found.append(f"{self.truncated_texts} prompts are longer than {self.model} reads and were cut")
@@ -183,7 +183,7 @@ def _matching_calibration(policy: Policy, encoder: TextEncoder, prompts: str, de
                 raise RefusedError(
                     f"policy {policy.name!r} is calibrated for other weights of {encoder.name} "
                     f"({entry.weights_sha256[:12]}, here {str(weights)[:12]}); "
-                    "run `clipfilter policy calibrate` for these weights or remove that entry"
+                    "recalibrate: choose thresholds for these weights and add them under `calibrations`, or remove that entry"
                 )
             continue
         for what, bound, here in (
@@ -194,7 +194,7 @@ def _matching_calibration(policy: Policy, encoder: TextEncoder, prompts: str, de
             if bound is not None and bound != here:
                 raise RefusedError(
                     f"policy {policy.name!r} is calibrated for {encoder.name} with other {what} "
-                    f"({bound[:12]}, here {here[:12]}); run `clipfilter policy calibrate` again or remove that entry"
+                    f"({bound[:12]}, here {here[:12]}); recalibrate: choose the thresholds anew, or remove that entry"
                 )
         return entry
     return None
@@ -213,7 +213,7 @@ def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, m
         others = ", ".join(entry.model for entry in policy.calibrations if rule.id in entry.rules)
         raise RefusedError(
             f"the rule {rule.id!r} of policy {policy.name!r} has thresholds only for {others}, not for {model}; "
-            "run `clipfilter policy calibrate` for this model or write a band into the rule"
+            "recalibrate: add an entry for this model under `calibrations`, or write a band into the rule"
         )
     fraction = rule.fraction is not None
     return CompiledRule(

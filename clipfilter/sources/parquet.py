@@ -265,10 +265,8 @@ class Parquet:
             return own
         given = rest.column(place)
         given = plain_text(given) if is_textual(given.type) else pc.cast(given, pa.string())
-        if self.options.uid_column is None:
-            good = pc.match_substring_regex(given, UID_PATTERN)
-        else:
-            good = pc.not_equal(given, "")
+        guessed = self.options.uid_column is None
+        good = pc.match_substring_regex(given, UID_PATTERN) if guessed else pc.not_equal(given, "")
         return pc.if_else(pc.fill_null(good, False), given, own)
 
     def _captions(self, rest: pa.RecordBatch) -> pa.Array:

@@ -58,7 +58,7 @@ def test_of_many_writers_exactly_one_creates_a_commit(tmp_path: Path) -> None:
         results = list(pool.map(attempt, range(24)))
     assert sum(created for _, created in results) == 1
     assert len({result["attempt"] for result, _ in results}) == 1
-    assert directory.list("commits") == ["0" * 16 + ".decided.001.json"]
+    assert directory.names("commits") == ["0" * 16 + ".decided.001.json"]
 
 
 def test_the_newest_generation_of_each_stage_counts(tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ def test_nothing_unfinished_is_ever_visible(tmp_path: Path) -> None:
     directory = Directory(str(tmp_path / "out"))
     part = directory.scratch() / "part"
     part.write_bytes(b"x" * 1000)
-    assert directory.list("annotated") == []
+    assert directory.names("annotated") == []
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".tmp"]
     directory.publish(part, "annotated/a-1.parquet")
-    assert directory.list("annotated") == ["a-1.parquet"]
+    assert directory.names("annotated") == ["a-1.parquet"]
     directory.clean_scratch(stale_only=False)
     assert not (tmp_path / "out" / ".tmp").exists()
 
@@ -130,7 +130,7 @@ def test_a_folder_is_published_whole_and_hashed_by_names_and_contents(tmp_path: 
         (folder / "a.jpg").write_bytes(b"two")
         digest = file_sha256(folder)
         directory.publish(folder, f"kept/{digest[:16]}")
-    assert directory.list("kept") == [digest[:16]]
+    assert directory.names("kept") == [digest[:16]]
     assert file_sha256(tmp_path / "out" / "kept" / digest[:16]) == digest
     (tmp_path / "out" / "kept" / digest[:16] / "a.jpg").write_bytes(b"2wo")
     assert file_sha256(tmp_path / "out" / "kept" / digest[:16]) != digest

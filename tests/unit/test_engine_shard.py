@@ -224,10 +224,9 @@ def test_prefetch_passes_items_on_in_order_and_raises_where_the_source_did() -> 
         yield from range(5)
         raise OSError("the disk is gone")
 
-    got = []
+    got: list[int] = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for item in prefetch(source(), 2):
-            got.append(item)
+        got.extend(prefetch(source(), 2))
     assert got == list(range(5))
 
 

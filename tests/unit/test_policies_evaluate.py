@@ -575,7 +575,7 @@ def test_a_calibration_for_another_model_leaves_the_rule_uncalibrated() -> None:
 def test_a_calibration_that_belongs_elsewhere_is_refused(changes: dict[str, str], words: str) -> None:
     with pytest.raises(RefusedError, match=words) as caught:
         compiled(with_calibration(**changes))
-    assert "policy calibrate" in str(caught.value)
+    assert "recalibrate" in str(caught.value)
 
 
 def test_a_rule_with_thresholds_for_other_models_only_is_refused() -> None:
