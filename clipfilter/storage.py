@@ -121,7 +121,7 @@ class Directory:
         """This process's own folder for unfinished files, on the same disk as a local directory."""
         if self._scratch is None or not self._scratch.exists():
             base = Path(self.root) / ".tmp" if self.local else Path(tempfile.gettempdir()) / f"clipfilter-{os.getuid()}"
-            base.mkdir(parents=True, exist_ok=True)
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._scratch = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}-{os.getpid()}-", dir=base))
         return self._scratch
 
@@ -145,6 +145,14 @@ class Directory:
             os.link(temporary, target)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            # No hard links here (exFAT, some network mounts): exclusive creation is the next best.
+            try:
+                _write_flushed(target, data)
+            except FileExistsError:
+                return False
         finally:
             temporary.unlink()
         _flush_folder(target.parent)

@@ -16,7 +16,7 @@ from clipfilter.engine import ledger
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
 from clipfilter.engine.executors import Executor
 from clipfilter.engine.hardware import gpu_count
-from clipfilter.engine.plan import Job, Plan, read_plan, refuse_if_different, settle_plan
+from clipfilter.engine.plan import PLAN_FILE, Job, Plan, read_plan, refuse_if_different, settle_plan
 from clipfilter.engine.worker import JobSpec
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, load_policy
@@ -119,6 +119,10 @@ def prepare(request: JobRequest) -> Preparation:
         )  # fmt: skip
     if normalise(request.source) == directory.url:
         raise RefusedError(f"--out is the source itself ({directory.url}); name another directory.")
+    if Directory(request.source).exists(PLAN_FILE):
+        raise RefusedError(
+            f"{request.source} is a run directory; decide it again with `clipfilter filter`, or export it and use the export."
+        )
     existing = read_plan(directory)
     source = _open_source(request, existing)
     text = request.captions != "none" and source.has_captions is not False

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -174,7 +177,9 @@ def test_another_policy_model_or_source_into_the_same_out_is_refused(
     assert data_files(Path(finished.out)) == before
 
 
-def test_what_cannot_be_done_is_refused_before_anything_is_written(dataset: Path, policy: str, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    finished: JobResult, dataset: Path, policy: str, tmp_path: Path
+) -> None:
     out = str(tmp_path / "out")
     for request, sentence in (
         (JobRequest("run", str(tmp_path / "nowhere"), out, policy=policy), "nowhere"),
@@ -182,6 +187,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(dataset: Path
         (JobRequest("run", str(dataset), out, policy=policy, model="ViT-Z-99/none"), "ViT-Z-99"),
         (JobRequest("run", str(dataset), str(dataset), policy=policy), "source itself"),
         (JobRequest("run", str(dataset), out, policy=policy, sample=1.5), "--sample"),
+        (JobRequest("run", finished.out, out, policy=policy), "is a run directory"),
         (JobRequest("filter", str(dataset), out, policy=policy), "not a run directory"),
         (JobRequest("run", str(dataset), out, policy=policy, device="cuda"), "GPU"),
     ):
@@ -374,3 +380,71 @@ def test_progress_counts_everything_once(dataset: Path, policy: str, tmp_path: P
     run_job(JobRequest("run", str(dataset), str(tmp_path / "out"), policy=policy, engine="local"), Display())
     assert seen[-1] == (120, 3)
     assert seen == sorted(seen)
+
+
+def test_a_late_duplicate_attempt_of_a_shard_changes_nothing(
+    finished: JobResult, dataset: Path, policy: str, tmp_path: Path
+) -> None:
+    """A worker that was taken for dead finishes its shard after another has: with the same bytes, and with others."""
+    from clipfilter.engine.worker import JobSpec, Task, Worker
+    from clipfilter.policies import load_policy
+
+    out = tmp_path / "out"
+    shutil.copytree(finished.out, out)
+    before = data_files(out), commits(out)
+    plan = finished.plan
+    shard = next(iter(commits(out).values()))["shard"]
+    for decode in ("fast", "exact"):
+        spec = JobSpec(
+            job="run", out=str(out), source=plan.source, policy=load_policy(policy).canonical(), model="nano",
+            device="cpu", dtype="fp32", threads=1 if decode == "exact" else 2,
+            options={**plan.options, "decode": decode}, text=True,
+        )  # fmt: skip
+        worker = Worker(spec)
+        answer = worker.process(Task("embed", shard, 1, plan.sha256))
+        worker.close()
+        assert answer["created"] is False
+        assert commits(out) == before[1]
+        assert {k: v for k, v in data_files(out).items() if k in before[0]} == before[0]
+        assert verify_run(str(out)).problems == []
+    again = run(dataset, out, policy)
+    assert again.version == finished.version
+    assert again.rows_processed == 0
+
+
+def test_images_behind_urls_and_transient_failures_tried_again(policy: str, tmp_path: Path) -> None:
+    """A Parquet of URLs: not found costs its row for good, trouble of the server is tried again on request."""
+    made = samples(12)
+    pages = {f"/{sample['__key__']}.jpg": sample["jpg"] for sample in made}
+    troubled = {"/000003.jpg"}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            code = 503 if self.path in troubled else 200 if self.path in pages else 404
+            body = pages[self.path] if code == 200 else b"<html>sorry</html>"
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        urls = [f"http://127.0.0.1:{server.server_port}{path}" for path in [*pages, "/gone.jpg"]]
+        texts = [*(sample["txt"] for sample in made), "a caption"]
+        (tmp_path / "p").mkdir()
+        pq.write_table(pa.table({"url": urls, "text": texts}), tmp_path / "p" / "list.parquet")
+        first = run(tmp_path / "p", tmp_path / "out", policy, max_failures=0.5)
+        assert first.totals["failed_by_class"] == {"missing_image": 1, "read_error": 1}
+        assert run(tmp_path / "p", tmp_path / "out", policy).rows_processed == 0
+        troubled.clear()
+        second = run(tmp_path / "p", tmp_path / "out", policy, retry_failed=True, max_failures=0.5)
+        assert second.totals["failed_by_class"] == {"missing_image": 1}
+        assert (second.version, second.totals["decided"]) == ("000002", 12)
+        assert verify_run(second.out).problems == []
+    finally:
+        server.shutdown()
+        server.server_close()
