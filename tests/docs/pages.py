@@ -1,13 +1,21 @@
-"""Takes Markdown pages apart: fenced blocks and their markers, commands with expected output, links, headings."""
+"""Takes Markdown pages apart (blocks and their markers, commands, links, headings) and runs what they show."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
+#: Pages whose examples have tests of their own (tests/unit/test_policies_load.py) or are sketches of an API.
+ELSEWHERE = {REPO / "docs/reference/policy.md", REPO / "docs/reference/sources.md"}
+_LANGUAGES = ("console", "bash", "python")
+_SECONDS = 300
 
 _FENCE = re.compile(r"^```(\w*)\s*$")
 _MARKER = re.compile(r"^<!--\s*(?P<name>[a-z-]+)(?::\s*(?P<value>.*?))?\s*-->$")
@@ -85,6 +93,48 @@ def commands(block: Block) -> list[Command]:
             continue
         continued = line.endswith("\\")
     return found
+
+
+def runs(page: Path) -> list[Block]:
+    """The blocks of a page that are run, or written to files, in order."""
+    if page in ELSEWHERE:
+        return []
+    return [b for b in blocks(page) if "no-run" not in b.markers and (b.language in _LANGUAGES or "file" in b.markers)]
+
+
+def prepare(folder: Path) -> None:
+    """Make a work folder as the pages assume it: like a checkout, with the sample photographs and the policies."""
+    for name in ("samples", "policies"):
+        shutil.copytree(REPO / name, folder / name)
+
+
+def run(block: Block, folder: Path) -> list[tuple[Command, int, str]]:
+    """Run a block in the page's folder: each command with its exit code and what it printed on both streams."""
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(REPO),
+        "COLUMNS": "200",
+    }
+    if "file" in block.markers:
+        (folder / block.markers["file"]).write_text(block.text, encoding="utf-8")
+        return []
+    if block.language == "python":
+        todo = [(Command(block.text, []), [sys.executable, "-c", block.text])]
+    else:
+        todo = [(c, ["bash", "-euo", "pipefail", "-c", c.text]) for c in commands(block)]
+    results = []
+    for command, arguments in todo:
+        done = subprocess.run(
+            arguments,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_SECONDS,
+        )
+        results.append((command, done.returncode, done.stdout))
+    return results
 
 
 def shape(line: str) -> str:
