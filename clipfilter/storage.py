@@ -92,10 +92,10 @@ class Directory:
         return bool(self.fs.exists(self.path(name)))
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files directly in `folder`, sorted; empty when there is no such folder."""
+        """Names directly in `folder` ("" is the directory itself), sorted, hidden ones left out; empty without folder."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.invalidate_cache()
-            entries = self.fs.ls(self.path(folder), detail=False)
+            entries = self.fs.ls(self.path(folder).rstrip("/"), detail=False)
             names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
             return sorted(name for name in names if name and not name.startswith("."))
         return []
@@ -234,7 +234,7 @@ class Directory:
         bucket, _, prefix = self.root.partition("/")
         aborted = 0
         with contextlib.suppress(NotImplementedError, PermissionError, FileNotFoundError):
-            answer = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+            answer = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix + "/")
             for upload in answer.get("Uploads", []):
                 if time.time() - upload["Initiated"].timestamp() >= older_than:
                     self.fs.call_s3(

@@ -119,7 +119,7 @@ def prepare(request: JobRequest) -> Preparation:
         )  # fmt: skip
     if normalise(request.source) == directory.url:
         raise RefusedError(f"--out is the source itself ({directory.url}); name another directory.")
-    if Directory(request.source).exists(PLAN_FILE):
+    if _is_run(request.source):
         raise RefusedError(
             f"{request.source} is a run directory; decide it again with `clipfilter filter`, or export it and use the export."
         )
@@ -127,6 +127,28 @@ def prepare(request: JobRequest) -> Preparation:
     source = _open_source(request, existing)
     text = request.captions != "none" and source.has_captions is not False
     return Preparation(request, directory, source, None, policy, existing, source.to_plan(), text, request.model)
+
+
+def _is_run(url: str) -> bool:
+    # Whatever is wrong with a source that cannot even be asked, opening it says in a better sentence.
+    with contextlib.suppress(Exception):
+        return Directory(url).exists(PLAN_FILE)
+    return False
+
+
+def _refuse_foreign_directory(directory: Directory) -> None:
+    """OUT must be new, empty, or a run; and writable. Raises RefusedError."""
+    try:
+        if directory.local:
+            Path(directory.root).mkdir(parents=True, exist_ok=True)
+            directory.scratch()
+        found = [] if directory.exists(PLAN_FILE) else [n for n in directory.names("") if n != "run.log"]
+    except (OSError, ImportError) as error:
+        raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
+    if found:
+        raise RefusedError(
+            f"--out {directory.url} holds other files ({', '.join(found[:3])}) and no run; choose a new or empty directory."
+        )
 
 
 def _open_source(request: JobRequest, existing: Plan | None) -> Source:
@@ -186,6 +208,7 @@ def run_job(request: JobRequest, display: Display | None = None) -> JobResult:
     began = time.monotonic()
     prepared = prepare(request)
     _refuse_other_plan(prepared)
+    _refuse_foreign_directory(prepared.directory)
     executor = choose_executor(request)
     try:
         return _run(prepared, executor, display, began)
@@ -268,7 +291,10 @@ def _run(prepared: Preparation, executor: Executor, display: Display | None, beg
         )
         if prepared.base:
             _refuse_other_weights(prepared.base[3], plan)
-        plan = settle_plan(directory, plan)
+        try:
+            plan = settle_plan(directory, plan)
+        except OSError as error:
+            raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
         directory.abort_stale_uploads()
         startup = time.monotonic() - began
         final, thresholds, processed = _stages(prepared, plan, executor, description["dataset_thresholds"], display)

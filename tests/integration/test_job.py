@@ -194,6 +194,13 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
         with pytest.raises(RefusedError, match=sentence):
             run_job(request)
     assert not (tmp_path / "out" / "plan.json").exists()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RefusedError, match=r"thesis\.txt"):
+        run(dataset, tmp_path / "precious", policy)
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(RefusedError, match="cannot be written"):
+        run(dataset, tmp_path / "file" / "out", policy)
 
 
 def test_dry_run_writes_nothing(dataset: Path, policy: str, tmp_path: Path) -> None:

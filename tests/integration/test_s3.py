@@ -99,3 +99,6 @@ def test_a_bucket_that_is_not_there_is_refused_in_a_sentence(s3: Any, policy: st
     assert "no-such-bucket" in done.stderr
     assert "Traceback" not in done.stderr
     assert not s3.exists("bucket/never/plan.json")
+    done = cli("run", "s3://bucket/tars", "--policy", policy, "--out", "s3://no-such-bucket/out", check=False)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
