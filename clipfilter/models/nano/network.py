@@ -19,9 +19,10 @@ _SCALE = ".scale"  # suffix of the per-row scales of a tensor stored as int8
 class Nano(nn.Module):
     """Both towers. A vector is two blocks side by side; the cosine of an image and a text is their weighted sum:
 
-    - the class block, in MiniLM's own space: for images the mean of class-name embeddings under the
-      classifier's probabilities (ConSE, Norouzi et al. 2014, arXiv:1312.5650), for texts their MiniLM embedding;
-    - the caption block: learned projections of the image features and of the MiniLM embedding.
+    - the class block, in a centred copy of MiniLM's space: for images the mean of class vectors under the
+      classifier's probabilities (ConSE, Norouzi et al. 2014, arXiv:1312.5650), for texts a projection that learned
+      from WordNet how near every noun is to those classes;
+    - the caption block: projections of the image features and of the MiniLM embedding, learned from captions.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -73,10 +74,11 @@ class TextHead(nn.Module):
         super().__init__()
         self.caption_weight = float(config["caption_weight"])
         self.caption = Projection(config["text_width"], config["hidden"], config["caption_dim"])
+        self.classes = Projection(config["text_width"], config["class_hidden"], config["text_width"])
 
     def forward(self, pooled: Tensor) -> Tensor:
         pooled = F.normalize(pooled, dim=-1)
-        return two_blocks(self.caption(pooled), pooled, self.caption_weight)
+        return two_blocks(self.caption(pooled), self.classes(pooled), self.caption_weight)
 
 
 class Projection(nn.Module):

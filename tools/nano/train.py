@@ -1,0 +1,298 @@
+"""Step 2 of nano's training: the heads, from cached features to nano.safetensors and nano.json.
+
+The bodies stay frozen. Every step has two halves:
+
+Captions. InfoNCE on Flickr8k's training captions, on whole vectors and on the caption block alone.
+
+Vocabulary. Any word has to work, not only those of 6 000 photos' captions, and there are no ImageNet photographs here.
+So features are made up: a feature of class k is a real one moved along Cov(feature) (w_k - mean w), where w_k is the
+classifier's weight row. That is the shift between class means that a linear classifier implies when classes share
+their covariance (Fisher's discriminant read backwards); a few random other classes are mixed in as clutter. The texts
+are nouns from all of WordNet's visible part, most of them no ImageNet class. How well a noun fits a class is its
+Wu-Palmer similarity (2 depth(common) / (depth(noun) + depth(class)), ACL 1994), and a softmax over it is the target.
+
+With --hold-out N, N photos and their captions and a fifth of the classes' own nouns are left out and measured at the
+end; recipes were chosen that way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+from clipfilter.models._torch import torch_with_torchvision
+
+torch_with_torchvision()
+
+import torch  # noqa: E402
+from features import MEAN, SIZE, STD  # noqa: E402
+from init_weights import NETWORK, minilm_folder, untrained  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from clipfilter.models.nano.network import Nano, Projection, pack  # noqa: E402
+
+BATCH, NOUNS, CLASS_NOUNS = 384, 400, 200  # photos; nouns of any kind; nouns of ImageNet classes
+LEARNING_RATE, WEIGHT_DECAY, MAX_SCALE = 1e-3, 0.1, 60.0
+START_RATE = 0.3  # learning rate of what starts as MiniLM's own space and shall stay near it, relative
+CAPTION_WEIGHT = 0.3  # share of the caption block in a cosine: held-out captions want 0.5, words outside them 0.2
+CAPTION_BLOCK_LOSS = 0.5  # weight of the loss on the caption block alone
+OWN_LOGIT_GAIN = (5.0, 14.0)  # how far a made-up feature raises its class's logit
+KEPT_CONTENT = (0.3, 1.0)  # how much of the real photo's deviation from the mean it keeps
+CLUTTER, CLUTTER_SHARE = 3.0, 0.01  # logits of other classes mixed in: standard deviation, share of classes
+SIMILARITY_TEMPERATURE = 0.03
+
+
+class Heads(nn.Module):
+    """What is trained. `forward` gives the four blocks, all of unit norm."""
+
+    def __init__(self, class_vectors: Tensor, centre: Tensor, mean: Tensor, std: Tensor, dropout: float) -> None:
+        super().__init__()
+        inputs, width = NETWORK["image_features"], NETWORK["text_width"]
+        hidden, dim = NETWORK["hidden"], NETWORK["caption_dim"]
+        self.mean, self.std = mean, std
+        self.image = Projection(inputs, hidden, dim, dropout)
+        self.text = Projection(width, hidden, dim, dropout / 2)
+        self.text_classes = Projection(width, NETWORK["class_hidden"], width, 0.1)
+        for projection in (self.image, self.text, self.text_classes):
+            nn.init.zeros_(projection.down.weight)
+        with torch.no_grad():
+            self.text_classes.down.bias.zero_()
+            self.text_classes.linear.weight.copy_(torch.eye(width))
+            self.text_classes.linear.bias.copy_(-centre)
+        self.class_vectors = nn.Parameter(F.normalize(class_vectors - centre, dim=-1))
+        self.sharpness = nn.Parameter(torch.tensor(0.0))
+        self.scale = nn.Parameter(torch.tensor(math.log(20.0)))
+
+    def forward(self, features: Tensor, logits: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        """Caption blocks of images and texts, class blocks of images and texts."""
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text = self.image((features - self.mean) / self.std), self.text(texts)
+            text_classes = self.text_classes(texts)
+        classes = (logits * self.sharpness.exp()).softmax(-1) @ self.class_vectors
+        image, text, classes, text_classes = (
+            F.normalize(block.float(), dim=-1) for block in (image, text, classes, text_classes)
+        )
+        return image, text, classes, text_classes
+
+
+class Vocabulary:
+    """Nouns with their place in WordNet, and made-up image features for every class."""
+
+    def __init__(self, wordnet: dict[str, Tensor], photos: Tensor, weight: Tensor, unseen: Tensor) -> None:
+        self.vectors = F.normalize(wordnet["vectors"].float(), dim=-1)
+        self.paths, self.class_paths = wordnet["paths"], wordnet["class_paths"]
+        self.depth, self.class_depth = (self.paths != 0).sum(1), (self.class_paths != 0).sum(1)
+        self.weight = weight
+        leaf = self.paths.gather(1, self.depth[:, None] - 1)[:, 0]
+        class_leaf = self.class_paths.gather(1, self.class_depth[:, None] - 1)[:, 0]
+        seen = ~torch.isin(leaf, class_leaf[unseen])
+        self.any_noun = seen.nonzero()[:, 0]
+        self.class_noun = (seen & torch.isin(leaf, class_leaf)).nonzero()[:, 0]
+        self.classes = torch.tensor(sorted(set(range(len(weight))) - set(unseen.tolist())))
+        self.mean = photos.mean(0)
+        centred, directions = photos - self.mean, weight - weight.mean(0)
+        self.shift = (centred.T @ (centred @ directions.T) / len(photos)).T
+        self.gain = (self.shift * directions).sum(1)
+
+    def draw(self, photos: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Made-up features [n, 1280] from n photos' features, noun vectors [m, 384], similarities [n, m]."""
+        classes = self.classes[torch.randint(len(self.classes), (len(photos),), generator=generator)]
+        features = self.make_up(photos, classes, generator)
+        any_noun = self.any_noun[torch.randint(len(self.any_noun), (NOUNS,), generator=generator)]
+        class_noun = self.class_noun[torch.randint(len(self.class_noun), (CLASS_NOUNS,), generator=generator)]
+        nouns = torch.cat([any_noun, class_noun])
+        return features, self.vectors[nouns], self.similarity(nouns, classes).T
+
+    def make_up(self, photos: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+        """Features as if each photo showed an object of its class, with clutter."""
+
+        def uniform(low: float, high: float) -> Tensor:
+            return torch.rand(len(classes), 1, generator=generator) * (high - low) + low
+
+        step = uniform(*OWN_LOGIT_GAIN) / self.gain[classes, None]
+        features = self.mean + uniform(*KEPT_CONTENT) * (photos - self.mean) + step * self.shift[classes]
+        size = (len(classes), len(self.gain))
+        clutter = torch.randn(size, generator=generator) * (torch.rand(size, generator=generator) < CLUTTER_SHARE)
+        return (features + (CLUTTER * clutter / self.gain) @ self.shift).clamp_min(0)
+
+    def similarity(self, nouns: Tensor, classes: Tensor) -> Tensor:
+        """Wu-Palmer similarity [nouns, classes] along first hypernyms, from above 0 to 1 (the same synset)."""
+        noun, cls = self.paths[nouns][:, None], self.class_paths[classes][None]
+        common = ((noun == cls) & (noun != 0)).cumprod(-1).sum(-1)
+        return 2 * common / (self.depth[nouns][:, None] + self.class_depth[classes][None])
+
+
+def info_nce(scores: Tensor) -> Tensor:
+    """Both directions; row i belongs to column i."""
+    target = torch.arange(len(scores))
+    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+
+
+def soft_nce(scores: Tensor, similarity: Tensor) -> Tensor:
+    """Both directions against softmax(similarity / temperature)."""
+    wanted = similarity / SIMILARITY_TEMPERATURE
+    by_image = -(wanted.softmax(1) * scores.log_softmax(1)).sum(1).mean()
+    by_text = -(wanted.softmax(0) * scores.log_softmax(0)).sum(0).mean()
+    return (by_image + by_text) / 2
+
+
+def whole(caption: Tensor, classes: Tensor) -> Tensor:
+    return CAPTION_WEIGHT * caption + (1 - CAPTION_WEIGHT) * classes
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train the heads, print what the held-out part says, and write the model below --out."""
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    images = torch.load(args.cache / "images.pt", weights_only=True).float()
+    captions = F.normalize(torch.load(args.cache / "captions.pt", weights_only=True).float(), dim=-1)
+    wordnet = torch.load(args.cache / "wordnet.pt", weights_only=True)
+    network = untrained()
+    classifier = network.image_body.classifier
+    weight, bias = classifier.weight.detach(), classifier.bias.detach()
+    logits = images @ weight.T + bias
+
+    split = torch.Generator().manual_seed(0)
+    order = torch.randperm(images.shape[1], generator=split)
+    held_out, rows = order[: args.hold_out], order[args.hold_out :]
+    unseen = torch.randperm(len(weight), generator=split)[: 200 if args.hold_out else 0]
+    plain = images[0, rows]
+    vocabulary = Vocabulary(wordnet, plain, weight, unseen)
+    centre = vocabulary.vectors.mean(0)
+    heads = Heads(wordnet["class_vectors"], centre, plain.mean(0), plain.std(0) + 1e-3, args.dropout)
+    near = [heads.class_vectors, heads.text_classes.linear.weight]
+    others = [p for p in heads.parameters() if all(p is not kept for kept in near)]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": WEIGHT_DECAY, "factor": 1.0},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
+        {"params": near, "weight_decay": 0.0, "factor": START_RATE},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+
+    def photos() -> tuple[Tensor, Tensor]:
+        chosen = rows[torch.randint(len(rows), (BATCH,), generator=generator)].unique()
+        return torch.randint(len(images), (len(chosen),), generator=generator), chosen
+
+    started = time.perf_counter()
+    for step in range(args.steps):
+        rate = LEARNING_RATE * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / args.steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        scale = heads.scale.exp()
+        views, chosen = photos()
+        texts = captions[chosen, torch.randint(5, (len(chosen),), generator=generator)]
+        image, text, classes, text_classes = heads(images[views, chosen], logits[views, chosen], texts)
+        caption_scores = image @ text.T
+        loss = info_nce(scale * whole(caption_scores, classes @ text_classes.T))
+        loss = loss + CAPTION_BLOCK_LOSS * info_nce(0.7 * scale * caption_scores)
+
+        views, chosen = photos()
+        features, texts, similarity = vocabulary.draw(images[views, chosen], generator)
+        image, text, classes, text_classes = heads(features, features @ weight.T + bias, texts)
+        caption_scores, class_scores = image @ text.T, classes @ text_classes.T
+        loss = loss + soft_nce(scale * whole(caption_scores, class_scores), similarity)
+        loss = loss + 0.5 * soft_nce(scale * caption_scores, similarity)
+        loss = loss + 0.5 * soft_nce(scale * class_scores, similarity)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        heads.scale.data.clamp_(max=math.log(MAX_SCALE))
+        if step % 100 == 0 or step == args.steps - 1:
+            seconds = time.perf_counter() - started
+            print(f"step {step} loss {loss.item():.3f} scale {scale.item():.1f} {seconds:.0f} s", flush=True)
+
+    heads.eval()
+    if args.hold_out:
+        measure(heads, images[0, held_out], logits[0, held_out], captions[held_out, 0])
+        measure_words(heads, vocabulary, wordnet["class_vectors"], images[0, held_out], bias, unseen)
+    if args.out:
+        write(args, network, heads)
+
+
+@torch.inference_mode()
+def measure(heads: Heads, features: Tensor, logits: Tensor, texts: Tensor) -> None:
+    """Held-out matching with first captions, and the logit scale under which softmax over them is best calibrated."""
+    image, text, classes, text_classes = heads(features, logits, texts)
+    scores = whole(image @ text.T, classes @ text_classes.T)
+    own = scores.diagonal()
+    rank = (scores > own).sum(0)
+    shuffled = torch.cat([scores.roll(shift, 1).diagonal() for shift in (1, 7, 77)])
+    auc = (own[:, None] > shuffled[None, :]).float().mean()
+    recalls = {k: round((rank < k).float().mean().item(), 3) for k in (1, 5, 10)}
+    grid = torch.arange(5.0, 60.0, 1.0)
+    best = grid[torch.stack([info_nce(scale * scores) for scale in grid]).argmin()]
+    print(f"held out {len(own)}: AUC {auc:.4f}, text-to-image recall {recalls}, logit scale {best:.0f}")
+
+
+@torch.inference_mode()
+def measure_words(
+    heads: Heads, vocabulary: Vocabulary, names: Tensor, photos: Tensor, bias: Tensor, unseen: Tensor
+) -> None:
+    """Top-1 among all class names for made-up features, of all classes and of those whose nouns were left out."""
+    truth = torch.arange(len(names))
+    features = vocabulary.make_up(photos[truth % len(photos)], truth, torch.Generator().manual_seed(7))
+    logits = features @ vocabulary.weight.T + bias
+    image, text, classes, text_classes = heads(features, logits, F.normalize(names, dim=-1))
+    right = (whole(image @ text.T, classes @ text_classes.T).argmax(1) == truth).float()
+    print(
+        f"class names of made-up features: top-1 {right.mean():.3f}, unseen nouns {right[unseen].mean():.3f}, "
+        f"the classifier itself {(logits.argmax(1) == truth).float().mean():.3f}"
+    )
+
+
+def write(args: argparse.Namespace, network: Nano, heads: Heads) -> None:
+    """nano.safetensors (packed), nano.json, vocab.txt; the input standardisation is folded into the weights."""
+    caption = heads.image
+    with torch.no_grad():
+        for layer in (caption.linear, caption.up):
+            layer.weight.div_(heads.std)
+            layer.bias.sub_(layer.weight @ heads.mean)
+    network.image_head.caption.load_state_dict(caption.state_dict())
+    network.image_head.class_vectors.data = heads.class_vectors.data
+    network.text_head.caption.load_state_dict(heads.text.state_dict())
+    network.text_head.classes.load_state_dict(heads.text_classes.state_dict())
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_file(pack(network.state_dict()), args.out / "nano.safetensors")
+    shutil.copy(minilm_folder() / "vocab.txt", args.out / "vocab.txt")
+    config = {
+        "edition": 1,
+        "architecture": "EfficientNet-Lite2 with ConSE / MiniLM-L6",
+        "context_length": NETWORK["positions"],
+        "logit_scale": args.logit_scale,
+        "preprocess": {
+            "size": SIZE,
+            "mean": [MEAN] * 3,
+            "std": [STD] * 3,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+            "fill_color": 0,
+        },
+        "network": {
+            **NETWORK,
+            "caption_weight": CAPTION_WEIGHT,
+            "class_temperature": round(1 / heads.sharpness.exp().item(), 4),
+        },
+    }
+    (args.out / "nano.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="what features.py wrote")
+    parser.add_argument("--out", type=Path, help="folder for nano.safetensors, nano.json, vocab.txt")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--dropout", type=float, default=0.4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hold-out", type=int, default=0)
+    parser.add_argument("--logit-scale", type=float, default=20.0, help="as the run with --hold-out 1000 printed it")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
