@@ -23,7 +23,7 @@ NETWORK: dict[str, Any] = {
     "vocabulary": 30522,
     "positions": 128,
     "hidden": 768,
-    "class_hidden": 512,
+    "class_hidden": 1536,
     "caption_dim": 256,
     "caption_weight": 0.5,
     "class_temperature": 1.0,
