@@ -146,11 +146,12 @@ def peer(folder: Path, threads: int, images: int) -> float:
 
 
 def _peer(folder: str, threads: int, images: int) -> None:
+    from clipfilter.models._torch import torch_with_torchvision
+
+    torch_with_torchvision()
     import open_clip
     import torch
     import webdataset as wds
-
-    import clipfilter.models.openclip  # noqa: F401 - makes torchvision importable beside a CPU-only torch
 
     torch.set_num_threads(threads)
     model, _, transform = open_clip.create_model_and_transforms("ViT-B-32")
@@ -234,11 +235,12 @@ def _watch(pid: int, peak: list[int]) -> None:
 
 def random_vit(work: Path) -> str:
     """A ViT-B-32 checkpoint with random weights, as a model name."""
+    from clipfilter.models._torch import torch_with_torchvision
+
+    torch_with_torchvision()
     import open_clip
     import torch
     from safetensors.torch import save_file
-
-    import clipfilter.models.openclip  # noqa: F401
 
     torch.manual_seed(0)
     path = work / "vit-b-32-random.safetensors"

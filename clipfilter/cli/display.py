@@ -109,6 +109,7 @@ def print_result(result: JobResult, report: str | None) -> None:
             f"{result.rows_processed:,} rows in {_duration(working)} ({result.rows_processed / working:,.0f} images/s) "
             f"after {result.startup_seconds:.1f} s of start-up, {result.engine} engine, model {result.plan.model['model']}",
             style="dim",
+            soft_wrap=True,
         )
     else:
         console.print("everything was already done; nothing was computed again", style="dim")

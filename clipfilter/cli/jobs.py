@@ -228,4 +228,6 @@ def _job(job: str, **given: Any) -> None:
         display.print_json(result, report)
     elif not quiet:
         display.print_result(result, report)
+    elif result.exit_code:
+        print(*result.messages, sep="\n", file=sys.stderr)
     raise typer.Exit(result.exit_code)

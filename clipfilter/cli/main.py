@@ -47,7 +47,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; always ends in SystemExit with one of the codes of DESIGN.md section 8."""
+    """Run the command line; always ends in SystemExit with one of the codes of docs/guide/troubleshooting.md."""
     from clipfilter.cli import jobs, policies, runs
 
     jobs.add_to(app)

@@ -180,7 +180,12 @@ def _embeddings(directory: Directory, commit: dict[str, Any]) -> pa.Table:
     files = commit["files"]
     if "embeddings" not in files:
         directory = Directory(commit["base"]["run"])
-        files = directory.read_json(commit["base"]["commit"])["files"]
+        try:
+            files = directory.read_json(commit["base"]["commit"])["files"]
+        except FileNotFoundError as error:
+            raise RefusedError(
+                f"the embeddings lie in the run that was decided, {directory.url}, and that is gone; restore it, then export."
+            ) from error
     with directory.open(files["embeddings"]["name"]) as handle:
         return pa.ipc.open_file(handle).read_all()
 

@@ -119,6 +119,10 @@ def prepare(request: JobRequest) -> Preparation:
         )  # fmt: skip
     if normalise(request.source) == directory.url:
         raise RefusedError(f"--out is the source itself ({directory.url}); name another directory.")
+    if directory.url.startswith(normalise(request.source) + "/"):
+        raise RefusedError(
+            f"--out {directory.url} lies inside the source, where its files would be read as data; name a directory outside it."
+        )
     if _is_run(request.source):
         raise RefusedError(
             f"{request.source} is a run directory; decide it again with `clipfilter filter`, or export it and use the export."
@@ -201,7 +205,7 @@ def choose_executor(request: JobRequest) -> Executor:
 
 
 def run_job(request: JobRequest, display: Display | None = None) -> JobResult:
-    """Run a job to its end, or resume it; see DESIGN.md sections 4 and 6 for what is written.
+    """Run a job to its end, or resume it; docs/reference/run-directory.md says what is written.
 
     Raises RefusedError before any work when the request cannot be done.
     """
@@ -377,7 +381,8 @@ def _finish(
     }
     name, _ = ledger.write_version(directory, content)
     seconds = time.monotonic() - began
-    exit_code, messages = _judge(totals, failed_shards, request.max_failures)
+    # The failures of a filter are those of the run it decides, which were judged there.
+    exit_code, messages = _judge(totals, failed_shards, 1.0 if prepared.base else request.max_failures)
     messages += description["warnings"]
     result = JobResult(
         directory.url,

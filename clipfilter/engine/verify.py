@@ -147,11 +147,8 @@ def _check_shard(directory: Directory, commit: dict[str, Any]) -> Iterator[str]:
         for name in ("keep", "review", "reject"):
             if found.get(name, 0) != counts[name]:
                 yield f"{path}: the commit counts {counts[name]} {name}, the rows say {found.get(name, 0)}"
-        if (
-            counts["keep"] + counts["review"] + counts["reject"]
-            != counts["decided"]
-            != counts["rows"] - counts["failed"]
-        ):
+        parts = counts["keep"] + counts["review"] + counts["reject"]
+        if not parts == counts["decided"] == counts["rows"] - counts["failed"]:
             yield f"{path}: decided is not kept + review + rejected"
     elif set(found) - {None}:
         yield f"{path}: rows have decisions, but nothing was to be decided"
@@ -242,7 +239,7 @@ def _say_what_holds(version: dict[str, Any], commits: list[dict[str, Any]], proo
             f"{totals['rows']:,} rows in = {totals['embedded']:,} embedded + {totals['failed']:,} failed"
         )
     proof.proved.append(
-        f"no row is there twice, in each of {len(commits):,} shards; totals are the sums of the commits"
+        f"no row is there twice, in {len(commits):,} shard{'' if len(commits) == 1 else 's'}; totals are the sums of the commits"
     )
     if totals["failed_shards"]:
         proof.notes.append(f"{totals['failed_shards']} shard(s) failed as a whole; their row count is unknown")

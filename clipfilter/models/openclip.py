@@ -18,6 +18,7 @@ from clipfilter.images.preprocess import PreprocessConfig
 from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
 from clipfilter.models.checkpoint import file_sha256, read_state_dict
 from clipfilter.models.encoder import TorchEncoder
+from clipfilter.storage import local_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,7 +49,7 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
         raise RefusedError(f"{architecture} has a tokenizer other than CLIP's, which is not supported yet")
 
     if local:
-        path = Path(local).expanduser()
+        path = local_path(local)
         quick_gelu = bool(config.get("quick_gelu", False))
         preprocessing = _usual_preprocessing(architecture)
         shown = f"{architecture}={path.name}"
