@@ -259,7 +259,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             sets["2 MP"] = list(large(photos, arguments.images))
         for label, samples in sets.items():
             write_tars(work / label, samples, arguments.images, 2)
-        for name in arguments.models.split(","):
+        for name in filter(None, arguments.models.split(",")):
             model = random_vit(work) if name == "ViT-B-32" else name
             for label in sets:
                 folder = work / label
@@ -301,7 +301,7 @@ def main() -> None:
         _peer(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="nano,ViT-B-32")
+    parser.add_argument("--models", default="nano,ViT-B-32", help="which to time; '' measures memory alone")
     parser.add_argument("--images", type=int, default=1200, help="images per measured run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=15.0, help="of each bare measurement")

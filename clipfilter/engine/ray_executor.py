@@ -73,6 +73,8 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray renames every worker's visible devices when an actor has no GPU; CPU jobs on GPU machines stay untouched.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray's workers are nice by default; on a machine that does anything else the encoder would starve.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         if address is None and "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
