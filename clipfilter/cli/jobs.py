@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import inspect
 import sys
 from typing import Annotated, Any
 
@@ -146,33 +147,14 @@ def embed(
     _job("embed", **locals())
 
 
-def score(
-    source: Source,
-    out: Out,
-    model: Model = "nano",
-    engine: EngineOption = Engine.auto,
-    address: Address = None,
-    workers: Workers = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    batch_size: BatchSize = None,
-    decode: DecodeOption = Decode.fast,
-    max_pixels: MaxPixels = _MAX_PIXELS,
-    captions: CaptionsOption = Captions.first,
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    uid_column: UidColumn = None,
-    limit: Limit = None,
-    sample: Sample = None,
-    retry_failed: RetryFailed = False,
-    max_failures: MaxFailures = 0.01,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+def score(**given: Any) -> None:
     """Add the image-caption similarity (CLIP score) to every row as a column; no decisions."""
-    _job("score", **locals())
+    _job("score", **given)
+
+
+# The same options as `embed`; the command line reads them from here.
+score.__signature__ = inspect.signature(embed, eval_str=True)  # type: ignore[attr-defined]
+score.__annotations__ = inspect.get_annotations(embed, eval_str=True)
 
 
 def filter_(

@@ -158,7 +158,7 @@ def annotate(
             }
         )
     else:
-        inputs = rows.append_column("cf_captions", _caption_lists(rows["cf_caption"]))
+        inputs = rows
         for name in FACTS.names:
             if name not in inputs.column_names:
                 inputs = inputs.append_column(name, embeddings[name])
@@ -190,16 +190,6 @@ def similarity(image: np.ndarray, text: np.ndarray | None) -> np.ndarray:
         block = slice(start, start + _BLOCK)
         result[block] = np.vecdot(image[block].astype(np.float32), text[block].astype(np.float32))  # type: ignore[index]
     return result
-
-
-def _caption_lists(captions: pa.ChunkedArray) -> pa.Array:
-    """Each caption as a list of one, null where there is none: the form in which sources give captions."""
-    values = captions.combine_chunks()
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], pa.string())
-    missing = values.is_null()
-    offsets = pa.array(np.arange(len(values) + 1), pa.int32())
-    return pa.ListArray.from_arrays(offsets, values, mask=missing)
 
 
 _BLOCK = 1024

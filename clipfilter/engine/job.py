@@ -302,8 +302,25 @@ def _run(prepared: Preparation, executor: Executor, display: Display | None, beg
         directory.abort_stale_uploads()
         startup = time.monotonic() - began
         final, thresholds, processed = _stages(prepared, plan, executor, description["dataset_thresholds"], display)
-        result = _finish(prepared, plan, executor, final, thresholds, processed, began, startup, description)
-        log.info("version %s: %s", result.version, json.dumps(result.totals))
+        version, totals, failed_shards = _write_version(prepared, plan, final, thresholds)
+        log.info("version %s: %s", version, json.dumps(totals))
+        # The failures of a filter are those of the run it decides, which were judged there.
+        exit_code, messages = _judge(totals, failed_shards, 1.0 if prepared.base else request.max_failures)
+        result = JobResult(
+            out=directory.url,
+            version=version,
+            plan=plan,
+            totals=totals,
+            failed_shards=failed_shards,
+            seconds=time.monotonic() - began,
+            startup_seconds=startup,
+            rows_processed=processed,
+            engine=executor.name,
+            exit_code=exit_code,
+            messages=messages + description["warnings"],
+        )
+        summary = {key: value for key, value in asdict(result).items() if key != "plan"}
+        directory.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
     return result
 
 
@@ -355,51 +372,24 @@ def _refuse_other_weights(base: Plan, plan: Plan) -> None:
             )
 
 
-def _finish(
-    prepared: Preparation,
-    plan: Plan,
-    executor: Executor,
-    final: StageResult,
-    thresholds: dict[str, float | None],
-    processed: int,
-    began: float,
-    startup: float,
-    description: dict[str, Any],
-) -> JobResult:
-    directory, request = prepared.directory, prepared.request
+def _write_version(
+    prepared: Preparation, plan: Plan, final: StageResult, thresholds: dict[str, float | None]
+) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """Make the final stage's commits a version of the dataset: its name, totals and failed shards."""
     failed_shards = final.failed
     if prepared.base:
         failed_shards = prepared.base[2]["failed_shards"] + failed_shards
     totals = ledger.totals_of(final.commits, failed_shards)
     content = {
         "plan": plan.sha256,
-        "stage": ledger.FINAL_STAGE[request.job],
+        "stage": ledger.FINAL_STAGE[prepared.request.job],
         "commits": final.names,
         "failed_shards": failed_shards,
         "thresholds": thresholds,
         "totals": totals,
     }
-    name, _ = ledger.write_version(directory, content)
-    seconds = time.monotonic() - began
-    # The failures of a filter are those of the run it decides, which were judged there.
-    exit_code, messages = _judge(totals, failed_shards, 1.0 if prepared.base else request.max_failures)
-    messages += description["warnings"]
-    result = JobResult(
-        directory.url,
-        name,
-        plan,
-        totals,
-        failed_shards,
-        seconds,
-        startup,
-        processed,
-        executor.name,
-        exit_code,
-        messages,
-    )
-    summary = {key: value for key, value in asdict(result).items() if key != "plan"}
-    directory.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
-    return result
+    name, _ = ledger.write_version(prepared.directory, content)
+    return name, totals, failed_shards
 
 
 def _judge(totals: dict[str, Any], failed_shards: list[dict[str, Any]], max_failures: float) -> tuple[int, list[str]]:

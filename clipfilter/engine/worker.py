@@ -31,8 +31,8 @@ from clipfilter.storage import Directory
 class JobSpec:
     """What every worker of a job is told at its start; JSON, so that it travels to any executor.
 
-    options holds the plan's options (decode mode, batch size, captions, limits). `text` is None until the source
-    knows whether it has captions.
+    options holds the plan's options (decode mode, batch size, captions, limits); `text` says whether captions are
+    embedded.
     """
 
     job: str
@@ -114,10 +114,8 @@ class Worker:
         """What the driver needs to know of the model and the policy before it writes the plan."""
         return {
             "fingerprint": self.encoder.fingerprint,
-            "dim": self.encoder.dim,
             "dataset_thresholds": [asdict(item) for item in self.policy.dataset_thresholds] if self.policy else [],
             "warnings": list(self.policy.warnings) if self.policy else [],
-            "machine": machine(),
         }
 
     def process(self, task: Task) -> dict[str, Any]:

@@ -174,7 +174,8 @@ def _misfit(misfits: list[dict[str, Any] | None], row: int) -> dict[str, Any]:
 
 def _fit_values(values: list[Any], item: pa.Field, misfits: list[dict[str, Any] | None]) -> pa.Array:
     try:
-        return pa.array(values, type=item.type)
+        if all(_of_kind(value, item.type) for value in values):
+            return pa.array(values, type=item.type)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError, ValueError):
         pass
     fitted = []
@@ -183,12 +184,21 @@ def _fit_values(values: list[Any], item: pa.Field, misfits: list[dict[str, Any] 
             value = None  # how pandas writes "no value" into JSON
         if value is not None:
             try:
+                if not _of_kind(value, item.type):
+                    raise TypeError
                 pa.scalar(value, type=item.type)
             except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError, ValueError):
                 _misfit(misfits, row)[item.name] = value
                 value = None
         fitted.append(value)
     return pa.array(fitted, type=item.type)
+
+
+def _of_kind(value: Any, kind: pa.DataType) -> bool:
+    """Whether lists stand where `kind` has lists: Arrow would also take text for one, and "" for the empty list."""
+    if value is None or not pa.types.is_list(kind):
+        return True
+    return isinstance(value, list) and all(_of_kind(item, kind.value_type) for item in value)
 
 
 def json_text(value: Any) -> str:

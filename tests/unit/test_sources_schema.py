@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clipfilter.errors import RefusedError
@@ -38,6 +38,8 @@ def same(left: Any, right: Any) -> bool:
 
 
 @given(RECORDS, RECORDS)
+@example([{"a": []}], [{"a": ""}])
+@example([{"a": [[1]]}], [{"a": [""]}])
 @settings(max_examples=120, deadline=None)
 def test_every_value_is_in_its_column_or_in_the_json(
     sample: list[dict[str, Any]], records: list[dict[str, Any]]
