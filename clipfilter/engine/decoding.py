@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -164,39 +164,51 @@ def _assemble(parts: list[tuple[pa.RecordBatch, list[Image]]], size: int, batch_
     return DecodedBatch(table.to_batches()[0], images, pixels)
 
 
-def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Run an iterator in a thread, at most `depth` items ahead; its exception surfaces here."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stop = threading.Event()
+class prefetch(Generic[T]):
+    """Run an iterator in a thread, from now on and at most `depth` items ahead; its exception surfaces here.
 
-    def put(kind: str, item: Any) -> bool:
-        while not stop.is_set():
+    Close it in any case: that stops the thread.
+    """
+
+    def __init__(self, items: Iterable[T], depth: int) -> None:
+        self._items = items
+        self._ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._stop.is_set():
+            raise StopIteration
+        kind, item = self._ready.get()
+        if kind == "item":
+            return cast("T", item)
+        self._stop.set()
+        if kind == "error":
+            raise item
+        raise StopIteration
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put("item", item):
+                    return
+            self._put("end", None)
+        except BaseException as error:
+            self._put("error", error)
+
+    def _put(self, kind: str, item: Any) -> bool:
+        while not self._stop.is_set():
             try:
-                ready.put((kind, item), timeout=0.1)
+                self._ready.put((kind, item), timeout=0.1)
                 return True
             except queue.Full:
                 continue
         return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put("item", item):
-                    return
-            put("end", None)
-        except BaseException as error:
-            put("error", error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, item = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()

@@ -178,8 +178,9 @@ class Worker:
                 decoder = IsolatedDecoder(self._settings)
                 stack.callback(decoder.close)
             on_gpu = self.spec.device.startswith("cuda")
-            # On a GPU decoding runs two batches ahead. On a CPU the cores are the encoder's too, and taking turns is
-            # faster than competing (docs/decisions/0003): only reading runs ahead.
+            # On a GPU decoding runs two batches ahead, and begins while an earlier shard still has the encoder. On a
+            # CPU the cores are the encoder's too, and taking turns is faster than competing (docs/decisions/0003): only
+            # reading runs ahead.
             batches = decode_batches(
                 stack.enter_context(contextlib.closing(prefetch(reader, 1))),
                 decoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -240,5 +241,18 @@ def test_prefetch_stays_within_its_depth_and_stops_when_the_reader_does() -> Non
 
     items = prefetch(source(), 2)
     assert next(items) == 0
-    items.close()  # type: ignore[attr-defined]
+    items.close()
     assert len(made) <= 5
+    assert list(items) == []
+
+
+def test_prefetch_begins_before_anyone_reads() -> None:
+    begun = threading.Event()
+
+    def source() -> Any:
+        begun.set()
+        yield 1
+
+    items = prefetch(source(), 1)
+    assert begun.wait(10)
+    items.close()
