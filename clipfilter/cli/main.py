@@ -48,10 +48,11 @@ def _options(
 
 def main() -> None:
     """Run the command line; always ends in SystemExit with one of the codes of docs/guide/troubleshooting.md."""
-    from clipfilter.cli import jobs, policies, runs
+    from clipfilter.cli import evaluate, jobs, policies, runs
 
     jobs.add_to(app)
     runs.add_to(app)
+    evaluate.add_to(app)
     policies.add_to(app)
 
     def interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,0 +1,252 @@
+"""`evaluate`: how good a model is on data with labels or captions."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipfilter.cli.jobs import (
+    BatchSize,
+    CaptionColumn,
+    Decode,
+    DecodeOption,
+    Device,
+    Dtype,
+    ImageColumn,
+    Json,
+    MaxFailures,
+    Threads,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from clipfilter.evaluation.evaluate import Evaluation
+
+_SHOWN_CLASSES = 5
+
+
+class EvaluatedCaptions(enum.StrEnum):
+    first = "first"
+    all = "all"
+
+
+class LabelStyle(enum.StrEnum):
+    as_is = "as-is"
+    words = "words"
+
+
+def evaluate(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A dataset with labels or captions, or a run directory; path or URL."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="nano, an open_clip name/pretrained tag, or ARCH=/path/to/checkpoint [default: nano, or the run's own]."
+        ),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with the class; `folder` takes the name of the image's folder "
+            "[default: label, cls, class or class_name]."
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Class names: JSON list or label-to-name object, or text with one name per line, 0 first."),
+    ] = None,
+    label_style: Annotated[
+        LabelStyle, typer.Option(help="words: labels without a name in --labels in lower case, underscores as spaces.")
+    ] = LabelStyle.as_is,
+    templates: Annotated[
+        str, typer.Option(help="Prompt ensemble: none, photo, cifar-style, imagenet-like, or a file, one per line.")
+    ] = "photo",
+    caption_column: CaptionColumn = None,
+    captions: Annotated[
+        EvaluatedCaptions, typer.Option(help="Which captions of a row retrieval asks with.")
+    ] = EvaluatedCaptions.first,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Only rows with COLUMN=VALUE; repeated: all columns, and any of the values of one."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N of the selected rows.")] = None,
+    image_column: ImageColumn = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    batch_size: BatchSize = None,
+    threads: Threads = None,
+    decode: DecodeOption = Decode.fast,
+    max_failures: MaxFailures = 0.01,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: zero-shot classification where there are labels, retrieval and matching where captions are."""
+    from clipfilter.engine.hardware import gpu_count
+    from clipfilter.engine.job import DEFAULT_BATCH_SIZE, DEFAULT_DTYPE, EXIT_DONE, EXIT_FAILURES
+    from clipfilter.errors import RefusedError
+    from clipfilter.evaluation.dataset import DataRequest
+    from clipfilter.evaluation.evaluate import EvaluateRequest
+    from clipfilter.evaluation.evaluate import evaluate as measure
+    from clipfilter.sources import SourceOptions
+
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise RefusedError(f"--out {out}: its folder does not exist; make it first.")
+    if device == "auto":
+        device = "cuda" if gpu_count() else "cpu"
+    kind = device.partition(":")[0]
+    data = DataRequest(
+        source=source,
+        options=SourceOptions(image_column=image_column, caption_column=caption_column),
+        label_column=label_column,
+        where=tuple(_condition(text) for text in where or ()),
+        captions=captions.value,
+        limit=limit,
+        decode=decode.value,
+        batch_size=batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
+        threads=threads,
+        decode_ahead=0 if kind == "cpu" else 2,
+    )
+    request = EvaluateRequest(
+        data=data,
+        model=model,
+        device=device,
+        dtype=dtype.value if dtype else DEFAULT_DTYPE.get(kind, "fp32"),
+        labels=labels,
+        label_style=label_style.value,
+        templates=templates,
+    )
+    with _progress() as on_rows:
+        result = measure(request, on_rows)
+    text = json.dumps(result.to_json(), indent=1, ensure_ascii=False)
+    if out is not None:
+        Path(out).write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(text)
+    else:
+        _print(result)
+    counts = result.counts
+    if counts["failed_shards"] or counts["failed"] > max_failures * counts["rows"]:
+        print(
+            f"clipfilter: {counts['failed']:,} of {counts['rows']:,} rows and {len(counts['failed_shards'])} whole shards "
+            f"failed and are not in the numbers; the limit is {max_failures:.1%} of the rows (--max-failures) and no shard.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(EXIT_FAILURES)
+    raise typer.Exit(EXIT_DONE)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("evaluate")(evaluate)
+
+
+def _condition(text: str) -> tuple[str, str]:
+    from clipfilter.errors import RefusedError
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise RefusedError(f"--where {text!r} is not COLUMN=VALUE; write for example --where split=dev.")
+    return name.strip(), value
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int], None] | None]:
+    """How many rows are embedded, on a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    rows = 0
+    with console.status("starting ...") as status:
+
+        def count(more: int) -> None:
+            nonlocal rows
+            rows += more
+            status.update(f"embedding: {rows:,} rows")
+
+        yield count
+
+
+def _print(result: Evaluation) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    counts = result.counts
+    console.print(
+        f"{counts['images']:,} images ({counts['labelled']:,} with a label, {counts['captioned']:,} with a caption) of "
+        f"{result.facts['source']}, model {result.facts['model']}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if result.zero_shot is not None:
+        _print_zero_shot(console, result)
+    if result.retrieval is not None:
+        recall = result.retrieval
+        rows = [
+            ("text to image", f"{recall.texts:,}", *(f"{share:.3f}" for share in recall.text_to_image.values())),
+            ("image to text", f"{recall.images:,}", *(f"{share:.3f}" for share in recall.image_to_text.values())),
+        ]
+        _table(console, ("retrieval", "queries", *(f"recall@{k}" for k in recall.text_to_image)), rows)
+    if result.caption_match is not None:
+        match = result.caption_match
+        rows = [("all wrong pairs", f"{match.pairs:,}", f"{match.auc:.3f}")]
+        rows.append(("one wrong caption each", f"{match.pairs:,}", f"{match.auc_shuffled:.3f}"))
+        _table(console, ("caption match", "pairs", "AUC"), rows)
+    if counts["failed"] or counts["failed_shards"]:
+        console.print(Text(_failures(result), "magenta"), soft_wrap=True)
+    for path in counts["damaged_shards"]:
+        console.print(Text(f"{path} is damaged; only the rows before the damage are in the numbers", "red"))
+    for note in result.notes:
+        console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
+
+
+def _print_zero_shot(console: Console, result: Evaluation) -> None:
+    found = result.zero_shot
+    assert found is not None
+    row = (f"{found.n:,} images", f"{len(result.classes):,}", f"{found.top1:.3f}", f"{found.top5:.3f}")
+    _table(
+        console, ("zero-shot", "classes", "top-1", "top-5", "mean per class"), [(*row, f"{found.mean_per_class:.3f}")]
+    )
+    if len(found.per_class) < 2:
+        return
+    # Of equal shares the class with more images says more.
+    worst = sorted(found.per_class, key=lambda item: (item[2], -item[1], item[0]))
+    best = sorted(found.per_class, key=lambda item: (-item[2], -item[1], item[0]))
+    shown = min(_SHOWN_CLASSES, len(worst) // 2)
+    for title, items in (("worst classes", worst[:shown]), ("best classes", best[:shown])):
+        _table(console, (title, "images", "top-1"), [(result.classes[i], f"{n:,}", f"{s:.3f}") for i, n, s in items])
+
+
+def _table(console: Console, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(columns[0])
+    for name in columns[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print()
+    console.print(table)
+
+
+def _failures(result: Evaluation) -> str:
+    counts = result.counts
+    parts = [f"{count:,} {name}" for name, count in counts["failed_by_class"].items()]
+    parts += [f"shard {item['path']}: {item['error']}" for item in counts["failed_shards"][:3]]
+    names = ", ".join(item["key"] for item in counts["failures"][:3])
+    more = ", ..." if len(counts["failures"]) > 3 else ""
+    return f"failed: {'; '.join(parts)}" + (f" ({names}{more})" if names else "")
