@@ -46,14 +46,17 @@ def _options(
     pass
 
 
-def main() -> None:
-    """Run the command line; always ends in SystemExit with one of the codes of docs/guide/troubleshooting.md."""
+def add_commands(to: typer.Typer) -> None:
+    """Register every command, in the order of the help."""
     from clipfilter.cli import evaluate, jobs, policies, runs
 
-    jobs.add_to(app)
-    runs.add_to(app)
-    evaluate.add_to(app)
-    policies.add_to(app)
+    for module in (jobs, runs, evaluate, policies):
+        module.add_to(to)
+
+
+def main() -> None:
+    """Run the command line; always ends in SystemExit with one of the codes of docs/guide/troubleshooting.md."""
+    add_commands(app)
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)

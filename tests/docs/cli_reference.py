@@ -34,11 +34,10 @@ class Parameter:
 
 def commands() -> Iterator[tuple[str, Callable[..., Any]]]:
     """(full name, function) of every command, in the order of the help."""
-    from clipfilter.cli import jobs, policies, runs
+    from clipfilter.cli.main import add_commands
 
     app = typer.Typer()
-    for part in (jobs, runs, policies):
-        part.add_to(app)
+    add_commands(app)
 
     def walk(group: typer.Typer, name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
         for command in group.registered_commands:
