@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 import traceback
@@ -52,6 +53,8 @@ def add_commands(to: typer.Typer) -> None:
 
     for module in (jobs, runs, evaluate, policies):
         module.add_to(to)
+    for command in to.registered_commands:  # the whole sentence in the list; click would cut it off
+        command.short_help = inspect.getdoc(command.callback)
 
 
 def main() -> None:
