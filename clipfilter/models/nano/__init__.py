@@ -6,18 +6,25 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clipfilter.errors import RefusedError
 from clipfilter.images.preprocess import PreprocessConfig
 from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
 from clipfilter.models.encoder import TorchEncoder
+from clipfilter.storage import local_path
 
 HERE = Path(__file__).parent
 CONFIG, WEIGHTS, VOCABULARY = HERE / "nano.json", HERE / "nano.safetensors", HERE / "vocab.txt"
 
 
 def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> TorchEncoder:
-    """The bundled model (`nano`, or `nano@EDITION`); RefusedError for another edition or damaged weights."""
+    """The bundled model (`nano`, or `nano@EDITION`), or a file of its kind (`nano=/path/to/weights.safetensors`).
+
+    A file brings its configuration: in its metadata, as `clipfilter train` writes it, or in a `nano.json` beside it;
+    without one it is read like the bundled weights. Raises RefusedError for another edition, and for files that do not
+    fit.
+    """
     torch_with_torchvision()
     from tokenizers import BertWordPieceTokenizer
 
@@ -26,15 +33,20 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
 
     torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
     use_threads(threads)
-    config = json.loads(CONFIG.read_text(encoding="utf-8"))
+    _, _, local = name.partition("=")
+    weights = local_path(local) if local else WEIGHTS
+    state = read_state_dict(weights)
+    config = _config_of(weights) if local else json.loads(CONFIG.read_text(encoding="utf-8"))
     edition = f"nano@{config['edition']}"
-    if name not in ("nano", edition):
+    if not local and name not in ("nano", edition):
         raise RefusedError(f"this version of clipfilter bundles {edition}, not {name}: use nano or {edition}")
     network = Nano(config["network"])
     try:
-        network.load_state_dict(unpack(read_state_dict(WEIGHTS)), strict=True)
+        network.load_state_dict(unpack(state), strict=True)
     except RuntimeError as error:
-        raise RefusedError(f"the bundled weights {WEIGHTS} do not fit: reinstall clipfilter ({error})") from None
+        fix = "is it one of nano's?" if local else "reinstall clipfilter"
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise RefusedError(f"the weights {weights} do not fit nano's network: {fix} ({reason})") from None
     network.place(torch_device, torch_dtype)
     preprocess = PreprocessConfig.from_json(config["preprocess"])
 
@@ -51,9 +63,9 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
         logit_scale=float(config["logit_scale"]),
         logit_bias=None,
         fingerprint={
-            "model": edition,
+            "model": f"nano={weights.name}" if local else edition,
             "architecture": config["architecture"],
-            "weights_sha256": file_sha256(WEIGHTS),
+            "weights_sha256": file_sha256(weights),
             "preprocess": preprocess.to_json(),
             "dtype": dtype,
             "backend": f"torch-{torch_device.type}",
@@ -69,3 +81,29 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
         dtype=torch_dtype,
         image_chunk=4,
     )
+
+
+def config_text(weights: Path | None, logit_scale: float) -> str:
+    """nano.json of these weights (None: the bundled ones) with another logit scale, as a file's metadata carries it."""
+    config = json.loads(CONFIG.read_text(encoding="utf-8")) if weights is None else _config_of(weights)
+    return json.dumps({**config, "logit_scale": logit_scale})
+
+
+def _config_of(weights: Path) -> dict[str, Any]:
+    """The configuration of a file: from its metadata, from nano.json beside it, or the bundled one."""
+    from safetensors import safe_open
+
+    beside, text = weights.with_name(CONFIG.name), None
+    if weights.suffix == ".safetensors":
+        with safe_open(weights, "pt") as file:
+            text = (file.metadata() or {}).get(CONFIG.name)
+    if text is None:
+        text = (beside if beside.is_file() else CONFIG).read_text(encoding="utf-8")
+    try:
+        config: dict[str, Any] = json.loads(text)
+        PreprocessConfig.from_json(config["preprocess"])
+        if not {"edition", "network", "logit_scale", "context_length", "architecture"} <= set(config):
+            raise KeyError("a field is missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"the configuration of {weights} is not nano's ({error}): use its own nano.json") from None
+    return config

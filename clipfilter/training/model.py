@@ -1,0 +1,172 @@
+"""A model to train: its towers as one module, and the way back to a file that loads as a model again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipfilter.errors import RefusedError
+from clipfilter.models import load_encoder
+from clipfilter.models.encoder import TorchEncoder
+from clipfilter.storage import local_path
+
+if TYPE_CHECKING:
+    from clipfilter.images.preprocess import PreprocessConfig
+
+#: The largest factor of the cosines (Radford et al. 2021, section 2.5).
+MAX_LOGIT_SCALE = 100.0
+
+
+class Trainable:
+    """An encoder whose weights can be trained.
+
+    module: both towers, in float32; its parameters include `logit_scale` (the logarithm) and, for sigmoid models,
+    `logit_bias`. encoder: the same weights as an `Encoder`. load_as: what stands before `=` when a file of these weights
+    is loaded.
+    """
+
+    def __init__(self, encoder: TorchEncoder, module: nn.Module, kind: Literal["open_clip", "nano"]) -> None:
+        self.encoder = encoder
+        self.module = module
+        self.kind = kind
+        self.device = encoder.device
+        if kind == "nano":
+            scale = torch.tensor(math.log(encoder.logit_scale), device=self.device)
+            module.register_parameter("logit_scale", nn.Parameter(scale))
+        self.load_as = "nano" if kind == "nano" else _architecture(encoder.fingerprint)
+
+    @property
+    def preprocess(self) -> PreprocessConfig:
+        return self.encoder.preprocess
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.module.logit_scale)
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        return cast("nn.Parameter | None", getattr(self.module, "logit_bias", None))
+
+    def features(self, pixels: np.ndarray, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """uint8 [n, 3, S, S] and n texts -> image and text features, unit rows [n, dim]."""
+        image = self.encoder._image_tower(self.encoder.normalise(pixels))
+        text = self.encoder._text_tower(self.token_ids(texts))
+        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+
+    def token_ids(self, texts: Sequence[str]) -> Tensor:
+        """int64 [n, length] on the device, truncated and padded as the text tower expects."""
+        encoder = self.encoder
+        tokens = [encoder._truncate(ids) for ids in encoder._tokenize(texts)]
+        width = max(map(len, tokens)) if encoder._cut_to_longest else encoder.context_length
+        ids = torch.full((len(tokens), width), encoder._pad_id, dtype=torch.long)
+        for row, some in enumerate(tokens):
+            ids[row, : len(some)] = torch.tensor(some)
+        return ids.to(self.device)
+
+    def clamp_temperature(self) -> None:
+        self.logit_scale.data.clamp_(0, math.log(MAX_LOGIT_SCALE))
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes, by name: the parameters that train, and all buffers (running statistics)."""
+        state = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        return state | {name: b.detach() for name, b in self.module.named_buffers() if name in self.module.state_dict()}
+
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `trained_state` gave."""
+        mine = self.trained_state()
+        if set(mine) != set(state):
+            raise ValueError("the checkpoint holds other tensors than those that train")
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+
+    def write(self, path: Path) -> None:
+        """Write all weights to a safetensors file that loads as `{load_as}={path}`; whole or not at all."""
+        from safetensors.torch import save_file
+
+        # Each tensor a copy of its own: safetensors refuses tensors that share memory.
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.module.state_dict().items()}
+        facts: dict[str, Any] = {"preprocess": self.preprocess.to_json()}
+        metadata = {"format": "pt"}
+        if self.kind == "nano":
+            from clipfilter.models.nano import CONFIG, config_text
+            from clipfilter.models.nano.network import pack
+
+            local = self.encoder.name.partition("=")[2]
+            start = local_path(local) if local else None
+            metadata[CONFIG.name] = config_text(start, float(state.pop("logit_scale").exp()))
+            state = pack(state)
+        else:
+            facts["activation"] = self.encoder.fingerprint["activation"]
+        unfinished = path.with_name(path.name + ".part")
+        save_file(state, unfinished, metadata=metadata | {"clipfilter": json.dumps(facts)})
+        with open(unfinished, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(unfinished, path)
+
+
+def load_trainable(name: str, *, device: str = "cpu", threads: int | None = None) -> Trainable:
+    """The model `name` (an open_clip model, or nano) in float32, nothing of it trainable yet.
+
+    Raises RefusedError where `load_encoder` does, and for models that cannot be trained.
+    """
+    encoder = load_encoder(name, device=device, dtype="fp32", threads=threads)
+    module = getattr(getattr(encoder, "_image_tower", None), "__self__", None)
+    if not isinstance(encoder, TorchEncoder) or not isinstance(module, nn.Module):
+        raise RefusedError(f"{name} cannot be trained: use nano or an open_clip model (ViT-B-32/openai, ARCH=/path).")
+    from open_clip import CLIP, CustomTextCLIP
+
+    from clipfilter.models.nano.network import Nano
+
+    if isinstance(module, Nano):
+        return Trainable(encoder, module, "nano")
+    if isinstance(module, CLIP | CustomTextCLIP):
+        return Trainable(encoder, module, "open_clip")
+    raise RefusedError(f"{name} cannot be trained: use nano or an open_clip model (ViT-B-32/openai, ARCH=/path).")
+
+
+def write_random(architecture: str, path: Path, seed: int) -> None:
+    """Write randomly initialised weights of an open_clip architecture to `path`, unless they are there already.
+
+    Raises RefusedError for an architecture that open_clip does not have.
+    """
+    from clipfilter.models._torch import torch_with_torchvision
+
+    torch_with_torchvision()
+    import open_clip
+    from safetensors.torch import save_file
+
+    if open_clip.get_model_config(architecture) is None:
+        raise RefusedError(
+            f"open_clip has no architecture {architecture!r}; --from-scratch takes a bare one (ViT-S-32)."
+        )
+    if path.exists():
+        return
+    torch.manual_seed(seed)
+    model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, unfinished)
+    os.replace(unfinished, path)
+
+
+def _architecture(fingerprint: Mapping[str, Any]) -> str:
+    """The architecture under which these weights get the activation they were trained with."""
+    import open_clip
+
+    name = str(fingerprint["architecture"])
+    quick = fingerprint.get("activation") == "quick_gelu"
+    if quick == bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False)):
+        return name
+    other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
+    if other not in open_clip.list_models():
+        raise RefusedError(f"open_clip has no architecture {other}, which these weights of {name} need to be saved.")
+    return other

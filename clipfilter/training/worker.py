@@ -1,0 +1,69 @@
+"""What one worker of a training run does: load the data and the model that were prepared, and train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipfilter.engine.hardware import MAX_THREADS, cpu_count
+from clipfilter.training.batches import Loader
+from clipfilter.training.group import Group
+from clipfilter.training.loop import Shown, fit
+from clipfilter.training.measuring import measure_pairs
+from clipfilter.training.model import Trainable, load_trainable
+from clipfilter.training.pairs import Pairs
+from clipfilter.training.settings import TrainSettings
+
+PAIRS = ".pairs"
+INITIAL = "initial.safetensors"
+#: Without --dev and --dev-where this share of the pairs is held out, by a hash of their uids.
+HELD_OUT = 0.05
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run as it lies in OUT/.pairs. `choose` steers training and interpolation, `report` never does."""
+
+    train: Pairs
+    choose: Pairs
+    report: Pairs
+
+
+def open_data(settings: TrainSettings) -> Data:
+    """The prepared pairs of a run."""
+    folder = Path(settings.out) / PAIRS
+    train = Pairs(folder / "train.arrow")
+    if settings.dev is None and not settings.dev_where:
+        train, dev = train.hold_out(HELD_OUT)
+    else:
+        dev = Pairs(folder / "dev.arrow")
+    return Data(train, *dev.halves())
+
+
+def load_start(settings: TrainSettings) -> Trainable:
+    """The model that training starts from."""
+    name = settings.model
+    if settings.from_scratch:
+        name = f"{name}={Path(settings.out).absolute() / INITIAL}"
+    return load_trainable(name, device=settings.device, threads=threads_of(settings))
+
+
+def threads_of(settings: TrainSettings) -> int:
+    return settings.threads or max(1, min(MAX_THREADS, cpu_count() // settings.workers))
+
+
+def work(settings: TrainSettings, group: Group, show: Callable[[Shown], None] | None = None) -> None:
+    """Train as worker `group.rank`; checkpoints and logs go to OUT."""
+    threads = threads_of(settings)
+    data = open_data(settings)
+    model = load_start(settings)
+    loader = Loader(
+        data.train, model.preprocess, settings.seed, settings.batch_size, settings.accumulate, settings.augment, threads,
+        group.rank, group.size,
+    )  # fmt: skip
+
+    def measure() -> dict[str, float]:
+        return measure_pairs(model.encoder, data.choose, threads, float(model.logit_scale.detach().exp()))
+
+    fit(settings, model, loader, measure, group, show)
