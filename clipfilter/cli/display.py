@@ -156,8 +156,12 @@ def print_plan(request: JobRequest, as_json: bool) -> None:
         print(json.dumps(overview, indent=1))
         return
     console = Console()
+    warnings = overview.pop("warnings")
     for name, value in overview.items():
-        console.print(f"{name:<14} {value}", soft_wrap=True, highlight=False)
+        shown = ", ".join(value) if isinstance(value, list) else value
+        console.print(f"{name:<14} {shown}", soft_wrap=True, highlight=False, markup=False)
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     console.print("nothing was done (--dry-run)", style="dim")
 
 

@@ -17,7 +17,7 @@ from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_t
 from clipfilter.engine.executors import Executor
 from clipfilter.engine.hardware import gpu_count
 from clipfilter.engine.plan import PLAN_FILE, Job, Plan, read_plan, refuse_if_different, settle_plan
-from clipfilter.engine.worker import JobSpec
+from clipfilter.engine.worker import JobSpec, compile_for
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, load_policy
 from clipfilter.sources import Shard, Source, SourceOptions, open_source
@@ -199,9 +199,20 @@ def choose_executor(request: JobRequest) -> Executor:
     executor = RayExecutor(request.address, request.workers, request.threads, request.device)
     executor.refuse_unshared(request.out, "--out")
     executor.refuse_unshared(request.source, "the source")
-    for part in request.model.split("=", 1)[1:]:
-        executor.refuse_unshared(part, "the checkpoint")
+    checkpoint = _local_checkpoint(request.model)
+    if checkpoint is not None:
+        executor.refuse_unshared(checkpoint, "the checkpoint")
     return executor
+
+
+def _local_checkpoint(model: str) -> str | None:
+    """The path in a model's name that each machine would have to have: after `=`, `onnx:`, `hf:` and `hf-hub:`."""
+    if "=" in model:
+        return model.split("=", 1)[1]
+    kind, _, rest = model.partition(":")
+    if kind == "onnx" or (kind in ("hf", "hf-hub") and Path(rest).exists()):
+        return rest
+    return None
 
 
 def run_job(request: JobRequest, display: Display | None = None) -> JobResult:
@@ -449,17 +460,25 @@ def _log_file(directory: Directory) -> Iterator[None]:
 
 
 def plan_overview(request: JobRequest) -> dict[str, Any]:
-    """What `--dry-run` shows: the request checked and its shards listed, nothing started or written."""
+    """What `--dry-run` shows: the request checked, the model loaded, the shards listed; nothing started or written."""
+    from clipfilter.models import load_encoder
+
     prepared = prepare(request)
     _refuse_other_plan(prepared)
     if prepared.source is not None:
-        shards = list(prepared.source.iter_shards())
-        kind = prepared.source.kind
+        source, decode = prepared.source, request.decode
+        shards = list(source.iter_shards())
+        kind = source.kind
     else:
         assert prepared.base is not None
-        run, _, version, _ = prepared.base
+        run, _, version, base = prepared.base
+        source, decode = Source.from_plan(base.source), base.options["decode"]
         shards = [Shard.from_json(c["shard"]) for c in ledger.read_commits(run, version["commits"])]
         kind = "run"
+    encoder = load_encoder(prepared.model, device="cpu" if request.device == "auto" else request.device)
+    warnings: list[str] = []
+    if prepared.policy is not None:
+        warnings = list(compile_for(source, prepared.policy, encoder, decode).warnings)
     sizes = {shard.path: shard.size for shard in shards}
     return {
         "job": request.job,
@@ -472,5 +491,7 @@ def plan_overview(request: JobRequest) -> dict[str, Any]:
         "policy": f"{prepared.policy.name} version {prepared.policy.version}" if prepared.policy else None,
         "rules": [rule.id for rule in prepared.policy.rules] if prepared.policy else [],
         "model": prepared.model,
+        "weights": encoder.fingerprint["weights_sha256"],
         "captions": prepared.text,
+        "warnings": warnings,
     }

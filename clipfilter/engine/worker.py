@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,10 @@ from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
 from clipfilter.engine.writer import ShardWriter
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
+
+if TYPE_CHECKING:
+    from clipfilter.models import Encoder
+    from clipfilter.policies import CompiledPolicy, Policy
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Worker:
 
     def __init__(self, spec: JobSpec) -> None:
         from clipfilter.models import load_encoder
-        from clipfilter.policies import Policy, compile_policy
+        from clipfilter.policies import Policy
 
         self.spec = spec
         self.directory = Directory(spec.out)
@@ -100,9 +104,8 @@ class Worker:
         self.policy = None
         if spec.policy is not None:
             policy = Policy.from_canonical(spec.policy)
-            compiled = compile_policy(policy, self.encoder, decode=spec.options["decode"])
+            compiled = compile_for(source, policy, self.encoder, spec.options["decode"])
             self.policy = self._on_torch_thread(compiled, "score")
-            self.policy.check_columns(pa.schema([*source.schema, *decision_inputs()]))
         self.rows_done = 0
         self._encoder_turn = threading.Lock()
         self._progress = threading.Lock()
@@ -263,6 +266,15 @@ class Worker:
     def _count(self, rows: int) -> None:
         with self._progress:
             self.rows_done += rows
+
+
+def compile_for(source: Source, policy: Policy, encoder: Encoder, decode: str) -> CompiledPolicy:
+    """The policy compiled for a model and for the columns of a source; RefusedError where it fits neither."""
+    from clipfilter.policies import compile_policy
+
+    compiled = compile_policy(policy, encoder, decode="exact" if decode == "exact" else "fast")
+    compiled.check_columns(pa.schema([*source.schema, *decision_inputs()]))
+    return compiled
 
 
 class _OnThread:

@@ -207,6 +207,14 @@ def test_dry_run_writes_nothing(dataset: Path, policy: str, tmp_path: Path) -> N
     overview = plan_overview(JobRequest("run", str(dataset), str(tmp_path / "out"), policy=policy))
     assert (overview["shards"], overview["kind"], overview["model"]) == (3, "webdataset", "nano")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(RefusedError, match="unknown model"):
+        plan_overview(JobRequest("run", str(dataset), str(tmp_path / "out"), policy=policy, model="nanno"))
+    elsewhere = tmp_path / "column.yaml"
+    elsewhere.write_text(
+        "policy: p\nversion: 1\nrules:\n  - {id: r, metadata: no_such_column, reject: {below: 1}}\n", encoding="utf-8"
+    )
+    with pytest.raises(RefusedError, match="no_such_column"):
+        plan_overview(JobRequest("run", str(dataset), str(tmp_path / "out"), policy=str(elsewhere)))
 
 
 def test_limit_and_sample_choose_rows_reproducibly(dataset: Path, policy: str, tmp_path: Path) -> None:
