@@ -1,7 +1,8 @@
-"""Step 1 of nano's training: the frozen bodies' outputs for Flickr8k's training part and WordNet's texts, cached.
+"""Step 1 of nano's training: the frozen bodies' outputs for photos, captions and the vocabulary, cached.
 
-Writes below --out: `images.pt` (float16 [4 views, 6000, 1280] pooled features), `captions.pt` (float16 [6000, 5, 384])
-and `wordnet.pt` (embeddings of nouns, and where WordNet has them). See README.md for the command.
+Writes below --out: `images.pt` (float16 [4 views, 6000, 1280] pooled features), `captions.pt` (float16 [6000, 5, 384]),
+`wordnet.pt` (embeddings of nouns, and where WordNet has them) and `looks.pt` (the same of the thesaurus). With --photos
+in place of --flickr8k there are no captions, and 36 views of every photo. See README.md for the commands.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ torch_with_torchvision()
 import timm.data  # noqa: E402
 import torch  # noqa: E402
 from init_weights import minilm_folder, untrained  # noqa: E402
+from looks_like import phrases, read_looks  # noqa: E402
 from PIL import Image  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -33,6 +35,7 @@ from clipfilter.models.nano.network import Nano  # noqa: E402
 SIZE, MEAN, STD = 240, 127 / 255, 128 / 255
 # Views of each photo, and the seeds of their crops: those of edition 1, so that its features can be made again.
 VIEWS = {"whole": "", "flipped": "", "crop": "['crop0']", "flipped crop": "['flip', 'crop1']"}
+MANY_CROPS = {f"{kind} {i}": f"{kind} {i}" for i in range(18) for kind in ("crop", "flipped crop")}
 
 
 def training_rows(folder: Path) -> tuple[list[bytes], list[list[str]]]:
@@ -54,6 +57,18 @@ def training_rows(folder: Path) -> tuple[list[bytes], list[list[str]]]:
     return images, captions
 
 
+def readable_photos(folder: Path) -> list[bytes]:
+    """Bytes of the folder's JPEG files that decode."""
+    images = []
+    for path in sorted(folder.glob("*.jpg")):
+        try:
+            Image.open(path).convert("RGB")
+        except OSError:
+            continue
+        images.append(path.read_bytes())
+    return images
+
+
 def view(data: bytes, name: str, draw: random.Random) -> np.ndarray:
     """One view of a photo as uint8 [3, SIZE, SIZE]: whole or a random crop of 45 to 100 % area, perhaps mirrored."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -68,9 +83,9 @@ def view(data: bytes, name: str, draw: random.Random) -> np.ndarray:
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
-def image_features(network: Nano, images: list[bytes], name: str) -> Tensor:
+def image_features(network: Nano, images: list[bytes], name: str, seed: str) -> Tensor:
     """Pooled features [n, 1280] of one view of every photo."""
-    draw = random.Random(VIEWS[name])
+    draw = random.Random(seed)
     parts = []
     for start in range(0, len(images), 4):
         pixels = np.stack([view(data, name, draw) for data in images[start : start + 4]])
@@ -96,11 +111,12 @@ def text_features(network: Nano, tokenizer: Tokenizer, texts: list[str]) -> Tens
     return out.half()
 
 
-def wordnet_features(network: Nano, tokenizer: Tokenizer, folder: Path) -> dict[str, Tensor]:
-    """The nouns' embeddings float16 [n, 384] and paths int64 [n, LONGEST_PATH] (0 fills up); the same of the classes."""
+def wordnet_features(network: Nano, tokenizer: Tokenizer, folder: Path, known: set[str]) -> dict[str, Tensor]:
+    """Embeddings float16 [n, 384] and paths int64 [n, LONGEST_PATH] (0 fills up) of the nouns that are not `known`,
+    and of the classes."""
     synsets = read_nouns(folder)
     ids = timm.data.ImageNetInfo().label_names()
-    nouns = visible_nouns(synsets, ids)
+    nouns = [noun for noun in visible_nouns(synsets, ids) if noun.word not in known]
     names = class_names(synsets, ids)
     flat = [text for group in names for text in group]
     vectors = torch.nn.functional.normalize(text_features(network, tokenizer, flat).float(), dim=-1)
@@ -117,9 +133,26 @@ def wordnet_features(network: Nano, tokenizer: Tokenizer, folder: Path) -> dict[
     }
 
 
+def look_features(network: Nano, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """The thesaurus: embeddings float16 [n, 384] of phrases, each phrase's line [n], the lines' classes [lines, 1000]."""
+    draw = random.Random(0)
+    looks = read_looks()
+    texts = [(text, line) for line, look in enumerate(looks) for term in look.terms for text in phrases(term, draw)]
+    classes = torch.zeros(len(looks), 1000)
+    for line, look in enumerate(looks):
+        classes[line, list(look.classes)] = torch.tensor(list(look.classes.values()))
+    return {
+        "vectors": text_features(network, tokenizer, [text for text, _ in texts]),
+        "lines": torch.tensor([line for _, line in texts]),
+        "classes": classes,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flickr8k", type=Path, required=True, help="folder with the shards of Flickr8k")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--flickr8k", type=Path, help="folder with the shards of Flickr8k")
+    source.add_argument("--photos", type=Path, help="folder of any JPEG photos, for heads without captions")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -131,13 +164,18 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(128)
-    images, captions = training_rows(args.flickr8k)
+    known = {term for look in read_looks() for term in look.terms}
     with torch.inference_mode():
-        torch.save(wordnet_features(network, tokenizer, args.wordnet), args.out / "wordnet.pt")
-        flat = [caption for five in captions for caption in five]
-        torch.save(text_features(network, tokenizer, flat).view(-1, 5, 384), args.out / "captions.pt")
-        torch.save(torch.stack([image_features(network, images, name) for name in VIEWS]), args.out / "images.pt")
-    (args.out / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+        torch.save(look_features(network, tokenizer), args.out / "looks.pt")
+        torch.save(wordnet_features(network, tokenizer, args.wordnet, known), args.out / "wordnet.pt")
+        if args.photos:
+            images, views = readable_photos(args.photos), MANY_CROPS
+        else:
+            (images, captions), views = training_rows(args.flickr8k), VIEWS
+            flat = [caption for five in captions for caption in five]
+            torch.save(text_features(network, tokenizer, flat).view(-1, 5, 384), args.out / "captions.pt")
+        seen = [image_features(network, images, name, seed) for name, seed in views.items()]
+        torch.save(torch.stack(seen), args.out / "images.pt")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ NETWORK: dict[str, Any] = {
     "positions": 128,
     "hidden": 768,
     "class_hidden": 1536,
+    "class_dim": 512,
     "caption_dim": 256,
     "caption_weight": 0.5,
     "class_temperature": 1.0,

@@ -31,8 +31,9 @@ class Synset:
 
 @dataclass(frozen=True)
 class Noun:
-    """text: a word, perhaps in a template. path: offsets from WordNet's root down to the word's synset."""
+    """text: the word, perhaps in a template. path: offsets from WordNet's root down to the word's synset."""
 
+    word: str
     text: str
     path: tuple[int, ...]
 
@@ -83,5 +84,5 @@ def visible_nouns(synsets: dict[int, Synset], imagenet_ids: list[str], seed: int
         path = path_to(synsets, offset)
         for i, word in enumerate(synsets[offset].words[:2]):
             if i == 0 or draw.random() < 0.5:
-                nouns.append(Noun(draw.choice(TEMPLATES).format(word.lower()), path))
+                nouns.append(Noun(word.lower(), draw.choice(TEMPLATES).format(word.lower()), path))
     return nouns

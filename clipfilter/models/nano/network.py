@@ -19,15 +19,15 @@ _SCALE = ".scale"  # suffix of the per-row scales of a tensor stored as int8
 class Nano(nn.Module):
     """Both towers. A vector is two blocks side by side; the cosine of an image and a text is their weighted sum:
 
-    - the class block, in a centred copy of MiniLM's space: for images the mean of class vectors under the
-      classifier's probabilities (ConSE, Norouzi et al. 2014, arXiv:1312.5650), for texts a projection that learned
-      from WordNet how near every noun is to those classes;
+    - the class block: for images the mean of learned class vectors under the classifier's probabilities (as ConSE,
+      Norouzi et al. 2014, arXiv:1312.5650), for texts a projection that learned from WordNet and a thesaurus of looks
+      which of those classes a photo of a thing lights up;
     - the caption block: projections of the image features and of the MiniLM embedding, learned from captions.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.dim = int(config["caption_dim"]) + int(config["text_width"])
+        self.dim = int(config["caption_dim"]) + class_dim(config)
         self.image_body: Any = fold_batch_norm(timm.create_model(config["image_body"], pretrained=False).eval())
         self.image_head = ImageHead(config)
         self.text_body = TextBody(config)
@@ -52,6 +52,11 @@ class Nano(nn.Module):
         return vectors
 
 
+def class_dim(config: Mapping[str, Any]) -> int:
+    """Numbers in the class block; edition 1 had as many as MiniLM."""
+    return int(config.get("class_dim", config["text_width"]))
+
+
 class ImageHead(nn.Module):
     """Pooled features [n, features] and class logits [n, 1000] -> [n, dim]."""
 
@@ -59,7 +64,7 @@ class ImageHead(nn.Module):
         super().__init__()
         self.caption_weight = float(config["caption_weight"])
         self.temperature = float(config["class_temperature"])
-        self.class_vectors = nn.Parameter(torch.zeros(1000, config["text_width"]))
+        self.class_vectors = nn.Parameter(torch.zeros(1000, class_dim(config)))
         self.caption = Projection(config["image_features"], config["hidden"], config["caption_dim"])
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
@@ -74,7 +79,7 @@ class TextHead(nn.Module):
         super().__init__()
         self.caption_weight = float(config["caption_weight"])
         self.caption = Projection(config["text_width"], config["hidden"], config["caption_dim"])
-        self.classes = Projection(config["text_width"], config["class_hidden"], config["text_width"])
+        self.classes = Projection(config["text_width"], config["class_hidden"], class_dim(config))
 
     def forward(self, pooled: Tensor) -> Tensor:
         pooled = F.normalize(pooled, dim=-1)
