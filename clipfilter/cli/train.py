@@ -81,7 +81,7 @@ def train(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column with image bytes, paths or URLs.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column with captions.")] = None,
-    dev: Annotated[str | None, typer.Option(help="Pairs to measure on [default: 5 % of the pairs, held out].")] = None,
+    dev: Annotated[str | None, typer.Option(help="Pairs to measure on [default: held out of the pairs].")] = None,
     dev_where: Annotated[
         list[str] | None, typer.Option(help="column=value of the dev rows, of --dev or of SOURCE.")
     ] = None,

@@ -23,9 +23,9 @@ CROP_RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """pixels: uint8 [n, 3, S, S]. texts: n captions."""
+    """images: uint8 pixels [n, 3, S, S], or float32 activations as `prefix` recorded them. texts: n captions."""
 
-    pixels: np.ndarray
+    images: np.ndarray
     texts: list[str]
 
 
@@ -83,6 +83,7 @@ class Loader:
     accumulate: int
     augment: bool
     threads: int
+    recorded: np.ndarray | None = None  # the prefix's activations of the pairs' whole file, instead of pixels
     rank: int = 0
     workers: int = 1
 
@@ -110,4 +111,6 @@ class Loader:
         generator = row_generator(self.seed, epoch, position)
         captions = self.pairs.captions(position)
         caption = captions[int(generator.integers(len(captions)))]
+        if self.recorded is not None:
+            return self.recorded[self.pairs.rows[position]], caption
         return prepare_row(self.pairs.image(position), self.config, generator if self.augment else None), caption

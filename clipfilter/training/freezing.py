@@ -133,6 +133,19 @@ def blocks_of(module: nn.Module, tower: Tower) -> list[str]:
     return []
 
 
+def frozen_blocks(module: nn.Module, tower: Tower) -> list[str]:
+    """The leading blocks of a tower that are frozen, with everything before them; none when that trains."""
+    trained = [name for name, p in module.named_parameters() if p.requires_grad and tower_of(name) == tower]
+    if any(_STEM[tower].match(name) for name in trained):
+        return []
+    frozen: list[str] = []
+    for block in blocks_of(module, tower):
+        if any(name.startswith(block + ".") for name in trained):
+            break
+        frozen.append(block)
+    return frozen
+
+
 def _flat(module: nn.Module, name: str) -> list[str]:
     found: list[str] = []
     for child_name, child in module.named_children():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipfilter import __version__
 from clipfilter.errors import RefusedError
@@ -17,7 +17,11 @@ from clipfilter.storage import Directory, is_local
 from clipfilter.training.group import Group
 from clipfilter.training.settings import TrainSettings
 
+if TYPE_CHECKING:
+    import numpy as np
+
 PLAN, RESULT, CARD = "train.json", "result.json", "MODEL_CARD.md"
+Measured = dict[str, "float | None"]
 MODEL, FINETUNED = "model.safetensors", "finetuned.safetensors"
 
 
@@ -112,8 +116,9 @@ def _prepare(settings: TrainSettings, out: Path, tell: Callable[[str], None]) ->
     """Read the data once, load the model once, and say what will be done. Returns what the model card needs."""
     from clipfilter.training.freezing import describe, freeze
     from clipfilter.training.model import write_random
-    from clipfilter.training.pairs import PairRequest, collect_pairs
-    from clipfilter.training.worker import HELD_OUT, INITIAL, PAIRS, load_start, open_data, threads_of
+    from clipfilter.training.pairs import PairRequest, Pairs, collect_pairs
+    from clipfilter.training.prefix import Prefix, PrefixStore
+    from clipfilter.training.worker import INITIAL, PAIRS, load_start, open_data, threads_of
 
     if settings.from_scratch:
         write_random(settings.model, out / INITIAL, settings.seed)
@@ -143,16 +148,20 @@ def _prepare(settings: TrainSettings, out: Path, tell: Callable[[str], None]) ->
     opened = open_data(settings)
     if "dev" not in data:
         held = len(opened.choose) + len(opened.report)
-        data["dev"] = {"source": f"{HELD_OUT:.0%} of the training pairs, held out", "rows": f"{held:,} rows"}
-    for name, half in (("dev", opened.choose), ("dev", opened.report)):
-        if len(half) < 2:
-            raise RefusedError(f"the {name} set is too small to be halved: give --dev or --dev-where with more rows.")
+        data["dev"] = {"source": "held out of the training pairs", "rows": f"{held:,} rows"}
+        tell(f"dev: {held:,} rows held out")
+    if min(len(opened.choose), len(opened.report)) < 2:
+        raise RefusedError("the dev set is too small to be halved: give --dev or --dev-where with more rows.")
     if len(opened.train) < settings.step_pairs:
         raise RefusedError(
             f"a step needs {settings.step_pairs} pairs (batch size x accumulate x workers), but there are only "
             f"{len(opened.train)}: lower --batch-size or --accumulate."
         )
     tell(f"trains ({settings.train}): {trains}")
+    store = PrefixStore(Prefix(model), threads)
+    for name in wanted:
+        if name != "train" or not settings.augment:
+            store.collect(Pairs(out / PAIRS / f"{name}.arrow"), model.preprocess)
     if not (out / PLAN).exists():
         plan = {"settings": settings.to_json(), "model": model.encoder.fingerprint, "clipfilter": __version__}
         directory = Directory(str(out))
@@ -169,12 +178,13 @@ def _conclude(
     settings: TrainSettings, out: Path, facts: Mapping[str, Any], command: Sequence[str], tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Choose the interpolation on one half of dev and zero-shot sets, report on the other, write everything."""
-    from clipfilter.models import load_encoder
     from clipfilter.training.card import model_card
     from clipfilter.training.checkpoints import Checkpoints
     from clipfilter.training.freezing import freeze
-    from clipfilter.training.measuring import measure_pairs, measure_zero_shot
+    from clipfilter.training.measuring import embed_images, measure_pairs, measure_zero_shot
+    from clipfilter.training.model import load
     from clipfilter.training.pairs import Pairs
+    from clipfilter.training.prefix import Prefix, PrefixStore
     from clipfilter.training.wiseft import ALPHAS, Point, choose, interpolate
     from clipfilter.training.worker import PAIRS, load_start, open_data, threads_of
 
@@ -188,22 +198,33 @@ def _conclude(
         zero_shot_choose, zero_shot_report = whole.halves()
     model = load_start(settings)
     freeze(model.module, settings.train)
+    store = PrefixStore(Prefix(model), threads)
     before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
     checkpoints = Checkpoints(out / "checkpoints")
     position = checkpoints.position()
     assert position is not None
     after = checkpoints.weights(position.best_step)
 
-    def measure(encoder: Any, pairs: Pairs, labelled: Pairs | None) -> dict[str, float | None]:
-        found: dict[str, float | None] = {**measure_pairs(encoder, pairs, threads, encoder.logit_scale)}
-        found["zero_shot_top1"] = measure_zero_shot(encoder, labelled, labels, threads) if labelled else None
+    def measure(
+        encoder: Any, scale: float, pairs: Pairs, labelled: Pairs | None, store: PrefixStore | None
+    ) -> Measured:
+        def embed(some: Pairs) -> np.ndarray:
+            quick = store.embed(some) if store else None
+            return embed_images(encoder, some, threads) if quick is None else quick
+
+        found: Measured = {**measure_pairs(encoder, embed(pairs), pairs, scale)}
+        found["zero_shot_top1"] = measure_zero_shot(encoder, embed(labelled), labelled, labels) if labelled else None
         return found
 
-    chosen_on: dict[str, dict[str, float | None]] = {}
+    def scale_of(state: Mapping[str, Any]) -> float:
+        return float(state["logit_scale"].exp())
+
+    chosen_on: dict[str, Measured] = {}
     points = []
     for alpha in (1.0,) if settings.from_scratch else ALPHAS:
-        model.load_trained(interpolate(before, after, alpha))
-        found = measure(model.encoder, data.choose, zero_shot_choose)
+        weights = interpolate(before, after, alpha)
+        model.load_trained(weights)
+        found = measure(model.encoder, scale_of(weights), data.choose, zero_shot_choose, store)
         chosen_on[f"{alpha:g}"] = found
         recall = found["recall_at_10"]
         assert recall is not None
@@ -214,7 +235,7 @@ def _conclude(
 
     reported = {}
     model.load_trained(before)
-    reported["before"] = measure(model.encoder, data.report, zero_shot_report)
+    reported["before"] = measure(model.encoder, scale_of(before), data.report, zero_shot_report, store)
     model.load_trained(interpolate(before, after, 1.0))
     model.write(out / FINETUNED)
     model.load_trained(interpolate(before, after, alpha))
@@ -223,10 +244,8 @@ def _conclude(
     # The files themselves are measured: what was rounded to be stored is in the numbers.
     architecture = load_start(settings).load_as
     for name, file in (("after", FINETUNED), ("interpolated", MODEL)):
-        encoder = load_encoder(
-            f"{architecture}={out.absolute() / file}", device=settings.device, dtype="fp32", threads=threads
-        )
-        reported[name] = measure(encoder, data.report, zero_shot_report)
+        encoder = load(f"{architecture}={out.absolute() / file}", settings.device, threads)
+        reported[name] = measure(encoder, encoder.logit_scale, data.report, zero_shot_report, None)
     summary = {
         "clipfilter": __version__,
         "settings": settings.to_json(),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clipfilter.errors import ClipfilterError
 from clipfilter.training.batches import Loader, MicroBatch
@@ -44,14 +45,16 @@ def fit(
     settings: TrainSettings,
     model: Trainable,
     loader: Loader,
+    image_features: Callable[[np.ndarray], Tensor],
     measure: Callable[[], dict[str, float]],
     group: Group,
     show: Callable[[Shown], None] | None = None,
 ) -> Position:
     """Train from the newest checkpoint of the run (or from the start) to the end, or until the dev measure stops rising.
 
-    measure: the dev measures of the model as it is; called on the first worker after each epoch. The result depends on
-    the settings alone, not on how often the run was interrupted. Raises ClipfilterError when the loss is not finite.
+    image_features: of the images that the loader gives. measure: the dev measures of the model as it is; called on the
+    first worker after each epoch. The result depends on the settings alone, not on how often the run was interrupted.
+    Raises ClipfilterError when the loss is not finite.
     """
     out = Path(settings.out)
     named = freeze(model.module, settings.train)
@@ -86,7 +89,7 @@ def fit(
                 for parameter_group in optimizer.param_groups:
                     parameter_group["lr"] = rate
                 optimizer.zero_grad()
-                value = _gradients(settings, model, loss, micro_batches, position.step, group, scaler)
+                value = _gradients(settings, model, image_features, loss, micro_batches, position.step, group, scaler)
                 group.mean_([value, *(p.grad for p in parameters if p.grad is not None)])
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
@@ -134,6 +137,7 @@ def fit(
 def _gradients(
     settings: TrainSettings,
     model: Trainable,
+    image_features: Callable[[np.ndarray], Tensor],
     loss: torch.nn.Module,
     micro_batches: list[MicroBatch],
     step: int,
@@ -148,7 +152,9 @@ def _gradients(
         seed = np.random.SeedSequence((settings.seed, step, group.rank, number)).generate_state(1)[0]
         torch.manual_seed(int(seed))
         with torch.autocast(model.device.type, dtypes[settings.dtype], enabled=mixed):
-            return model.features(micro_batches[number].pixels, micro_batches[number].texts)
+            image = image_features(micro_batches[number].images)
+            text = model.text_features(micro_batches[number].texts)
+        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
     def value(images: Tensor, texts: Tensor) -> Tensor:
         bias = model.logit_bias if settings.loss == "siglip" else None

@@ -34,14 +34,13 @@ def embed_images(encoder: Encoder, pairs: Pairs, threads: int) -> np.ndarray:
     return np.concatenate([encoder.encode_images(pixels) for pixels in prefetch(batches(), 1)])
 
 
-def measure_pairs(encoder: Encoder, pairs: Pairs, threads: int, logit_scale: float) -> dict[str, float]:
-    """Retrieval among the pairs, all captions counting, and how well captions match.
+def measure_pairs(encoder: Encoder, images: np.ndarray, pairs: Pairs, logit_scale: float) -> dict[str, float]:
+    """Retrieval among the pairs, all captions counting, and how well captions match. images: their embeddings.
 
     image_to_text_at_10, text_to_image_at_10: shares; recall_at_10: their mean. auc: of first captions. loss: ClipLoss of
     first captions under `logit_scale` (a factor), in batches of 256.
     """
     captions = [pairs.captions(row) for row in range(len(pairs))]
-    images = embed_images(encoder, pairs, threads)
     texts = encoder.encode_texts([caption for some in captions for caption in some])
     text_image = np.repeat(np.arange(len(captions)), [len(some) for some in captions])
     found = retrieval(images, texts, text_image)
@@ -55,13 +54,16 @@ def measure_pairs(encoder: Encoder, pairs: Pairs, threads: int, logit_scale: flo
     }
 
 
-def measure_zero_shot(encoder: Encoder, pairs: Pairs, labels: Sequence[str], threads: int) -> float:
-    """Top-1 among `labels` (all of the set's, sorted), a share; default templates, names as `evaluate --labels-as words`."""
+def measure_zero_shot(encoder: Encoder, images: np.ndarray, pairs: Pairs, labels: Sequence[str]) -> float:
+    """Top-1, a share, of images (their embeddings) among `labels`, all of the set's, sorted.
+
+    Default templates; labels are named as words ("grand_piano" is "grand piano").
+    """
     classes, number = name_classes(labels, None, "words")
     truth = dict(zip(labels, number, strict=True))
     chosen = np.array([truth[pairs.label(row)] for row in range(len(pairs))])
     vectors = class_vectors(encoder, classes, TEMPLATES[DEFAULT_TEMPLATES])
-    return zero_shot(embed_images(encoder, pairs, threads), chosen, vectors).top1
+    return zero_shot(images, chosen, vectors).top1
 
 
 def _clip_loss(images: np.ndarray, texts: np.ndarray, logit_scale: float) -> float:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clipfilter.errors import RefusedError
-from clipfilter.models import load_encoder
+from clipfilter.models import Encoder, load_encoder
 from clipfilter.models.encoder import TorchEncoder
 from clipfilter.storage import local_path
 
@@ -56,11 +55,13 @@ class Trainable:
     def logit_bias(self) -> nn.Parameter | None:
         return cast("nn.Parameter | None", getattr(self.module, "logit_bias", None))
 
-    def features(self, pixels: np.ndarray, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """uint8 [n, 3, S, S] and n texts -> image and text features, unit rows [n, dim]."""
-        image = self.encoder._image_tower(self.encoder.normalise(pixels))
-        text = self.encoder._text_tower(self.token_ids(texts))
-        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    def image_features(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [n, 3, S, S] -> [n, dim], of any norm."""
+        return self.encoder._image_tower(self.encoder.normalise(pixels))
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> [n, dim], of any norm."""
+        return self.encoder._text_tower(self.token_ids(texts))
 
     def token_ids(self, texts: Sequence[str]) -> Tensor:
         """int64 [n, length] on the device, truncated and padded as the text tower expects."""
@@ -118,7 +119,7 @@ def load_trainable(name: str, *, device: str = "cpu", threads: int | None = None
 
     Raises RefusedError where `load_encoder` does, and for models that cannot be trained.
     """
-    encoder = load_encoder(name, device=device, dtype="fp32", threads=threads)
+    encoder = load(name, device, threads)
     module = getattr(getattr(encoder, "_image_tower", None), "__self__", None)
     if not isinstance(encoder, TorchEncoder) or not isinstance(module, nn.Module):
         raise RefusedError(f"{name} cannot be trained: use nano or an open_clip model (ViT-B-32/openai, ARCH=/path).")
@@ -131,6 +132,14 @@ def load_trainable(name: str, *, device: str = "cpu", threads: int | None = None
     if isinstance(module, CLIP | CustomTextCLIP):
         return Trainable(encoder, module, "open_clip")
     raise RefusedError(f"{name} cannot be trained: use nano or an open_clip model (ViT-B-32/openai, ARCH=/path).")
+
+
+def load(name: str, device: str, threads: int | None) -> Encoder:
+    if name.startswith("nano="):
+        from clipfilter.models.nano import load_nano
+
+        return load_nano(name, device=device, dtype="fp32", threads=threads)
+    return load_encoder(name, device=device, dtype="fp32", threads=threads)
 
 
 def write_random(architecture: str, path: Path, seed: int) -> None:

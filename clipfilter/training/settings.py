@@ -23,9 +23,9 @@ class TrainSettings:
 
     source, dev, zero_shot: what `open_source` reads. where, dev_where: `column=value`; a row must have one of
     the values given for each column. train: the rule of `freezing.trainable_names`. A step contrasts batch_size *
-    accumulate * workers pairs. warmup: steps (None: a tenth of all). clip_norm: the largest norm of the gradient. checkpoint_every: steps.
-    patience: epochs without a better dev measure before training stops. max_zero_shot_loss: points of zero-shot top-1
-    that interpolation may lose.
+    accumulate * workers pairs. warmup: steps (None: a tenth of all). clip_norm: the largest norm of the gradient.
+    checkpoint_every: steps. patience: epochs without a better dev measure before training stops. max_zero_shot_loss:
+    points of zero-shot top-1 that interpolation may lose.
     """
 
     source: str

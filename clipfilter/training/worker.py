@@ -8,17 +8,20 @@ from pathlib import Path
 
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count
 from clipfilter.training.batches import Loader
+from clipfilter.training.freezing import freeze
 from clipfilter.training.group import Group
 from clipfilter.training.loop import Shown, fit
-from clipfilter.training.measuring import measure_pairs
+from clipfilter.training.measuring import embed_images, measure_pairs
 from clipfilter.training.model import Trainable, load_trainable
 from clipfilter.training.pairs import Pairs
+from clipfilter.training.prefix import Prefix, PrefixStore
 from clipfilter.training.settings import TrainSettings
 
 PAIRS = ".pairs"
 INITIAL = "initial.safetensors"
-#: Without --dev and --dev-where this share of the pairs is held out, by a hash of their uids.
-HELD_OUT = 0.05
+#: Without --dev and --dev-where pairs are held out, by a hash of their uids: this share, of small sets about so many
+#: pairs, but never more than a quarter.
+HELD_OUT, HELD_OUT_PAIRS, HELD_OUT_MOST = 0.05, 400, 0.25
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def open_data(settings: TrainSettings) -> Data:
     folder = Path(settings.out) / PAIRS
     train = Pairs(folder / "train.arrow")
     if settings.dev is None and not settings.dev_where:
-        train, dev = train.hold_out(HELD_OUT)
+        train, dev = train.hold_out(min(HELD_OUT_MOST, max(HELD_OUT, HELD_OUT_PAIRS / len(train))))
     else:
         dev = Pairs(folder / "dev.arrow")
     return Data(train, *dev.halves())
@@ -58,12 +61,19 @@ def work(settings: TrainSettings, group: Group, show: Callable[[Shown], None] | 
     threads = threads_of(settings)
     data = open_data(settings)
     model = load_start(settings)
+    freeze(model.module, settings.train)
+    store = PrefixStore(Prefix(model), threads)
+    recorded = None if settings.augment else store.recorded(data.train)
     loader = Loader(
         data.train, model.preprocess, settings.seed, settings.batch_size, settings.accumulate, settings.augment, threads,
-        group.rank, group.size,
+        recorded, group.rank, group.size,
     )  # fmt: skip
 
     def measure() -> dict[str, float]:
-        return measure_pairs(model.encoder, data.choose, threads, float(model.logit_scale.detach().exp()))
+        images = store.embed(data.choose)
+        if images is None:
+            images = embed_images(model.encoder, data.choose, threads)
+        return measure_pairs(model.encoder, images, data.choose, float(model.logit_scale.detach().exp()))
 
-    fit(settings, model, loader, measure, group, show)
+    image_features = model.image_features if recorded is None else store.prefix.features
+    fit(settings, model, loader, image_features, measure, group, show)
