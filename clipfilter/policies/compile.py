@@ -145,22 +145,9 @@ def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast"
     calibrated thresholds may be bound to it. Raises RefusedError where a calibration belongs to other
     weights, prompts, preprocessing or decoding, or where a rule has thresholds for other models only.
     """
-    rule_prompts = {
-        rule.id: json_sha256(
-            {
-                "any_of": rule.concept.any_of,
-                "but_not": rule.concept.but_not,
-                "generic": rule.concept.generic_phrases,
-                "generic_version": int(rule.concept.generic),
-                "templates": rule.templates or policy.templates,
-                "score": rule.concept.score,
-            }
-        )
-        for rule in policy.rules
-        if rule.concept is not None
-    }
+    rule_prompts = rule_prompts_sha256(policy)
     prompts_sha256 = json_sha256(rule_prompts)
-    calibration = _matching_calibration(policy, encoder, prompts_sha256, decode)
+    calibration = matching_calibration(policy, encoder.name, encoder.fingerprint, prompts_sha256, decode)
     rules = tuple(_compile_rule(rule, policy, calibration, encoder.name) for rule in policy.rules)
     concepts, truncated = _compile_concepts(policy, rules, encoder)
     return CompiledPolicy(
@@ -175,25 +162,50 @@ def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast"
     )
 
 
-def _matching_calibration(policy: Policy, encoder: TextEncoder, prompts: str, decode: str) -> Calibration | None:
-    weights = encoder.fingerprint.get("weights_sha256")
+def rule_prompts_sha256(policy: Policy) -> dict[str, str]:
+    """For every concept rule the hash of all that its score depends on besides the model: phrases, templates, kind."""
+    return {
+        rule.id: json_sha256(
+            {
+                "any_of": rule.concept.any_of,
+                "but_not": rule.concept.but_not,
+                "generic": rule.concept.generic_phrases,
+                "generic_version": int(rule.concept.generic),
+                "templates": rule.templates or policy.templates,
+                "score": rule.concept.score,
+            }
+        )
+        for rule in policy.rules
+        if rule.concept is not None
+    }
+
+
+def matching_calibration(
+    policy: Policy, model: str, fingerprint: dict[str, Any], prompts: str, decode: str
+) -> Calibration | None:
+    """The policy's calibration for this model, None where it has none.
+
+    prompts: hash over `rule_prompts_sha256`. Raises RefusedError where the calibration belongs to other weights of
+    this name, or to other prompts, preprocessing or decoding.
+    """
+    weights = fingerprint.get("weights_sha256")
     for entry in policy.calibrations:
         if entry.weights_sha256 != weights:
-            if entry.model == encoder.name:
+            if entry.model == model:
                 raise RefusedError(
-                    f"policy {policy.name!r} is calibrated for other weights of {encoder.name} "
+                    f"policy {policy.name!r} is calibrated for other weights of {model} "
                     f"({entry.weights_sha256[:12]}, here {str(weights)[:12]}); "
                     "recalibrate: choose thresholds for these weights and add them under `calibrations`, or remove that entry"
                 )
             continue
         for what, bound, here in (
             ("prompts", entry.prompts_sha256, prompts),
-            ("preprocessing", entry.preprocess_sha256, json_sha256(encoder.fingerprint.get("preprocess"))),
+            ("preprocessing", entry.preprocess_sha256, json_sha256(fingerprint.get("preprocess"))),
             ("decode mode", entry.decode, decode),
         ):
             if bound is not None and bound != here:
                 raise RefusedError(
-                    f"policy {policy.name!r} is calibrated for {encoder.name} with other {what} "
+                    f"policy {policy.name!r} is calibrated for {model} with other {what} "
                     f"({bound[:12]}, here {here[:12]}); recalibrate: choose the thresholds anew, or remove that entry"
                 )
         return entry

@@ -169,6 +169,12 @@ def _generic(value: Any) -> Any:
     fail(f"generic is {_shown(value)}, but must be true, false or the version of a list ({versions})")
 
 
+def _numbers(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        fail(f"this must be a list of numbers, not {_shown(value)}")
+    return tuple(_number(item) for item in value)
+
+
 def _empty_map(value: Any) -> Any:
     if not isinstance(value, dict):
         fail("alignment takes no value; write `alignment: {}`")
@@ -178,6 +184,7 @@ def _empty_map(value: Any) -> Any:
 Identifier = Annotated[str, BeforeValidator(_identifier)]
 Number = Annotated[float, BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_whole)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 Sha256 = Annotated[str, BeforeValidator(_sha256)]
 Phrases = Annotated[tuple[str, ...], BeforeValidator(_phrases)]
 Templates = Annotated[tuple[str, ...], BeforeValidator(_templates)]
@@ -363,12 +370,25 @@ def check_order(rule_id: str, review: Band, reject: Band, *at: str | int) -> Non
 
 
 class CalibratedBand(_Model):
-    """A calibrated threshold with its evidence."""
+    """A calibrated threshold with its evidence, as `policy calibrate` found it.
+
+    What `n`, `m` and `k` count depends on the target. precision: `n` labels, of which `m` lie beyond the threshold, of
+    which `k` are true. miss-rate: `n` labels, `m` of them positive, of which `k` lie on the other side of the threshold.
+    review-budget: `n` rows of the run, of which `m` lie in the band. `bound` holds with this `confidence` where
+    `guarantee` is true; else it is an estimate.
+    """
 
     above: Number | None = None
     below: Number | None = None
     n: Whole | None = None
+    m: Whole | None = None
+    k: Whole | None = None
     target: Annotated[str, BeforeValidator(_text("target", 100))] | None = None
+    confidence: Number | None = None
+    bound: Number | None = None
+    design: Annotated[str, BeforeValidator(_text("design", 100))] | None = None
+    guarantee: bool | None = None
+    date: Annotated[str, BeforeValidator(_text("date", 10))] | None = None
 
     def band(self) -> Band:
         return Band(above=self.above, below=self.below)
@@ -380,11 +400,44 @@ class CalibratedBand(_Model):
         return self
 
 
+class Platt(_Model):
+    """P(true) = 1 / (1 + exp(-(a score + b))). Brier and expected calibration error are cross-validated."""
+
+    a: Number
+    b: Number
+    brier: Number
+    ece: Number
+
+
+class Isotonic(_Model):
+    """P(true) by linear interpolation between these points, constant beyond them; scores ascend."""
+
+    scores: Numbers
+    probabilities: Numbers
+    brier: Number
+    ece: Number
+
+    @model_validator(mode="after")
+    def _points(self) -> Isotonic:
+        if not self.scores or len(self.scores) != len(self.probabilities):
+            fail("an isotonic curve has as many scores as probabilities, and at least one")
+        return self
+
+
+class Probability(_Model):
+    """How probable it is that a row with a score is what the rule looks for, fitted to `n` labels."""
+
+    n: Whole
+    platt: Platt
+    isotonic: Isotonic
+
+
 class CalibratedRule(_Model):
     """The calibrated bands of one rule; a band that is not here keeps the threshold written in the rule."""
 
     review: CalibratedBand | None = None
     reject: CalibratedBand | None = None
+    probability: Probability | None = None
 
     @model_validator(mode="after")
     def _some_band(self) -> CalibratedRule:
