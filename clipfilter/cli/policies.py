@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from clipfilter.cli import decisions
+
 PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a pack.")]
 
 policy_app = typer.Typer(no_args_is_help=True, help="Check and show policies.", rich_markup_mode=None)
@@ -36,6 +38,9 @@ def packs() -> None:
 
     for name in pack_names():
         typer.echo(name)
+
+
+decisions.add_to(policy_app)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -167,6 +167,7 @@ def _decide(row: dict[str, Any], rng: np.random.Generator, policy: dict[str, Any
         "cf_shard": row["cf_shard"],
         "cf_row": row["cf_row"],
         "cf_key": row["cf_key"],
+        "cf_uid": row["cf_uid"],
         "cf_sha256": hashlib.sha256(row["cf_image"]).hexdigest(),
         "cf_caption": caption,
         "cf_similarity": similarity,
@@ -206,7 +207,12 @@ def _write(
     out: Path, shard: str, rows: list[dict[str, Any]], failed: list[dict[str, Any]], policy: dict[str, Any] | None
 ) -> dict[str, Any]:
     fields: list[tuple[str, pa.DataType]] = [("cf_shard", pa.string()), ("cf_row", pa.int64()), ("cf_key", pa.string())]
-    fields += [("cf_sha256", pa.string()), ("cf_caption", pa.string()), ("cf_similarity", pa.float32())]
+    fields += [
+        ("cf_uid", pa.string()),
+        ("cf_sha256", pa.string()),
+        ("cf_caption", pa.string()),
+        ("cf_similarity", pa.float32()),
+    ]
     fields += [(f"cf_score.{rule['id']}", pa.float32()) for rule in (policy or {"rules": []})["rules"]]
     fields += [("cf_decision", pa.string()), ("cf_reasons", REASONS)]
     tables = {"annotated": pa.Table.from_pylist(rows, schema=pa.schema(fields))}

@@ -1,0 +1,210 @@
+"""Why one row was decided as it was: the whole chain from the image to the decision, read from the run's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipfilter.engine import ledger
+from clipfilter.engine.plan import Plan, read_plan
+from clipfilter.errors import RefusedError
+from clipfilter.report import text
+from clipfilter.report.data import RuleData, rules_of
+from clipfilter.storage import Directory
+
+_COMMITS_AT_ONCE = 64
+_ROW = ("cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_caption", "cf_decision")
+
+
+@dataclass
+class RuleVerdict:
+    """What one rule said about the row. result: keep, review, reject, or missing (it could not be evaluated).
+
+    nearest, contrast: the phrase the image is nearest to, and what it was told apart from; only for rules that fired.
+    """
+
+    id: str
+    kind: str
+    measures: str
+    score: float | None
+    result: str
+    thresholds: list[dict[str, Any]]
+    calibrated: bool | None
+    on_missing: str
+    nearest: str | None = None
+    contrast: str | None = None
+
+
+@dataclass
+class Explanation:
+    """Enough to answer an appeal: the row, every rule's score and thresholds, policy, model and where it is on record."""
+
+    uid: str
+    key: str
+    decision: str
+    shard: dict[str, Any]
+    row: int
+    image: dict[str, Any]
+    caption: str | None
+    rules: list[RuleVerdict]
+    error: dict[str, str] | None
+    policy: dict[str, Any] | None
+    model: dict[str, Any]
+    run: str
+    version: str
+    commit: str
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def explain_row(run: str, wanted: str) -> Explanation:
+    """The row of a run whose cf_uid, or else whose cf_key, is `wanted`; the files are searched one shard at a time.
+
+    Raises RefusedError when there is no such run or row, or when several rows have that key.
+    """
+    directory = Directory(run)
+    plan, newest = read_plan(directory), ledger.latest_version(directory)
+    if plan is None or newest is None:
+        raise RefusedError(f"{run} holds no finished run; give the --out of a run or filter that has finished.")
+    version, content = newest
+    found: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = []
+    for name, commit in _commits(directory, content["commits"]):
+        found += [(name, commit, kind, row) for kind, row in _rows(directory, commit, wanted)]
+        exact = [item for item in found if item[3]["cf_uid"] == wanted]
+        if exact:
+            found = exact
+            break
+    if not found:
+        raise RefusedError(f"{run} has no row whose cf_uid or cf_key is {wanted!r}; annotated/ and failed/ list them.")
+    if len(found) > 1:
+        uids = ", ".join(item[3]["cf_uid"] for item in found[:3])
+        raise RefusedError(f"{len(found)} rows have the key {wanted!r}; give one's cf_uid ({uids}).")
+    name, commit, kind, row = found[0]
+    return _explanation(directory, plan, version, content, name, commit, kind == "failed", row)
+
+
+def _commits(directory: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for start in range(0, len(names), _COMMITS_AT_ONCE):
+        part = names[start : start + _COMMITS_AT_ONCE]
+        yield from zip(part, ledger.read_commits(directory, part), strict=True)
+
+
+def _rows(directory: Directory, commit: dict[str, Any], wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file kind, row) of the rows of one shard that bear the name."""
+    for kind in ("annotated", "failed"):
+        if kind not in commit["files"]:
+            continue
+        with directory.open(commit["files"][kind]["name"]) as handle:
+            file = pq.ParquetFile(handle)
+            for group in range(file.num_row_groups):
+                names = file.read_row_group(group, columns=["cf_uid", "cf_key"])
+                hit = pc.or_kleene(pc.equal(names["cf_uid"], wanted), pc.equal(names["cf_key"], wanted))
+                places = np.flatnonzero(pc.fill_null(hit, False).to_numpy(zero_copy_only=False))
+                if len(places):
+                    ours = [name for name in file.schema_arrow.names if name.startswith("cf_")]
+                    rows = file.read_row_group(group, columns=ours).take(pa.array(places))
+                    yield from ((kind, row) for row in rows.to_pylist())
+
+
+def _explanation(
+    directory: Directory,
+    plan: Plan,
+    version: str,
+    content: dict[str, Any],
+    name: str,
+    commit: dict[str, Any],
+    failed: bool,
+    row: dict[str, Any],
+) -> Explanation:
+    policy = plan.policy
+    rules = (
+        [] if failed or row.get("cf_decision") is None else [_verdict(rule, row) for rule in rules_of(plan, content)]
+    )
+    image = {key.removeprefix("cf_"): row[key] for key in _ROW[3:7] if row.get(key) is not None}
+    notes = []
+    if any(rule.calibrated is False for rule in rules):
+        notes.append(
+            "Thresholds marked uncalibrated are as written in the policy; nobody measured them for this model."
+        )
+    if commit.get("damaged"):
+        notes.append(f"The shard is damaged: {commit.get('bytes_unread', 0):,} bytes after its last row were not read.")
+    return Explanation(
+        uid=row["cf_uid"],
+        key=row["cf_key"] or "",
+        decision="failed" if failed else row.get("cf_decision") or "none",
+        shard={"id": commit["shard"]["id"], "path": commit["shard"]["path"]},
+        row=row["cf_row"],
+        image=image,
+        caption=row.get("cf_caption"),
+        rules=rules,
+        error={"class": row["cf_error_class"], "message": row["cf_error"]} if failed else None,
+        policy=None
+        if policy is None
+        else {"name": policy["policy"], "version": policy["version"], "sha256": plan.policy_sha256},
+        model=plan.model,
+        run=directory.url,
+        version=version,
+        commit=name,
+        notes=notes,
+    )
+
+
+def _verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
+    value = row.get(f"cf_score.{rule.id}")
+    fired = next((reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id), None)
+    return RuleVerdict(
+        id=rule.id,
+        kind=rule.kind,
+        measures=_measures(rule),
+        score=value,
+        result=fired["band"] if fired else "missing" if value is None else "keep",
+        thresholds=[
+            {"band": b.name, "direction": b.direction, "threshold": b.threshold, "from": b.source, **b.evidence}
+            for b in rule.bands
+        ],
+        calibrated=rule.calibrated,
+        on_missing=rule.spec.get("on_missing") or "review",
+        nearest=fired["nearest"] if fired else None,
+        contrast=fired["contrast"] if fired else None,
+    )
+
+
+def sentence(rule: RuleVerdict) -> str:
+    """One rule's part in the decision, in plain words."""
+    if rule.score is None:
+        does = {"review": "sends the row to review", "reject": "rejects the row", "keep": "lets the row pass"}
+        return f"could not be evaluated, which {does.get(rule.on_missing, 'sends the row to review')}"
+    if rule.result == "keep":
+        limits = [limit for limit in rule.thresholds if limit["threshold"] is not None]
+        shown = ", ".join(f"{limit['band']} {_limit(limit, rule.score)}" for limit in limits)
+        return f"{rule.measures} {text.score(rule.score)} passes" + (f" ({shown})" if shown else "")
+    limit = next(item for item in rule.thresholds if item["band"] == rule.result)
+    origin = {"calibrated": "calibrated", "dataset": "fixed over the dataset", "written": "as written in the policy"}
+    said = f"{rule.measures} {text.score(rule.score, limit['threshold'])} is {_limit(limit, rule.score)}, {origin[limit['from']]}"
+    if rule.nearest:
+        said += f"; nearest to “{text.clean(rule.nearest, 120)}”"
+        said += f", told apart from “{text.clean(rule.contrast, 120)}”" if rule.contrast else ""
+    return said
+
+
+def _limit(limit: dict[str, Any], score: float) -> str:
+    return f"{limit['direction']} {text.score(limit['threshold'], score)}"
+
+
+def _measures(rule: RuleData) -> str:
+    """What the rule's score is, in a word or two."""
+    if rule.kind == "metadata":
+        return str(rule.spec["metadata"])
+    if rule.kind == "fraction":
+        return f"the score of {rule.spec['fraction']['of']}"
+    if rule.kind == "concept":
+        return str(rule.spec["concept"].get("score", "probability"))
+    return {"alignment": "similarity to the caption"}.get(rule.kind, "score")
