@@ -1,0 +1,21 @@
+"""Heads: small models on CLIP image embeddings, published ones by name and anybody's own by file."""
+
+from __future__ import annotations
+
+from clipfilter.models.heads.convert import convert
+from clipfilter.models.heads.file import HeadFile, read_head_file
+from clipfilter.models.heads.head import Head
+from clipfilter.models.heads.load import cache_folder, load_head
+from clipfilter.models.heads.registry import HEADS, check_name, same_embeddings
+
+__all__ = [
+    "HEADS",
+    "Head",
+    "HeadFile",
+    "cache_folder",
+    "check_name",
+    "convert",
+    "load_head",
+    "read_head_file",
+    "same_embeddings",
+]

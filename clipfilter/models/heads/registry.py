@@ -1,0 +1,180 @@
+"""The published heads that a policy can name: what each is, on which embeddings, where it comes from, its sha256.
+
+A name stands for the same files forever: whatever is corrected or trained anew gets a new name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clipfilter.errors import RefusedError
+
+Format = Literal["linear", "affine-chain", "rows", "autokeras"]
+
+FILE = "file:"  # prefix of anybody's own head
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """OpenAI's weights of one architecture, by every name and file under which they are loaded."""
+
+    dim: int
+    names: tuple[str, ...]
+    weights_sha256: str  # of OpenAI's own .pt, as `ARCH-quickgelu=/path/to/file.pt` loads it
+
+
+EMBEDDINGS = {
+    "ViT-L-14/openai": Embeddings(
+        768,
+        ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "hf:openai/clip-vit-large-patch14"),
+        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    ),
+    "ViT-B-32/openai": Embeddings(
+        512,
+        ("ViT-B-32/openai", "ViT-B-32-quickgelu/openai", "hf:openai/clip-vit-base-patch32"),
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    ),
+    "ViT-B-16/openai": Embeddings(
+        512,
+        ("ViT-B-16/openai", "ViT-B-16-quickgelu/openai", "hf:openai/clip-vit-base-patch16"),
+        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Original:
+    """A file as it was published."""
+
+    file: str
+    sha256: str
+    format: Format
+    url: str
+
+
+@dataclass(frozen=True)
+class PublishedHead:
+    """One name, its file for each model, and what its score says."""
+
+    originals: dict[str, Original]  # by model
+    score: Literal["rating", "probability", "margin"]
+    meaning: str
+    thresholds: str
+    licence: str
+
+
+_AESTHETIC = "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main/"
+_AESTHETIC_2 = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+_SAFETY = "https://raw.githubusercontent.com/LAION-AI/CLIP-based-NSFW-Detector/main/"
+
+HEADS = {
+    "laion-aesthetic-v1": PublishedHead(
+        {
+            model: Original(file, sha256, "linear", _AESTHETIC + file)
+            for model, file, sha256 in (
+                (
+                    "ViT-L-14/openai",
+                    "sa_0_4_vit_l_14_linear.pth",
+                    "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
+                ),
+                (
+                    "ViT-B-32/openai",
+                    "sa_0_4_vit_b_32_linear.pth",
+                    "c7b14cead230694acc7b9447974d3cad78003c72da032e402a303b6c2429e85f",
+                ),
+                (
+                    "ViT-B-16/openai",
+                    "sa_0_4_vit_b_16_linear.pth",
+                    "8ad3923d7ecf019df20ecd2ab5542a3075fbba0278d239c0371345f3d7fcbde0",
+                ),
+            )
+        },
+        score="rating",
+        meaning="how much people liked such pictures, about 1 to 10",
+        thresholds="reject below 4.5 to 6.5",
+        licence="MIT",
+    ),
+    "laion-aesthetic-v2": PublishedHead(
+        {
+            "ViT-L-14/openai": Original(
+                "sac+logos+ava1-l14-linearMSE.pth",
+                "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+                "affine-chain",
+                _AESTHETIC_2 + "sac%2Blogos%2Bava1-l14-linearMSE.pth",
+            )
+        },
+        score="rating",
+        meaning="how much people liked such pictures, about 1 to 10",
+        thresholds="reject below 4.5 to 6.5",
+        licence="Apache-2.0",
+    ),
+    "laion-nsfw": PublishedHead(
+        {
+            model: Original(file, sha256, "autokeras", _SAFETY + file)
+            for model, file, sha256 in (
+                (
+                    "ViT-L-14/openai",
+                    "clip_autokeras_binary_nsfw.zip",
+                    "905520bb0336accc73ee282c605d926aef90cf14248889d44b9cee50eef71f8a",
+                ),
+                (
+                    "ViT-B-32/openai",
+                    "clip_autokeras_nsfw_b32.zip",
+                    "78715ab9d64485167e8c9ade3b8e6761a17a16c24d114bd47431ac1dab46462b",
+                ),
+            )
+        },
+        score="probability",
+        meaning="probability that the picture is not safe for work, 0 to 1",
+        thresholds="review above 0.5, reject above 0.9",
+        licence="MIT",
+    ),
+    "violence": PublishedHead(
+        {
+            model: Original(file, sha256, "rows", _SAFETY + file)
+            for model, file, sha256 in (
+                (
+                    "ViT-L-14/openai",
+                    "violence_detection_vit_l_14.npy",
+                    "cc08f81ef50b1ef71452ddc87285fe6fbbc01b6fe8f8b8c24482c386ef2ab7e1",
+                ),
+                (
+                    "ViT-B-32/openai",
+                    "violence_detection_vit_b_32.npy",
+                    "76909cca3e77abbbb21313895756773a9c6fb26c9cc743f3ef0625f025741982",
+                ),
+            )
+        },
+        score="margin",
+        meaning="similarity to the learned prompt of violence minus that to its opposite; positive is violent",
+        thresholds="review above 0",
+        licence="MIT",
+    ),
+}
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is neither a published head nor `file:/path`, with the nearest known name."""
+    if name in HEADS or (name.startswith(FILE) and len(name) > len(FILE)):
+        return
+    close = difflib.get_close_matches(name[:64].lower(), HEADS, n=1, cutoff=0.6)
+    raise RefusedError(
+        f"there is no head {name[:60]!r} (heads: {', '.join(HEADS)}; or file:/path/to/head.safetensors)"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def same_embeddings(model: str, fingerprint: dict[str, Any]) -> bool:
+    """Whether the model with this fingerprint makes the embeddings that heads for `model` were trained on.
+
+    Known weights are known by their names and by the hash of OpenAI's own file, which only counts together with the
+    activation the weights were trained with. Any other `model` must be the fingerprint's name for it.
+    """
+    named = str(fingerprint.get("model"))
+    known = EMBEDDINGS.get(model)
+    if known is None:
+        return named == model
+    original = fingerprint.get("weights_sha256") == known.weights_sha256
+    return named in known.names or (original and fingerprint.get("activation") == "quick_gelu")
