@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
+from clipfilter.models.heads import Head, load_head
 from clipfilter.policies import columns as column_rules
 from clipfilter.policies import evaluate
-from clipfilter.policies.evaluate import ConceptPlan, Decisions, Scores
+from clipfilter.policies.evaluate import ConceptPlan, Decisions, HeadPlan, Scores
 from clipfilter.policies.prompts import fill
 from clipfilter.policies.schema import Calibration, DatasetThreshold, Policy, Rule, json_sha256
 
@@ -64,6 +65,7 @@ class CompiledPolicy:
     policy: Policy
     rules: tuple[CompiledRule, ...]
     concepts: ConceptPlan
+    heads: HeadPlan
     prompts_sha256: str
     rule_prompts_sha256: dict[str, str]
     model: str
@@ -149,11 +151,13 @@ def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast"
     prompts_sha256 = json_sha256(rule_prompts)
     calibration = matching_calibration(policy, encoder.name, encoder.fingerprint, prompts_sha256, decode)
     rules = tuple(_compile_rule(rule, policy, calibration, encoder.name) for rule in policy.rules)
-    concepts, truncated = _compile_concepts(policy, rules, encoder)
+    heads = _load_heads(policy, encoder)
+    concepts, truncated = _compile_concepts(policy, rules, encoder, heads.weights)
     return CompiledPolicy(
         policy=policy,
         rules=rules,
         concepts=concepts,
+        heads=heads,
         prompts_sha256=prompts_sha256,
         rule_prompts_sha256=rule_prompts,
         model=encoder.name,
@@ -163,8 +167,9 @@ def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast"
 
 
 def rule_prompts_sha256(policy: Policy) -> dict[str, str]:
-    """For every concept rule the hash of all that its score depends on besides the model: phrases, templates, kind."""
-    return {
+    """For every concept and head rule the hash of all that its score depends on besides the model: phrases, templates,
+    kind of score; the files of the head."""
+    concepts = {
         rule.id: json_sha256(
             {
                 "any_of": rule.concept.any_of,
@@ -178,6 +183,7 @@ def rule_prompts_sha256(policy: Policy) -> dict[str, str]:
         for rule in policy.rules
         if rule.concept is not None
     }
+    return concepts | {rule.id: json_sha256(rule.head.identity) for rule in policy.rules if rule.head is not None}
 
 
 def matching_calibration(
@@ -214,7 +220,7 @@ def matching_calibration(
 
 def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, model: str) -> CompiledRule:
     bands = {"review": rule.review, "reject": rule.reject}
-    depends = rule.concept is not None or rule.alignment is not None
+    depends = rule.concept is not None or rule.alignment is not None or rule.head is not None
     own = calibration.rules.get(rule.id) if calibration is not None and depends else None
     if own is not None:
         for name, calibrated in (("review", own.review), ("reject", own.reject)):
@@ -241,8 +247,29 @@ def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, m
     )
 
 
-def _compile_concepts(policy: Policy, rules: tuple[CompiledRule, ...], encoder: TextEncoder) -> tuple[ConceptPlan, int]:
-    """The phrase matrix and which of its columns (groups of neighbours) every concept reads."""
+def _load_heads(policy: Policy, encoder: TextEncoder) -> HeadPlan:
+    """The heads that the rules name, each loaded once."""
+    loaded: dict[tuple[str, str | None], Head] = {}
+    members: list[tuple[str, Head]] = []
+    for rule in policy.rules:
+        if rule.head is not None:
+            key = (rule.head.name, rule.head.sha256)
+            try:
+                if key not in loaded:
+                    loaded[key] = load_head(key[0], encoder.fingerprint, encoder.dim, sha256=key[1])
+            except RefusedError as error:
+                raise RefusedError(f"rule {rule.id!r}: {error}") from None
+            members.append((rule.id, loaded[key]))
+    return HeadPlan.build(members, encoder.dim)
+
+
+def _compile_concepts(
+    policy: Policy, rules: tuple[CompiledRule, ...], encoder: TextEncoder, heads: np.ndarray
+) -> tuple[ConceptPlan, int]:
+    """The phrase matrix and which of its columns (groups of neighbours) every concept reads.
+
+    heads: float32 [h, dim], the columns of linear heads, which follow those of the phrases.
+    """
     columns: list[tuple[str, tuple[str, ...]]] = []  # phrase and templates of every column
     starts: list[int] = []
     shared: dict[Any, int] = {}  # generic groups are the same for most rules
@@ -278,7 +305,7 @@ def _compile_concepts(policy: Policy, rules: tuple[CompiledRule, ...], encoder: 
         weights[index] = mean / norm
     thresholds = {rule.id: rule.thresholds for rule in rules}
     plan = ConceptPlan.build(
-        weights=weights,
+        weights=np.concatenate([weights, heads]),
         phrases=tuple(phrase for phrase, _ in columns),
         starts=starts,
         members=members,

@@ -22,6 +22,7 @@ import pyarrow as pa
 from clipfilter.policies.columns import metadata_values
 
 if TYPE_CHECKING:
+    from clipfilter.models.heads import Head
     from clipfilter.policies.compile import CompiledPolicy, CompiledRule
 
 BLOCK = 1024
@@ -51,7 +52,7 @@ class ConceptPlan:
     A group index of G means "no such group".
     """
 
-    weights: np.ndarray  # float32 [k, dim], unit rows
+    weights: np.ndarray  # float32 [k + h, dim]: unit rows of the phrases, then those of linear heads
     phrases: tuple[str, ...]  # of every column
     bounds: tuple[tuple[int, int], ...]  # columns of every group
     group_of: np.ndarray  # intp [k]
@@ -105,6 +106,25 @@ class ConceptPlan:
             logit_scale=logit_scale,
             logit_bias=logit_bias,
             sigmoid=sigmoid,
+        )
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The head rules of a policy: linear heads as further columns of the concepts' matrix, the others as they are."""
+
+    linear: tuple[tuple[str, Head], ...]  # rule and head, in the order of the columns
+    curved: tuple[tuple[str, Head], ...]
+    weights: np.ndarray  # float32 [h, dim]
+
+    @classmethod
+    def build(cls, members: Sequence[tuple[str, Head]], dim: int) -> HeadPlan:
+        linear = tuple(member for member in members if member[1].linear is not None)
+        rows = [head.linear[0] for _, head in linear if head.linear is not None]
+        return cls(
+            linear=linear,
+            curved=tuple(member for member in members if member[1].linear is None),
+            weights=np.stack(rows) if rows else np.zeros((0, dim), dtype=np.float32),
         )
 
 
@@ -179,20 +199,33 @@ def score(
     cosine = similarity(image_emb, text_emb, has_text)
     if text_emb is None and "cf_similarity" in columns.column_names:
         cosine[:] = metadata_values("cf_similarity", columns)
-    if plan.rules:
+    heads = {name: np.full(n, np.nan, dtype=np.float32) for name, _ in (*compiled.heads.linear, *compiled.heads.curved)}
+    if plan.rules or heads:
         block = np.zeros((BLOCK, plan.weights.shape[1]), dtype=np.float32)
         with _one_blas_thread():
             for start in range(0, n, BLOCK):
                 rows = slice(start, min(start + BLOCK, n))
                 half = image_emb[rows]
                 _upcast(half, block)
-                _score_concepts(plan, concept_rules, block, half, concept[:, rows], nearest[:, rows], contrast[:, rows])
+                valid = _usable(block)[: len(half)]
+                with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN
+                    products = np.matmul(plan.weights, block.T)
+                if plan.rules:
+                    cosines = products[: len(plan.phrases)]
+                    target = (concept[:, rows], nearest[:, rows], contrast[:, rows])
+                    _score_concepts(plan, concept_rules, cosines, half, valid, *target)
+                for (name, head), product in zip(compiled.heads.linear, products[len(plan.phrases) :], strict=True):
+                    heads[name][rows] = _linear_scores(head, product, half, valid, rules[name].thresholds)
+                for name, head in compiled.heads.curved:
+                    heads[name][rows] = _curved_scores(head, block, valid, rules[name].thresholds)
 
     for position, name in enumerate(plan.rules):
         values[name] = concept[position]
     for rule in compiled.rules:
         if rule.kind == "alignment":
             values[rule.id] = _alignment(rule, cosine, image_emb, text_emb)
+        elif rule.id in heads:
+            values[rule.id] = heads[rule.id]
         elif rule.metadata is not None:
             values[rule.id] = settle(metadata_values(rule.metadata, columns), rule.thresholds)
         elif rule.of is not None:
@@ -267,24 +300,23 @@ def _usable(block: np.ndarray) -> np.ndarray:
 def _score_concepts(
     plan: ConceptPlan,
     rules: Sequence[CompiledRule],
-    block: np.ndarray,
+    cosines: np.ndarray,
     half: np.ndarray,
+    valid: np.ndarray,
     out: np.ndarray,
     nearest: np.ndarray,
     contrast: np.ndarray,
 ) -> None:
-    """One block of concept scores into `out` [R, m], and phrases of the rows that a band can concern."""
-    size = len(half)
-    valid = _usable(block)[:size]
+    """One block of concept scores into `out` [R, m] from its cosines [k, BLOCK], and phrases of the rows that a band can
+    concern."""
     with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN below
-        cosines = np.matmul(plan.weights, block.T)
-        out[:] = concept_scores(plan, cosines)[:, :size]
+        out[:] = concept_scores(plan, cosines)[:, : len(half)]
     out[:, ~valid] = np.nan
 
     doubtful = np.abs(out[plan.threshold_rule] - plan.thresholds[:, None]) <= RECHECK
     picked = np.flatnonzero(doubtful.any(axis=0))
     if len(picked):
-        weights = plan.weights.astype(np.float64)
+        weights = plan.weights[: len(plan.phrases)].astype(np.float64)
         # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are
         # close.
         exact_cosines = np.stack([weights @ half[row].astype(np.float64) for row in picked], axis=1)
@@ -299,6 +331,34 @@ def _score_concepts(
             groups = [g for g in (plan.near[position], plan.generic[position]) if g < len(plan.bounds)]
             nearest[position, rows] = _strongest(plan, cosines, rows, [plan.positives[position]])
             contrast[position, rows] = _strongest(plan, cosines, rows, groups)
+
+
+def _linear_scores(
+    head: Head, product: np.ndarray, half: np.ndarray, valid: np.ndarray, thresholds: Sequence[float]
+) -> np.ndarray:
+    """One block of a linear head from its column of the product, float32 [m]; close ones settled in float64."""
+    assert head.linear is not None
+    weight, bias = head.linear
+    values = np.where(valid, product[: len(half)] + np.float32(bias), np.float32(np.nan))
+    # The rounding of a product grows with the length of its factors, and the weights of a head are no unit vector.
+    near = RECHECK * max(1.0, float(np.linalg.norm(weight)), abs(bias))
+    close = np.abs(values - np.array(thresholds, dtype=np.float32)[:, None]) <= near
+    picked = np.flatnonzero(close.any(axis=0))
+    if len(picked):
+        wide = weight.astype(np.float64)
+        values[picked] = settle(np.array([half[row].astype(np.float64) @ wide + bias for row in picked]), thresholds)
+    return values
+
+
+def _curved_scores(head: Head, block: np.ndarray, valid: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """One block of any other head, float32 [m]: computed in float64 from the start, since an error in float32 would
+    grow through its layers by a factor that nobody knows."""
+    if not valid.all():
+        block = block.copy()
+        block[: len(valid)][~valid] = 0.0
+    values = settle(head.exact(block)[: len(valid)], thresholds)
+    values[~valid] = np.nan
+    return values
 
 
 def _concerned(plan: ConceptPlan, rule: CompiledRule, values: np.ndarray, valid: np.ndarray) -> np.ndarray:

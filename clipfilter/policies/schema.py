@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 from pydantic_core import PydanticCustomError
 
 from clipfilter.errors import RefusedError
+from clipfilter.models import heads
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
 MAX_PHRASES = 256
@@ -29,7 +30,7 @@ MAX_RULES = 200
 
 OnMissing = Literal["review", "reject", "keep"]
 DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
-KINDS = ("concept", "alignment", "metadata", "fraction")
+KINDS = ("concept", "alignment", "head", "metadata", "fraction")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -175,6 +176,24 @@ def _numbers(value: Any) -> Any:
     return tuple(_number(item) for item in value)
 
 
+def _head(value: Any) -> Any:
+    """A name, or {name, sha256}; a head of one's own is read here once, so that the policy holds what it must be."""
+    if not isinstance(value, str | dict):
+        fail(f"head must be the name of a head, not {_shown(value)}")
+    named = {"name": value} if isinstance(value, str) else dict(value)
+    name = named.get("name")
+    if not isinstance(name, str):
+        fail("head needs a name; write for example `head: laion-aesthetic-v2`")
+    try:
+        heads.check_name(name)
+        if name.startswith(heads.FILE) and named.get("sha256") is None:
+            path = heads.file_path(name)
+            named = {"name": f"{heads.FILE}{path}", "sha256": heads.check_file(path)}
+    except RefusedError as error:
+        fail(str(error))
+    return named
+
+
 def _empty_map(value: Any) -> Any:
     if not isinstance(value, dict):
         fail("alignment takes no value; write `alignment: {}`")
@@ -262,6 +281,21 @@ class Alignment(_Model):
     """Cosine of image and caption."""
 
 
+class Head(_Model):
+    """A small model on the image embedding: a published one by name, or `file:/path` with the sha256 of that file."""
+
+    name: Annotated[str, BeforeValidator(_text("name", 1000))]
+    sha256: Sha256 | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the score besides the embedding: the hash of a head's own file, or those behind a name."""
+        if self.name in heads.HEADS:
+            originals = heads.HEADS[self.name].originals
+            return {"head": self.name, "files": {model: original.sha256 for model, original in originals.items()}}
+        return {"head": heads.FILE, "sha256": self.sha256}
+
+
 class Fraction(_Model):
     """Ranks all rows of the dataset that have the score of an earlier rule."""
 
@@ -274,6 +308,7 @@ class Rule(_Model):
     id: Identifier
     concept: Concept | None = None
     alignment: Annotated[Alignment, BeforeValidator(_empty_map)] | None = None
+    head: Annotated[Head, BeforeValidator(_head)] | None = None
     metadata: Annotated[str, BeforeValidator(_text("metadata", 200))] | None = None
     fraction: Fraction | None = None
     templates: Templates | None = None
@@ -335,7 +370,7 @@ def check_band(rule: Rule, name: str, band: Band, at: tuple[str | int, ...] | No
             direction,
             key=True,
         )
-    elif rule.concept is not None and rule.concept.score == "probability":
+    elif _is_probability(rule):
         if not 0.0 < value < 1.0:
             hint = f"; did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
             fail(f"{direction} is {value:g}, but a probability threshold is between 0 and 1{hint}", *where, direction)
@@ -348,6 +383,12 @@ def check_band(rule: Rule, name: str, band: Band, at: tuple[str | int, ...] | No
                 *where,
                 direction,
             )
+
+
+def _is_probability(rule: Rule) -> bool:
+    if rule.head is not None:
+        return rule.head.name in heads.HEADS and heads.HEADS[rule.head.name].score == "probability"
+    return rule.concept is not None and rule.concept.score == "probability"
 
 
 def check_order(rule_id: str, review: Band, reject: Band, *at: str | int) -> None:
@@ -547,7 +588,7 @@ class Policy(_Model):
                     *here,
                     key=True,
                 )
-            if rule.concept is None and rule.alignment is None:
+            if rule.concept is None and rule.alignment is None and rule.head is None:
                 fail(f"{name!r} is of kind {rule.kind}, whose threshold depends on no model", *here, key=True)
             merged = rule
             for which in ("review", "reject"):
@@ -605,6 +646,8 @@ class Policy(_Model):
         for rule in self.rules:
             entry = rule.model_dump(mode="json", exclude_none=True)
             entry["on_missing"] = rule.on_missing or self.on_missing
+            if rule.head is not None and rule.head.sha256 is None:
+                entry["head"] = rule.head.name
             if rule.concept is not None:
                 entry["templates"] = list(rule.templates or self.templates)
                 if not rule.concept.but_not:

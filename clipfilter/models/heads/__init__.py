@@ -5,16 +5,19 @@ from __future__ import annotations
 from clipfilter.models.heads.convert import convert
 from clipfilter.models.heads.file import HeadFile, read_head_file
 from clipfilter.models.heads.head import Head
-from clipfilter.models.heads.load import cache_folder, load_head
-from clipfilter.models.heads.registry import HEADS, check_name, same_embeddings
+from clipfilter.models.heads.load import cache_folder, check_file, file_path, load_head
+from clipfilter.models.heads.registry import FILE, HEADS, check_name, same_embeddings
 
 __all__ = [
+    "FILE",
     "HEADS",
     "Head",
     "HeadFile",
     "cache_folder",
+    "check_file",
     "check_name",
     "convert",
+    "file_path",
     "load_head",
     "read_head_file",
     "same_embeddings",

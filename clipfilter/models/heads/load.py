@@ -59,6 +59,12 @@ def file_path(name: str) -> Path:
     return local_path(name.removeprefix(FILE))
 
 
+def check_file(path: Path) -> str:
+    """sha256 of the head in this file, after it was found to be one. Raises RefusedError."""
+    read_head_file(path).network(str(path))
+    return file_sha256(path)
+
+
 def _own(name: str, shown: str, fingerprint: dict[str, Any], dim: int, sha256: str | None) -> Head:
     path = file_path(name)
     content = read_head_file(path)
