@@ -161,6 +161,9 @@ def filter_(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of an earlier run, embed or score.")],
     out: Out,
     policy: Annotated[str, typer.Option("--policy", "-p", help="Policy file, or the name of a pack.")],
+    model: Annotated[
+        str | None, typer.Option(help="Where the run's own model is now, if it was a local one [default: as recorded].")
+    ] = None,
     engine: EngineOption = Engine.auto,
     address: Address = None,
     workers: Workers = None,

@@ -7,18 +7,19 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from clipfilter.curation.fraction import fraction_thresholds
+from clipfilter.curation.fraction import dataset_thresholds
 from clipfilter.engine import ledger
 from clipfilter.engine.executors import Executor, Outcome
 from clipfilter.engine.plan import Plan
 from clipfilter.engine.worker import Task
 from clipfilter.errors import TRANSIENT, RefusedError
+from clipfilter.policies import Policy
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
 
@@ -279,25 +280,15 @@ def run_units(run: Directory, names: list[str], commits: list[dict[str, Any]]) -
         yield Unit(Shard.from_json(commit["shard"]), inputs)
 
 
-def fix_thresholds(
-    directory: Directory, wanted: list[dict[str, Any]], commits: list[dict[str, Any]]
-) -> dict[str, float | None]:
-    """The numbers of the dataset-level rules, computed once over all scored shards and then fixed (create-only).
+def fix_thresholds(directory: Directory, policy: Policy, commits: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The numbers of the policy's dataset-level rules, computed once over all scored shards and then fixed (create-only).
 
-    wanted: the policy's `DatasetThreshold`s in JSON. Returns them by key; None where no row had a score.
+    Returns them by key; None where no row had a score.
     """
     fixed = "thresholds/000001.json"
     if not directory.exists(fixed):
-        content: dict[str, Any] = {"shards": len(commits), "thresholds": {}, "evidence": {}}
-        for rule in sorted({item["of"] for item in wanted}):
-            items = [item for item in wanted if item["of"] == rule]
-            found = fraction_thresholds(
-                lambda rule=rule: _scores(directory, commits, rule),  # type: ignore[misc]
-                [(item["fraction"], item["tail"]) for item in items],
-            )
-            for item, threshold in zip(items, found, strict=True):
-                content["thresholds"][item["key"]] = threshold.value
-                content["evidence"][item["key"]] = asdict(threshold)
+        numbers, evidence = dataset_thresholds(policy, lambda rule: _scores(directory, commits, rule))
+        content = {"shards": len(commits), "thresholds": numbers, "evidence": evidence}
         directory.create(fixed, (json.dumps(content, indent=1) + "\n").encode())
     return dict(directory.read_json(fixed)["thresholds"])
 

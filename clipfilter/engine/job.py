@@ -19,6 +19,7 @@ from clipfilter.engine.hardware import gpu_count
 from clipfilter.engine.plan import PLAN_FILE, Job, Plan, read_plan, refuse_if_different, settle_plan
 from clipfilter.engine.worker import JobSpec, compile_for
 from clipfilter.errors import RefusedError
+from clipfilter.models import DEFAULT_MODEL
 from clipfilter.policies import Policy, load_policy
 from clipfilter.sources import Shard, Source, SourceOptions, open_source
 from clipfilter.storage import Directory, normalise
@@ -40,6 +41,7 @@ class JobRequest:
     """Everything a person can ask of a job; None means "the default, or what the plan already says".
 
     source: dataset to read (run, embed, score) or the run directory to decide again (filter).
+    model: None is nano; for a filter, the model that the run recorded.
     max_failures: share of rows that may fail before the exit code says so.
     """
 
@@ -47,7 +49,7 @@ class JobRequest:
     source: str
     out: str
     policy: str | None = None
-    model: str = "nano"
+    model: str | None = None
     engine: str = "auto"
     address: str | None = None
     workers: int | None = None
@@ -114,9 +116,8 @@ def prepare(request: JobRequest) -> Preparation:
             )
         existing = read_plan(directory)
         plan = {"run": base[0].url, "version": base[1], "plan_sha256": base[3].sha256, "source": base[3].source}
-        return Preparation(
-            request, directory, None, base, policy, existing, plan, base[3].text_column, base[3].model["model"]
-        )  # fmt: skip
+        model = _with_absolute_path(request.model) if request.model else stored_model(base[3])
+        return Preparation(request, directory, None, base, policy, existing, plan, base[3].text_column, model)
     if normalise(request.source) == directory.url:
         raise RefusedError(f"--out is the source itself ({directory.url}); name another directory.")
     if directory.url.startswith(normalise(request.source) + "/"):
@@ -130,7 +131,18 @@ def prepare(request: JobRequest) -> Preparation:
     existing = read_plan(directory)
     source = _open_source(request, existing)
     text = request.captions != "none" and source.has_captions is not False
-    return Preparation(request, directory, source, None, policy, existing, source.to_plan(), text, request.model)
+    model = _with_absolute_path(request.model or DEFAULT_MODEL)
+    return Preparation(request, directory, source, None, policy, existing, source.to_plan(), text, model)
+
+
+def stored_model(plan: Plan) -> str:
+    """The name that loads the model of a run again; RefusedError where only its user knows the path."""
+    name = str(plan.model["model"])
+    if _local_checkpoint(name) is None:
+        return name
+    raise RefusedError(
+        f"the run was embedded with the local model {name}, and a run records no paths; say where it is with --model."
+    )
 
 
 def _is_run(url: str) -> bool:
@@ -199,7 +211,7 @@ def choose_executor(request: JobRequest) -> Executor:
     executor = RayExecutor(request.address, request.workers, request.threads, request.device)
     executor.refuse_unshared(request.out, "--out")
     executor.refuse_unshared(request.source, "the source")
-    checkpoint = _local_checkpoint(request.model)
+    checkpoint = _local_checkpoint(request.model or DEFAULT_MODEL)
     if checkpoint is not None:
         executor.refuse_unshared(checkpoint, "the checkpoint")
     return executor
@@ -213,6 +225,12 @@ def _local_checkpoint(model: str) -> str | None:
     if kind == "onnx" or (kind in ("hf", "hf-hub") and Path(rest).exists()):
         return rest
     return None
+
+
+def _with_absolute_path(model: str) -> str:
+    """The name with its local path absolute: workers may have another working directory."""
+    path = _local_checkpoint(model)
+    return model if path is None else model.removesuffix(path) + normalise(path)
 
 
 def run_job(request: JobRequest, display: Display | None = None) -> JobResult:
@@ -269,8 +287,10 @@ def _refuse_other_plan(prepared: Preparation) -> None:
         else options,
         "text_column": prepared.text,
     }
-    # "nano" and "nano@1" may be the same weights; only loading tells, and the plan that follows compares them.
-    if old["model"]["model"].split("@")[0] != prepared.model.split("@")[0]:
+    # "nano" and "nano@1" may be the same weights, and so may a checkpoint that has moved; only loading tells, and the
+    # plan that follows compares them.
+    moved = _local_checkpoint(prepared.model) is not None
+    if not moved and old["model"]["model"].split("@")[0] != prepared.model.split("@")[0]:
         wanted["model"] = old["model"] | {"model": prepared.model}
     refuse_if_different(prepared.directory.url, old, wanted)
 
@@ -305,14 +325,14 @@ def _run(prepared: Preparation, executor: Executor, display: Display | None, beg
             text_column=prepared.text,
         )
         if prepared.base:
-            _refuse_other_weights(prepared.base[3], plan)
+            refuse_other_weights(prepared.base[3], plan.model)
         try:
             plan = settle_plan(directory, plan)
         except OSError as error:
             raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
         directory.abort_stale_uploads()
         startup = time.monotonic() - began
-        final, thresholds, processed = _stages(prepared, plan, executor, description["dataset_thresholds"], display)
+        final, thresholds, processed = _stages(prepared, plan, executor, display)
         version, totals, failed_shards = _write_version(prepared, plan, final, thresholds)
         log.info("version %s: %s", version, json.dumps(totals))
         # The failures of a filter are those of the run it decides, which were judged there.
@@ -336,11 +356,7 @@ def _run(prepared: Preparation, executor: Executor, display: Display | None, beg
 
 
 def _stages(
-    prepared: Preparation,
-    plan: Plan,
-    executor: Executor,
-    dataset_thresholds: list[dict[str, Any]],
-    display: Display | None,
+    prepared: Preparation, plan: Plan, executor: Executor, display: Display | None
 ) -> tuple[StageResult, dict[str, float | None], int]:
     """One stage, or two with dataset-level rules; the final stage's result, thresholds, rows worked on."""
     request, directory = prepared.request, prepared.directory
@@ -361,25 +377,26 @@ def _stages(
     final = ledger.FINAL_STAGE[request.job]
     retry = {"retry_failed": request.retry_failed, "limit": request.limit}
     first_op = "embed" if prepared.source is not None else "decide"
-    if not dataset_thresholds:
+    policy = prepared.policy
+    if policy is None or not policy.dataset_thresholds:
         result, done = stage(first_op, final, units(), **retry)
         return result, {}, done
     first_op = "embed" if prepared.source is not None else "score"
     scored, done = stage(first_op, "scored", units(), **retry)
-    thresholds = fix_thresholds(directory, dataset_thresholds, scored.commits)
+    thresholds = fix_thresholds(directory, policy, scored.commits)
     again = units() if prepared.source is None else run_units(directory, scored.names, scored.commits)
     decided, done_again = stage("decide", final, again, thresholds=thresholds)
     decided.failed = scored.failed + decided.failed
     return decided, thresholds, max(done, done_again)
 
 
-def _refuse_other_weights(base: Plan, plan: Plan) -> None:
-    """Texts must be encoded by the very model that embedded the images."""
+def refuse_other_weights(base: Plan, model: dict[str, Any]) -> None:
+    """Texts must be encoded by the very model that embedded the images. model: a fingerprint."""
     for name in ("weights_sha256", "architecture"):
-        if base.model.get(name) != plan.model.get(name):
+        if base.model.get(name) != model.get(name):
             raise RefusedError(
                 f"the run was embedded with {base.model['model']} ({name} {str(base.model.get(name))[:12]}), but that name "
-                f"now loads {str(plan.model.get(name))[:12]}; embed again, or restore the weights."
+                f"now loads {str(model.get(name))[:12]}; embed again, or restore the weights."
             )
 
 

@@ -117,7 +117,6 @@ class Worker:
         """What the driver needs to know of the model and the policy before it writes the plan."""
         return {
             "fingerprint": self.encoder.fingerprint,
-            "dataset_thresholds": [asdict(item) for item in self.policy.dataset_thresholds] if self.policy else [],
             "warnings": list(self.policy.warnings) if self.policy else [],
         }
 
@@ -229,7 +228,7 @@ class Worker:
         commit = task.inputs["commit"]
         files = commit["files"]
         same_run = origin.url == self.directory.url
-        with _local_files(origin, files, self.directory.scratch()) as local:
+        with local_files(origin, files, self.directory.scratch()) as local:
             rows_file = local.get("scored") if same_run else local.get("annotated")
             failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
             if rows_file is None:
@@ -237,9 +236,7 @@ class Worker:
                 report.counts |= {"decided": 0, "keep": 0, "review": 0, "reject": 0}
                 report.failed_by_class = commit["failed_by_class"]
             else:
-                rows = pq.read_table(rows_file)
-                rows = rows.select([name for name in rows.column_names if not is_decision_column(name)])
-                embeddings = pa.ipc.open_file(pa.memory_map(str(local["embeddings"]))).read_all()
+                rows, embeddings = read_stored(rows_file, local["embeddings"])
                 thresholds = None if task.op == "score" else task.thresholds or {}
                 report = decide_shard(
                     rows, embeddings, failed, self.encoder, self.policy, thresholds, writer,
@@ -303,8 +300,15 @@ def _sampler(sample: float | None) -> Any:
     return lambda uid: int.from_bytes(hashlib.sha256(b"sample\0" + uid.encode()).digest()[:8], "big") < limit
 
 
+def read_stored(rows_file: Path, embeddings_file: Path) -> tuple[pa.Table, pa.Table]:
+    """A shard's annotated rows without their decision, and the same rows' embeddings, memory-mapped."""
+    rows = pq.read_table(rows_file)
+    rows = rows.select([name for name in rows.column_names if not is_decision_column(name)])
+    return rows, pa.ipc.open_file(pa.memory_map(str(embeddings_file))).read_all()
+
+
 @contextlib.contextmanager
-def _local_files(origin: Directory, files: dict[str, Any], scratch: Path) -> Any:
+def local_files(origin: Directory, files: dict[str, Any], scratch: Path) -> Any:
     """Local paths of a commit's data files; remote ones are fetched for the duration."""
     paths: dict[str, Path] = {}
     fetched: list[Path] = []

@@ -6,6 +6,7 @@ import json
 import shutil
 import tarfile
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from clipfilter.engine.driver import Progress
 from clipfilter.engine.export import export_run
 from clipfilter.engine.job import JobRequest, JobResult, plan_overview, run_job
 from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
+from clipfilter.models import nano
 from tests.support.engine import FRACTION_POLICY, commits, data_files, policy_file, samples, stray_files
 from tests.support.images import broken_images
 from tests.support.sources import cut, write_image_folder, write_img2dataset, write_parquet, write_webdataset
@@ -215,6 +218,35 @@ def test_dry_run_writes_nothing(dataset: Path, policy: str, tmp_path: Path) -> N
     )
     with pytest.raises(RefusedError, match="no_such_column"):
         plan_overview(JobRequest("run", str(dataset), str(tmp_path / "out"), policy=str(elsewhere)))
+
+
+def test_a_local_model_may_move_but_its_weights_may_not_change(
+    dataset: Path, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    mine = Path(shutil.copy(nano.WEIGHTS, tmp_path / "old" / "mine.safetensors"))
+    first = run(dataset, tmp_path / "out", policy, model=f"nano={mine}")
+    assert first.plan.model["model"] == "nano=mine.safetensors"
+    moved = mine.rename(tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    again = run(dataset, tmp_path / "out", policy, model="nano=mine.safetensors")
+    assert again.rows_processed == 0
+    request = JobRequest("filter", str(tmp_path / "out"), str(tmp_path / "again"), policy=policy)
+    with pytest.raises(RefusedError, match="say where it is with --model"):
+        run_job(request)
+    assert run_job(replace(request, model=f"nano={moved}")).totals == first.totals
+    with pytest.raises(RefusedError, match="weights_sha256"):
+        run_job(replace(request, out=str(tmp_path / "other"), model=f"nano={altered(moved)}"))
+
+
+def altered(weights: Path) -> Path:
+    """A copy of these weights with one number changed, under the same name."""
+    state = load_file(weights)
+    name = next(name for name in state if state[name].is_floating_point())
+    state[name].view(-1)[0] += 1
+    (weights.parent / "altered").mkdir()
+    save_file(state, weights.parent / "altered" / weights.name)
+    return weights.parent / "altered" / weights.name
 
 
 def test_limit_and_sample_choose_rows_reproducibly(dataset: Path, policy: str, tmp_path: Path) -> None:
