@@ -1,4 +1,4 @@
-"""`clipfilter policy`: check and show policies."""
+"""`clipfilter policy`: check, show and calibrate policies."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from clipfilter.cli import decisions
+from clipfilter.cli import calibration, decisions
 
 PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a pack.")]
 
-policy_app = typer.Typer(no_args_is_help=True, help="Check and show policies.", rich_markup_mode=None)
+policy_app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate policies.", rich_markup_mode=None)
 
 
 @policy_app.command("validate")
@@ -41,6 +41,7 @@ def packs() -> None:
 
 
 decisions.add_to(policy_app)
+calibration.add_to(policy_app)
 
 
 def add_to(app: typer.Typer) -> None:
