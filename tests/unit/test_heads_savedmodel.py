@@ -184,7 +184,7 @@ def by_hand(rows: np.ndarray) -> np.ndarray:
     for row in rows:
         x = [float(number) for number in row]
         for position, known in VOCABULARIES.items():
-            x[position] = float(known.get("%f" % row[position], 0))
+            x[position] = float(known.get(f"{x[position]:f}", 0))
         mean, variance = TENSORS[KEY.format(1, "mean")], TENSORS[KEY.format(1, "variance")]
         x = [(a - float(m)) / max(float(v) ** 0.5, 1e-7) for a, m, v in zip(x, mean, variance, strict=True)]
         kernel, bias = TENSORS[KEY.format(2, "kernel")], TENSORS[KEY.format(2, "bias")]
@@ -206,7 +206,7 @@ def test_a_small_classifier_scores_as_its_definition_says(tmp_path: Path, dtype:
     rows[:80, 4] = np.resize(np.array([-0.5, 0.25, -0.0, 0.0, -1e-7, 0.24], dtype), 80)
     rows[:80, 1] = np.resize(np.array([0.0, 1e-6, -1e-7, 4.9e-7, 5.1e-7], dtype), 80)
     np.testing.assert_allclose(head.scores(rows), by_hand(rows), atol=2e-6)
-    assert 0.02 < head.scores(rows).std()
+    assert head.scores(rows).std() > 0.02
 
 
 def test_words_are_what_percent_f_writes() -> None:
@@ -275,7 +275,7 @@ def test_damage_anywhere_is_refused_in_one_sentence(tmp_path: Path) -> None:
     """Bytes changed or cut inside the members: read as far as it makes sense, or refused; nothing else is raised."""
     rng = np.random.default_rng(11)
     parts = [*bundle(TENSORS), saved_model(VOCABULARIES)]
-    refused = 0
+    sentences = []
     for _ in range(400):
         changed = [bytearray(part) for part in parts]
         victim = changed[rng.integers(0, 3)]
@@ -286,10 +286,9 @@ def test_damage_anywhere_is_refused_in_one_sentence(tmp_path: Path) -> None:
         try:
             convert(archive(tmp_path / "net.zip", *map(bytes, changed)), "autokeras", "m").network("x")
         except RefusedError as error:
-            refused += 1
-            assert "\n" not in str(error)
-            assert len(str(error)) < 600
-    assert 100 < refused < 400
+            sentences.append(str(error))
+    assert 100 < len(sentences) < 400
+    assert not [sentence for sentence in sentences if "\n" in sentence or len(sentence) > 600]
 
 
 def test_damage_of_the_zip_itself_is_refused(tmp_path: Path) -> None:

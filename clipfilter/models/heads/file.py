@@ -107,7 +107,7 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         return header, {str(key): str(value) for key, value in metadata.items()}
-    except (OSError, struct.error, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, struct.error, ValueError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, _BadHead):
             raise
         raise _BadHead("it is damaged or no safetensors file") from None
