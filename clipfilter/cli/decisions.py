@@ -1,4 +1,4 @@
-"""`clipfilter policy explain`: what a policy did to the rows of a run."""
+"""`clipfilter policy explain` and `diff`: what a policy did to the rows of a run, and what another one would do."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipfilter.cli.jobs import Json
+from clipfilter.cli.jobs import Json, Thumbnails
 from clipfilter.cli.runs import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from clipfilter.engine.compare import Comparison
     from clipfilter.report.explain import Explanation
 
 _STYLES = {"keep": "green", "review": "yellow", "reject": "red", "failed": "red", "missing": "yellow"}
@@ -33,6 +34,74 @@ def explain(
     from rich.console import Console
 
     _print_explanation(Console(), explanation)
+
+
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="The policy as it is: a file, or the name of a pack.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="The policy as it would be.")],
+    on: Annotated[str, typer.Option("--on", help="Run, embed or score directory whose rows both decide.")],
+    report: Annotated[str | None, typer.Option(help="Write a page with sampled pictures of every change here.")] = None,
+    thumbnails: Annotated[
+        Thumbnails, typer.Option(help="Pictures on that page: none, blur or show.")
+    ] = Thumbnails.blur,
+    examples: Annotated[int, typer.Option(min=0, max=200, help="Sampled rows per kind of change.")] = 12,
+    model: Annotated[
+        str | None, typer.Option(help="Where the run's own model is now, if it was a local one [default: as recorded].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two policies on the stored rows of a run: what would be decided differently, and which rules do it."""
+    from pathlib import Path
+
+    from clipfilter.engine.compare import compare_policies
+    from clipfilter.policies import load_policy
+
+    found = compare_policies(load_policy(before), load_policy(after), on, model=model, examples=examples)
+    if report is not None:
+        from clipfilter.report.diff import diff_page
+
+        path = Path(report)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(diff_page(found, str(thumbnails)), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console()
+    _print_comparison(console, found)
+    if report is not None:
+        console.print(str(Path(report).absolute()), soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_comparison(console: Console, found: Comparison) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from clipfilter.report import text
+
+    sides = (found.before, found.after)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("rows")
+    for side in sides:
+        table.add_column(f"{side.name} {side.version}", justify="right")
+    table.add_column("change", justify="right")
+    for decision in ("keep", "review", "reject"):
+        counts = [side.decisions[decision] for side in sides]
+        table.add_row(Text(decision, _STYLES[decision]), *(f"{n:,}" for n in counts), f"{counts[1] - counts[0]:+,}")
+    for rule in dict.fromkeys([*found.before.rules, *found.after.rules]):
+        counts = [sum(side.rules.get(rule, {}).values()) for side in sides]
+        table.add_row(Text(f"by {rule}", "dim"), *(f"{n:,}" for n in counts), f"{counts[1] - counts[0]:+,}")
+    console.print(table)
+    console.print()
+    share = text.share(found.flipped, found.rows)
+    console.print(f"{found.flipped:,} of {found.rows:,} rows ({share}) change", highlight=False)
+    for (a, b), count in sorted(found.changes.items(), key=lambda item: -item[1]):
+        keys = [text.clean(flip.key, 40) for flip in found.flips if (flip.before, flip.after) == (a, b)]
+        shown = ", ".join(keys[:3]) + (", ..." if count > 3 else "")
+        console.print(
+            Text.assemble(f"{count:>8,}  {a} to ", (b, _STYLES[b]), f"  {shown}"), soft_wrap=True, highlight=False
+        )
 
 
 def _print_explanation(console: Console, found: Explanation) -> None:
@@ -76,3 +145,4 @@ def _print_explanation(console: Console, found: Explanation) -> None:
 
 def add_to(app: typer.Typer) -> None:
     app.command("explain")(explain)
+    app.command("diff")(diff)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import time
+from collections.abc import Sequence
 from importlib.resources import files
 from urllib.parse import unquote
 
@@ -44,11 +45,6 @@ def render(data: RunData, examples: Examples, thumbnails: str, problem: str | No
 
     thumbnails: "none", "blur" or "show", as asked for. problem: why pictures are missing, None when they are not.
     """
-    style = files("clipfilter.report").joinpath("style.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    # The style's own hash instead of 'unsafe-inline': even markup that slipped through could not style anything.
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    title = f"{dataset_name(data)} – {_decided_by(data)}"
     sections = [
         _summary(data),
         rules.section(data, examples, thumbnails, problem),
@@ -58,6 +54,17 @@ def render(data: RunData, examples: Examples, thumbnails: str, problem: str | No
         _fingerprints(data),
         _reproduce(data),
     ]
+    title = f"{dataset_name(data)} – {_decided_by(data)}"
+    derived = "the files of the run. Derived, for people: the run’s commits and versions are what counts"
+    return document(title, _header(data), sections, derived)
+
+
+def document(title: str, header: str, sections: Sequence[str], written_from: str) -> str:
+    """A self-contained page. title: plain text; header and sections: HTML already escaped, empty sections left out."""
+    style = files("clipfilter.report").joinpath("style.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    # The style's own hash instead of 'unsafe-inline': even markup that slipped through could not style anything.
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -66,12 +73,12 @@ def render(data: RunData, examples: Examples, thumbnails: str, problem: str | No
         '<meta name="robots" content="noindex">\n'
         f'<meta name="generator" content="clipfilter {__version__}">\n<link rel="icon" href="data:,">\n'
         f"<title>{text.esc(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        + _header(data)
+        + header
         + "<main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main>\n"
-        + f"<footer><p>Written by clipfilter {__version__} on {text.moment(time.time())} from the files of the run. "
-        "Derived, for people: the run’s commits and versions are what counts.</p></footer>\n</body>\n</html>\n"
+        + f"<footer><p>Written by clipfilter {__version__} on {text.moment(time.time())} from {written_from}."
+        "</p></footer>\n</body>\n</html>\n"
     )
 
 
