@@ -10,7 +10,7 @@ import numpy as np
 from clipfilter.policies.calibration import guarantees
 from clipfilter.policies.calibration.calibrate import Calibrated
 
-_WIDTH, _HEIGHT = 1000, 470
+_WIDTH, _HEIGHT = 1000, 490
 _TOP, _SIDE, _GAP, _LEFT = 84, 320, 120, 70
 _BINS = 8
 _MARKS = 300
@@ -22,7 +22,7 @@ _BAND = {"reject": "#b03a2e", "review": "#b7860b"}
 def plot_svg(found: Calibrated) -> str:
     """A whole SVG document, on white, without scripts or fonts of its own."""
     title = f"{found.rule} ({found.policy}) on {found.model}"
-    design = f"{found.labels:,} labels, {found.positives:,} positive, drawn {found.design}"
+    design = f"{found.labels:,} labels, {found.positives:,} positive, design {found.design}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'font-family="system-ui, Segoe UI, Noto Sans, Arial, sans-serif" font-size="13" fill="{_INK}">',
@@ -112,9 +112,8 @@ def _curves(found: Calibrated) -> list[str]:
     low, high = float(min(limits)), float(max(limits))
     spread = (high - low) * 0.03 or max(abs(low) * 0.1, 1e-3)
     panel = _Panel(left, _WIDTH - left - 40, (low - spread, high + spread))
-    ticks = [float(value) for value in np.linspace(low, high, 5)]
     across = f"threshold (rows {found.direction} it are flagged)"
-    parts = panel.frame(across, "Precision and recall of what is flagged", ticks)
+    parts = panel.frame(across, "Precision and recall of what is flagged", _ticks(low, high))
     sign = 1.0 if found.direction == "above" else -1.0
     # Just before each labelled score, so that a point tells of the rows from that score on.
     at = np.nextafter(np.unique((sign * scores).astype(np.float32)), np.float32(-np.inf)).astype(np.float64)
@@ -161,6 +160,15 @@ def _curves(found: Calibrated) -> list[str]:
         parts.append(_text(x + 24, _TOP + _SIDE + 66, says, size=12))
         x += 24 + 7 * len(says)
     return parts
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to ten round numbers in a range."""
+    rough = (high - low) / 5 or 1.0
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = int(np.ceil(low / step - 0.05)), int(np.floor(high / step + 0.05))
+    return [float(position * step) for position in range(first, last + 1)]
 
 
 def _text(
