@@ -1,0 +1,102 @@
+"""`clipfilter models`: what it prints, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from clipfilter.cli import models
+from clipfilter.errors import RefusedError
+from clipfilter.models import load_encoder
+from tests.support.engine import PHOTOS
+
+
+def run(*arguments: str) -> str:
+    """What `clipfilter models ARGUMENTS` prints; exceptions come through."""
+    app = typer.Typer()
+    models.add_to(app)
+    app.callback()(lambda: None)
+    result = CliRunner().invoke(app, ["models", *arguments], catch_exceptions=False)
+    if isinstance(result.exception, RefusedError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_show_says_what_a_model_is() -> None:
+    nano = load_encoder("nano")
+    facts = json.loads(run("show", "nano", "--json"))
+    assert facts["fingerprint"] == nano.fingerprint
+    assert facts["preprocess"] == nano.preprocess.to_json()
+    assert (facts["dim"], facts["context_length"], facts["logit_scale"]) == (
+        nano.dim,
+        nano.context_length,
+        nano.logit_scale,
+    )
+    assert (facts["dtype"], facts["score_kind"], facts["note"]) == ("fp32", "softmax", None)
+    assert 30_000_000 < facts["parameters"] < 50_000_000
+    assert facts["bytes"] == 4 * facts["parameters"]
+    table = run("show", "nano")
+    assert f"{facts['parameters']:,}" in table
+    assert nano.fingerprint["weights_sha256"] in table
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(RefusedError, match="unknown model"):
+        run("show", "nanoo")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--int8"], "--measure SOURCE"),
+        (["--measure", str(PHOTOS)], "--int8"),
+        (["--policy", "demo"], "--int8 and --measure"),
+        (["--int8", "--measure", "/nowhere"], "nowhere"),
+        (["--int8", "--measure", str(PHOTOS), "--policy", "no-such-policy"], "no-such-policy"),
+    ],
+)
+def test_export_checks_its_options_first(tmp_path: Path, options: list[str], says: str) -> None:
+    with pytest.raises(RefusedError, match=says):
+        run("export", "nano", "--to", str(tmp_path / "out"), *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_never_overwrites(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
+    with pytest.raises(RefusedError, match="exists"):
+        run("export", "nano", "--to", str(tmp_path))
+
+
+def test_agreement_counts_rows_and_changed_decisions(tmp_path: Path) -> None:
+    """Of a model with itself nothing changes; of one whose images are turned around, decisions do."""
+    from clipfilter.evaluation.agreement import agreement, read_sample
+    from clipfilter.policies import load_policy
+    from clipfilter.sources import open_source
+
+    nano: Any = load_encoder("nano")
+    sample = read_sample(open_source(str(PHOTOS)), nano.preprocess, 16)
+    assert sample.rows == 16
+    readable = len(sample.pixels())
+    policy = load_policy("demo")
+    same = agreement(nano, nano, sample, policy)
+    assert same["images"] == {"n": readable, "mean": 1.0, "min": 1.0}
+    assert same["texts"]["mean"] == 1.0
+    assert same["policy"] == {"name": policy.name, "version": policy.version, "rows": readable, "changed": 0}
+
+    class Turned:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(nano, name)
+
+        def encode_images(self, pixels: Any) -> Any:
+            return -nano.encode_images(pixels)
+
+    turned = agreement(nano, Turned(), sample, policy)
+    assert turned["images"]["mean"] == -1.0
+    assert turned["texts"]["min"] == 1.0
+    assert turned["policy"]["changed"] > readable / 2
