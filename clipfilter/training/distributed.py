@@ -31,8 +31,10 @@ def check_ray_train() -> None:
         raise RefusedError(f"--engine ray trains with Ray Train ({error}): pip install 'clipfilter[train]'.") from None
 
 
-def work_on_ray(settings: TrainSettings, show: Callable[[Shown], None] | None = None) -> None:
-    """Run `worker.work` on `settings.workers` Ray workers; every one of them must see OUT under the same path.
+def work_on_ray(settings: TrainSettings, everywhere: bool = False, show: Callable[[Shown], None] | None = None) -> None:
+    """Run `worker.work` on `settings.workers` Ray workers.
+
+    everywhere: OUT is a disk that all machines of the cluster have under this path.
 
     Raises RefusedError when the cluster does not answer or lacks the GPUs, ClipfilterError when training fails.
     """
@@ -41,7 +43,7 @@ def work_on_ray(settings: TrainSettings, show: Callable[[Shown], None] | None = 
 
     executor = RayExecutor(settings.address, settings.workers, settings.threads, settings.device)
     try:
-        if len(executor.hosts) > 1:
+        if not everywhere:
             executor.refuse_unshared(settings.out, "--out")
         _fit(settings, executor.hosts, show)
     finally:

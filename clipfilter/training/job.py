@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ def train(
 
     Raises RefusedError before work begins; ClipfilterError when training fails.
     """
+    everywhere = settings.out.startswith("file://")  # says that the disk is mounted on every machine
+    settings = replace(settings, out=settings.out.removeprefix("file://"))
     out = _check(settings)
     with _alone(out):
         _same_run(settings, out)
@@ -57,7 +59,7 @@ def train(
         if settings.engine == "ray":
             from clipfilter.training.distributed import work_on_ray
 
-            work_on_ray(settings, show)
+            work_on_ray(settings, everywhere, show)
         else:
             from clipfilter.training.worker import work
 
@@ -69,7 +71,9 @@ def train(
 
 def _check(settings: TrainSettings) -> Path:
     if not is_local(settings.out):
-        raise RefusedError("--out of a training must be a local path (or a disk mounted on every machine).")
+        raise RefusedError(
+            f"--out {settings.out} must be a local path, or file:///... of a disk that every machine has mounted there."
+        )
     if settings.from_scratch and ("=" in settings.model or "/" in settings.model or settings.model.startswith("nano")):
         raise RefusedError(f"--from-scratch takes a bare open_clip architecture (ViT-S-32), not {settings.model}.")
     if "tensorboard" in settings.log:
@@ -80,7 +84,7 @@ def _check(settings: TrainSettings) -> Path:
         from clipfilter.training.distributed import check_ray_train
 
         check_ray_train()
-    return Path(settings.out.removeprefix("file://")).expanduser()
+    return Path(settings.out)
 
 
 @contextmanager

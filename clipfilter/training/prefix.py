@@ -23,7 +23,7 @@ from clipfilter.training.pairs import Pairs
 
 #: A set whose activations would need more room is computed anew each time.
 MAX_BYTES = 4 << 30
-_RECORD_BATCH, _REPLAY_BATCH = 16, 64
+_REPLAY_BATCH = 64
 
 
 class Prefix:
@@ -37,6 +37,7 @@ class Prefix:
         modules = dict(model.module.named_modules())
         self._modules: list[nn.Module] = [modules[name] for name in frozen_blocks(model.module, "image")]
         self.blocks = len(self._modules)
+        self.batch = model.encoder._image_chunk or _REPLAY_BATCH  # images per forward pass when recording
 
     @torch.inference_mode()
     def record(self, pixels: np.ndarray) -> np.ndarray:
@@ -89,10 +90,12 @@ class PrefixStore:
         if not self.prefix.blocks or path.exists():
             return
 
+        step = self.prefix.batch
+
         def batches() -> Iterator[np.ndarray]:
             with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
-                for start in range(0, len(whole), _RECORD_BATCH):
-                    rows = range(start, min(start + _RECORD_BATCH, len(whole)))
+                for start in range(0, len(whole), step):
+                    rows = range(start, min(start + step, len(whole)))
                     yield np.stack(list(pool.map(lambda row: prepare_row(whole.image(row), preprocess, None), rows)))
 
         one = self.prefix.record(prepare_row(whole.image(0), preprocess, None)[None])
