@@ -54,7 +54,8 @@ def fit(scores: np.ndarray, true: np.ndarray, weights: np.ndarray | None, *, fal
     x, y = np.asarray(scores, np.float64), np.asarray(true, np.float64)
     held = {"platt": np.zeros(len(x)), "isotonic": np.zeros(len(x))}
     folds = np.empty(len(x), np.int64)
-    folds[np.lexsort((x, y))] = np.arange(len(x)) % FOLDS  # each fold has its share of both classes and of all scores
+    shuffled = np.random.default_rng(0).permutation(len(x))
+    folds[np.lexsort((shuffled, y))] = np.arange(len(x)) % FOLDS  # each fold has its share of both classes
     for fold in range(FOLDS):
         test, train = folds == fold, folds != fold
         if test.any() and train.any():
