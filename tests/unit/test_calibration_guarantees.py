@@ -183,7 +183,7 @@ def test_candidates_know_no_label_and_start_where_a_test_can_pass() -> None:
     assert expected[0] == pytest.approx(72, rel=0.01)
     assert len(grid.starts) == 4
     assert grid.starts[0] == 0
-    with pytest.raises(RefusedError, match="71 labels are too few.*at least 72 must"):
+    with pytest.raises(RefusedError, match=r"71 labels are too few.*at least 72 must"):
         g.candidates(world.ascending, 71, 0.95, 0.9)
     assert g.candidates(world.ascending, 400, 0.95, 0.9, (0.0, 1.0)).thresholds.min() > 0
 
@@ -227,7 +227,7 @@ def test_the_miss_rate_holds_on_average_and_its_bound_at_its_confidence(n: int, 
 def test_too_few_positives_are_refused_for_a_miss_rate() -> None:
     assert g.miss_rank(19, 0.05) == 1
     assert g.miss_rank(59, 0.05) == 3
-    with pytest.raises(RefusedError, match="18 positive labels are too few for a miss rate of 0.05: it needs 19"):
+    with pytest.raises(RefusedError, match=r"18 positive labels are too few for a miss rate of 0\.05: it needs 19"):
         g.miss_rank(18, 0.05)
 
 

@@ -101,7 +101,7 @@ def _csv(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     raise RefusedError(f"{path}:{reader.line_num}: the line has more cells than the header has names.")
                 yield reader.line_num, {name: value for name, value in row.items() if value is not None}
         except csv.Error as error:
-            raise RefusedError(f"{path}:{reader.line_num}: this is not valid CSV ({error}).") from None
+            raise RefusedError(f"{path}:{reader.reader.line_num}: this is not valid CSV ({error}).") from None
 
 
 def _jsonl(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
