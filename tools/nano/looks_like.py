@@ -18,7 +18,16 @@ SAME_NAME = {  # classes that share their first name with another one
     "maillot tank suit": 638,
     "maillot": 639,
 }
-TEMPLATES = ("{}", "a photo of {}", "a picture of {}.", "a photo of {}.", "a close-up photo of {}", "there is {} here")
+TEMPLATES = (
+    "{}",
+    "a photo of {}",
+    "a photo of {}.",
+    "a picture of {}.",
+    "a close-up photo of {}",
+    "a drawing of {}",
+    "an image with {} in it",
+    "there is {} here.",
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,8 @@ def read_looks(path: Path = FILE) -> list[Look]:
 
 
 def phrases(term: str, draw: random.Random) -> list[str]:
-    """A term as it stands, and in two of the templates, mostly with an article."""
+    """A term as it stands, and in three of the templates, mostly with an article."""
     said = term
     if not term.startswith(("a ", "an ", "the ", "people")) and draw.random() < 0.7:
         said = f"{'an' if term[0] in 'aeiou' else 'a'} {term}"
-    return [term, *(template.format(said) for template in draw.sample(TEMPLATES, 2))]
+    return [term, *(template.format(said) for template in draw.sample(TEMPLATES, 3))]

@@ -54,7 +54,8 @@ SHOWN, CHANCE = 3, 0.003  # most classes in a made-up photo; chance that one of 
 LEARNING_RATE, WEIGHT_DECAY, MAX_SCALE = 1e-3, 0.1, 60.0
 VOCABULARY_RATE = 3e-3  # learning rate of the first part
 SLOW = 0.3  # learning rate in the second part of what the first part taught, relative
-CAPTION_WEIGHT = 0.3  # share of the caption block in a cosine: held-out captions want 0.5, words outside them 0.2
+CAPTION_WEIGHT = 0.4  # share of the caption block in a cosine: held-out captions want 0.5, words outside them 0.2
+CLASS_TEMPERATURE = 1.5  # of the class probabilities
 CAPTION_BLOCK_LOSS = 0.5  # weight of the loss on the caption block alone
 OWN_LOGIT_GAIN = (5.0, 14.0)  # how far a made-up feature raises its class's logit
 KEPT_CONTENT = (0.3, 1.0)  # how much of the real photo's deviation from the mean it keeps
@@ -81,7 +82,6 @@ class Heads(nn.Module):
             self.text_classes.linear.bias.copy_(-self.text_classes.linear.weight @ centre)
             start = self.text_classes.linear(class_vectors)
         self.class_vectors = nn.Parameter(F.normalize(start, dim=-1))
-        self.sharpness = nn.Parameter(torch.tensor(0.0))
         self.scale = nn.Parameter(torch.tensor(math.log(20.0)))
 
     def forward(self, features: Tensor, logits: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
@@ -89,7 +89,7 @@ class Heads(nn.Module):
         with torch.autocast("cpu", torch.bfloat16):
             image, text = self.image((features - self.mean) / self.std), self.text(texts)
             text_classes = self.text_classes(texts)
-        classes = (logits * self.sharpness.exp()).softmax(-1) @ self.class_vectors
+        classes = (logits / CLASS_TEMPERATURE).softmax(-1) @ self.class_vectors
         image, text, classes, text_classes = (
             F.normalize(block.float(), dim=-1) for block in (image, text, classes, text_classes)
         )
@@ -294,7 +294,8 @@ def learn_vocabulary(
         chosen = torch.randint(len(photos), (256,), generator=generator)
         features, fit, texts, targets = vocabulary.draw(photos[chosen], generator)
         with torch.autocast("cpu", torch.bfloat16):
-            classes = F.normalize((features @ vocabulary.weight.T + bias).softmax(-1) @ heads.class_vectors, dim=-1)
+            shares = ((features @ vocabulary.weight.T + bias) / CLASS_TEMPERATURE).softmax(-1)
+            classes = F.normalize(shares @ heads.class_vectors, dim=-1)
             text_classes = F.normalize(heads.text_classes(texts), dim=-1)
             names = F.normalize(heads.class_vectors, dim=-1)
             text_scores, scores = text_classes @ names.T, classes @ text_classes.T
@@ -376,7 +377,7 @@ def write(args: argparse.Namespace, network: Nano, heads: Heads) -> None:
         "network": {
             **NETWORK,
             "caption_weight": CAPTION_WEIGHT,
-            "class_temperature": round(1 / heads.sharpness.exp().item(), 4),
+            "class_temperature": CLASS_TEMPERATURE,
         },
     }
     (args.out / "nano.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -386,8 +387,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="what features.py wrote")
     parser.add_argument("--out", type=Path, help="folder for nano.safetensors, nano.json, vocab.txt")
-    parser.add_argument("--vocabulary-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--vocabulary-steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--dropout", type=float, default=0.4)
     parser.add_argument("--without-captions", action="store_true", help="heads that never saw a caption")
     parser.add_argument("--seed", type=int, default=0)

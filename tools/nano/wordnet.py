@@ -16,7 +16,7 @@ VISIBLE = {
     18: 0.25,
     20: 0.25,
 }  # animal artifact body food object person plant
-TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}.")
+TEMPLATES = ("{}", "a {}", "a photo of a {}", "a photo of a {}.", "a picture of a {}.", "a drawing of a {}")
 LONGEST_PATH = 20
 
 
