@@ -45,21 +45,43 @@ def load_encoder(
     device: str = "cpu",
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     threads: int | None = None,
+    compile: bool = False,
 ) -> Encoder:
     """Load the model called `name` onto `device`, in eval mode.
 
-    name: `nano` (bundled; `nano@1` pins its edition), `ARCH/TAG` as open_clip writes it
-    (`ViT-B-32/laion2b_s34b_b79k`), or `ARCH=/path/to/checkpoint.safetensors` (also .pt, .pth, .bin) for a local
-    open_clip checkpoint.
+    name: one of
+    - `nano` (bundled; `nano@1` pins its edition), or `nano=/path/to/weights.safetensors`;
+    - `ARCH/TAG` as open_clip writes it (`ViT-B-32/laion2b_s34b_b79k`), or `ARCH=/path/to/checkpoint` for a local file
+      (.safetensors, .pt, .pth, .bin; OpenAI's own archives too);
+    - `hf-hub:ORG/NAME`, a repository with open_clip_config.json, or `hf-hub:/folder`, its copy;
+    - `hf:ORG/NAME`, a CLIP or SigLIP model of transformers, or `hf:/folder`, its copy;
+    - `onnx:DIR`, a folder written by `clipfilter models export`.
+
     threads: CPU threads of torch's operators in this process; None leaves torch's choice.
+    compile: compile the towers with torch.compile (slow to load; the fingerprint says so).
 
     Raises RefusedError when the model is unknown, cannot be had (no network), or its file does not fit.
     """
+    encoder = _load(name, device, dtype, threads)
+    if compile:
+        _compile(encoder)
+    return encoder
+
+
+def _load(name: str, device: str, dtype: str, threads: int | None) -> Encoder:
     # One branch per kind of name; a further kind is one more module and one more branch.
-    if name == "nano" or name.startswith("nano@"):
+    if name == "nano" or name.startswith(("nano@", "nano=")):
         from clipfilter.models.nano import load_nano
 
         return load_nano(name, device=device, dtype=dtype, threads=threads)
+    if name.startswith("onnx:"):
+        from clipfilter.models.onnx import load_onnx
+
+        return load_onnx(name, device=device, dtype=dtype, threads=threads)
+    if name.startswith("hf:"):
+        from clipfilter.models.huggingface import load_huggingface
+
+        return load_huggingface(name, device=device, dtype=dtype, threads=threads)
     if "=" in name or "/" in name or _looks_like_open_clip(name):
         from clipfilter.models.openclip import load_openclip
 
@@ -70,5 +92,13 @@ def load_encoder(
     )
 
 
+def _compile(encoder: Encoder) -> None:
+    from clipfilter.models.encoder import TorchEncoder
+
+    if not isinstance(encoder, TorchEncoder) or encoder.name.startswith("onnx:"):
+        raise RefusedError(f"{encoder.name} runs outside of torch and cannot be compiled: load it without compile")
+    encoder.compile()
+
+
 def _looks_like_open_clip(name: str) -> bool:
-    return "-" in name or name.upper().startswith("RN")
+    return name.startswith("hf-hub:") or "-" in name or "_" in name or name.upper().startswith("RN")

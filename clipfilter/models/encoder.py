@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from clipfilter.errors import RefusedError
 from clipfilter.images.preprocess import PreprocessConfig
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class TorchEncoder:
     tokenize: texts -> untruncated id lists, special tokens included; a truncated text ends with `end_id`.
     cut_to_longest: whether the text tower gives the same vectors when padding is cut off: causal towers, and
     towers that mask their padding. Otherwise every text is padded to the context.
+    pad_left: whether padding goes before a text instead of after it (SigLIP 2 of transformers).
     image_chunk: images per forward pass; small chunks keep the activations in the CPU's cache.
     """
 
@@ -46,6 +48,7 @@ class TorchEncoder:
         cut_to_longest: bool,
         device: torch.device,
         dtype: torch.dtype,
+        pad_left: bool = False,
         image_chunk: int | None = None,
     ) -> None:
         self.name = name
@@ -64,6 +67,7 @@ class TorchEncoder:
         self._pad_id = pad_id
         self._end_id = end_id
         self._cut_to_longest = cut_to_longest
+        self._pad_left = pad_left
         self._image_chunk = image_chunk if device.type == "cpu" else None
         self._text_chunk = 32 if device.type == "cpu" else 256
         shape = (1, 3, 1, 1)
@@ -103,13 +107,33 @@ class TorchEncoder:
                 width = len(tokens[rows[-1]]) if self._cut_to_longest else self.context_length
                 ids = torch.full((len(rows), width), self._pad_id, dtype=torch.long)
                 for i, row in enumerate(rows):
-                    ids[i, : len(tokens[row])] = torch.tensor(tokens[row])
+                    start_at = width - len(tokens[row]) if self._pad_left else 0
+                    ids[i, start_at : start_at + len(tokens[row])] = torch.tensor(tokens[row])
                 out[rows] = _unit(self._text_tower(ids.to(self.device, non_blocking=True)))
         return out
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of `texts` are longer than the context."""
         return sum(len(ids) > self.context_length for ids in self._tokens(texts))
+
+    def compile(self) -> None:
+        """Compile both towers with `torch.compile` now, and note it in the fingerprint; the numbers stay within bounds.
+
+        The first batches of other sizes compile again. Raises RefusedError where nothing can be compiled.
+        """
+        before = self._image_tower, self._text_tower
+        self._image_tower, self._text_tower = (torch.compile(tower, dynamic=True) for tower in before)
+        size = self.preprocess.size
+        try:
+            self.encode_images(np.zeros((2, 3, size, size), np.uint8))
+            self.encode_texts(["a photo", "a longer sentence about a photo"])
+        except Exception as error:  # the compiler's own classes, or those of the compilers that it calls
+            self._image_tower, self._text_tower = before
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise RefusedError(
+                f"{self.name} cannot be compiled here ({reason}): install a C++ compiler (g++), or load it without compile"
+            ) from None
+        self.fingerprint["compiled"] = True
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         # A batch is usually asked for twice, once to encode and once to count; tokenizing is plain Python.

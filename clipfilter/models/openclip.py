@@ -1,87 +1,96 @@
-"""open_clip models: by name and weights tag, or from a local checkpoint."""
+"""open_clip models: by name and weights tag, from a hub repository or its copy, or from a local checkpoint."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import logging
-import re
-import socket
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from clipfilter.errors import RefusedError
 from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.models import hub
 from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
 from clipfilter.models.checkpoint import file_sha256, read_state_dict
 from clipfilter.models.encoder import TorchEncoder
+from clipfilter.models.tokenizer import encode_with as _tokenize_with  # noqa: F401  (models/onnx.py reads it here)
+from clipfilter.models.tokenizer import open_clip_tokenizer, refuse_remote_code
 from clipfilter.storage import local_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# CLIP's tokenizer is plain Python and quadratic in the length of a word. Nothing beyond these bounds can reach
-# a context of 77 tokens as words do, so they change no embedding of a caption that a person wrote.
-_MAX_CHARACTERS = 20_000
-_LONG_RUN = re.compile(r"(\S{1000})(?=\S)")
-_MAX_CACHED_WORDS = 200_000
+log = logging.getLogger("clipfilter.models")
+
+HUB_PREFIX = "hf-hub:"
+CONFIG = "open_clip_config.json"
+#: Names of weights in a repository or its copy, in the order in which they are taken.
+WEIGHTS = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pt", "open_clip_pytorch_model.pth",
+)  # fmt: skip
+_QUICK = "-quickgelu"
+#: Numbers that only OpenAI's own files carry among their tensors; those models were trained with QuickGELU.
+_OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+
+
+@dataclass
+class _Source:
+    """What is known of a model before its weights are read.
+
+    architecture: for messages and the fingerprint. config: open_clip's (`embed_dim`, `vision_cfg`, `text_cfg`).
+    preprocessing: open_clip's `preprocess_cfg`, {} for CLIP's own. quick_gelu: the activation as the publisher of these
+    weights states it, None where nobody does. folder: where files beside the weights are looked for.
+    """
+
+    shown: str
+    architecture: str
+    config: dict[str, Any]
+    weights: Path
+    preprocessing: dict[str, Any]
+    quick_gelu: bool | None
+    folder: Path | None
+    bare: bool = False
 
 
 def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) -> TorchEncoder:
-    """`ARCH/TAG` or `ARCH=/path/to/checkpoint` as an encoder; RefusedError as in `models.load_encoder`."""
+    """`ARCH/TAG`, `ARCH=/path/to/checkpoint` or `hf-hub:ORG/NAME` (or `hf-hub:/folder`, a copy of such a repository).
+
+    Raises RefusedError as `models.load_encoder` says.
+    """
     torch_with_torchvision()
-    import open_clip
+    from open_clip.hf_model import HFTextEncoder
 
     torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
     use_threads(threads)
-    architecture, _, local = name.partition("=")
-    architecture, _, tag = architecture.partition("/") if not local else (architecture, "", "")
-    config = open_clip.get_model_config(architecture)
-    if config is None:
-        close = difflib.get_close_matches(architecture, open_clip.list_models(), n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else "`nano` works everywhere."
-        raise RefusedError(f"open_clip has no architecture {architecture!r}; {hint}")
-    text_config = config["text_cfg"]
-    if text_config.get("hf_tokenizer_name") or text_config.get("hf_model_name") or "siglip" in architecture.lower():
-        raise RefusedError(f"{architecture} has a tokenizer other than CLIP's, which is not supported yet")
-
-    if local:
-        path = local_path(local)
-        quick_gelu = bool(config.get("quick_gelu", False))
-        preprocessing = _usual_preprocessing(architecture)
-        shown = f"{architecture}={path.name}"
-    else:
-        tag_config = _tag_config(architecture, tag)
-        path = _download(architecture, tag, tag_config)
-        # open_clip only warns when the tag's activation is not the architecture's; the weights decide.
-        quick_gelu = bool(tag_config.get("quick_gelu", False))
-        preprocessing = tag_config
-        shown = f"{architecture}/{tag}"
-
-    state = read_state_dict(path)
-    with _quiet():
-        model = open_clip.create_model(
-            architecture, precision=dtype, load_weights=False, pretrained_text=False, quick_gelu=quick_gelu
-        )
-    _load_strictly(model, state, architecture, path)
+    source = _find(name)
+    tokenizer = open_clip_tokenizer(source.config["text_cfg"], source.folder)
+    state = read_state_dict(source.weights)
+    sha256 = file_sha256(source.weights)
+    quick_gelu = _activation(source, state, sha256)
+    model = _build(source, quick_gelu, dtype)
+    preprocess = _preprocess_config(source, model.visual.image_size)
+    _load_strictly(model, state, source)
     model = model.to(torch_device).eval().requires_grad_(False)
-    preprocess = _preprocess_config(preprocessing, model.visual.image_size)
-    tokenizer = open_clip.get_tokenizer(architecture)
     text_tower = _causal_text_tower(model)
+    masks_padding = isinstance(getattr(model, "text", None), HFTextEncoder)
     logit_bias = getattr(model, "logit_bias", None)
     return TorchEncoder(
         name=name,
-        dim=int(config["embed_dim"]),
+        dim=int(source.config["embed_dim"]),
         preprocess=preprocess,
         logit_scale=float(model.logit_scale.detach().float().exp()),
         logit_bias=None if logit_bias is None else float(logit_bias.detach()),
         fingerprint={
-            "model": shown,
-            "architecture": architecture,
-            "weights_sha256": file_sha256(path),
+            "model": source.shown,
+            "architecture": source.architecture,
+            "weights_sha256": sha256,
             "activation": "quick_gelu" if quick_gelu else "gelu",
             "preprocess": preprocess.to_json(),
             "dtype": dtype,
@@ -89,14 +98,131 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
         },
         image_tower=model.encode_image,
         text_tower=text_tower or model.encode_text,
-        tokenize=_tokenize_with(tokenizer),
-        context_length=int(tokenizer.context_length),
-        pad_id=0,
-        end_id=tokenizer.eot_token_id,
-        cut_to_longest=text_tower is not None,
+        tokenize=tokenizer.encode,
+        context_length=tokenizer.context_length,
+        pad_id=tokenizer.pad_id,
+        end_id=tokenizer.end_id,
+        pad_left=tokenizer.pad_left,
+        cut_to_longest=text_tower is not None or masks_padding,
         device=torch_device,
         dtype=torch_dtype,
     )
+
+
+# --- which model ------------------------------------------------------------------------------------------------------
+
+
+def _find(name: str) -> _Source:
+    if name.startswith(HUB_PREFIX):
+        return _find_repository(name.removeprefix(HUB_PREFIX))
+    architecture, _, local = name.partition("=")
+    if local:
+        return _find_checkpoint(architecture, local_path(local))
+    architecture, _, tag = architecture.partition("/")
+    config = architecture_config(architecture)
+    tag_config = _tag_config(architecture, tag)
+    path = _download(architecture, tag, tag_config)
+    return _Source(
+        f"{architecture}/{tag}", architecture, config, path, tag_config,
+        # open_clip only warns when the tag's activation is not the architecture's; the weights decide.
+        quick_gelu=tag_config.get("quick_gelu"), folder=None,
+    )  # fmt: skip
+
+
+def architecture_config(architecture: str) -> dict[str, Any]:
+    """open_clip's config of an architecture; `-quickgelu` may follow any of them. RefusedError for unknown ones."""
+    import open_clip
+
+    config = open_clip.get_model_config(architecture)
+    if config is None and architecture.endswith(_QUICK):
+        config = open_clip.get_model_config(architecture.removesuffix(_QUICK))
+        config = config and {**config, "quick_gelu": True}
+    if config is None:
+        close = difflib.get_close_matches(architecture, open_clip.list_models(), n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else "`nano` works everywhere."
+        raise RefusedError(f"open_clip has no architecture {architecture!r}; {hint}")
+    return dict(config)
+
+
+def _find_checkpoint(architecture: str, path: Path) -> _Source:
+    """A local file, with what is known of it: from an open_clip_config.json beside it, or from its published hash."""
+    config = architecture_config(architecture)
+    if path.is_dir():
+        raise RefusedError(
+            f"{path} is a folder: name the checkpoint in it, or load the whole folder with hf-hub:{path} (open_clip's) "
+            f"or hf:{path} (transformers')"
+        )
+    if not path.is_file():
+        raise RefusedError(f"the checkpoint {path} does not exist")
+    shown = f"{architecture}={path.name}"
+    beside = refuse_remote_code(path.parent / CONFIG)
+    if isinstance(beside.get("model_cfg"), dict):
+        stated = beside["model_cfg"]
+        sides = [
+            (c.get("embed_dim"), _image_size(c), c.get("text_cfg", {}).get("context_length")) for c in (config, stated)
+        ]
+        if sides[0] != sides[1]:
+            raise RefusedError(
+                f"{path.parent / CONFIG} describes another architecture than {architecture}: use hf-hub:{path.parent} to load "
+                "what it describes, or move the checkpoint to a folder of its own"
+            )
+        preprocessing = dict(beside.get("preprocess_cfg") or {})
+        return _Source(
+            shown, architecture, config, path, preprocessing, bool(stated.get("quick_gelu", False)), path.parent
+        )
+    return _Source(
+        shown, architecture, config, path, _usual_preprocessing(architecture) or {}, None, path.parent, bare=True
+    )
+
+
+def _find_repository(place: str) -> _Source:
+    """A repository in open_clip's layout, on the hub or copied to a folder."""
+    folder = local_path(place)
+    local = folder.is_dir() or place.startswith(("/", ".", "~"))
+    if local:
+        if not (folder / CONFIG).is_file():
+            raise RefusedError(
+                f"{folder} has no {CONFIG}: copy the repository's {CONFIG} and {WEIGHTS[0]} there, or use hf:{folder} for a "
+                "transformers model"
+            )
+        weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+        config_path = folder / CONFIG
+    else:
+        config_path, weights = fetch_repository(place)
+        folder = config_path.parent
+    if weights is None:
+        raise RefusedError(f"{folder if local else place} has none of open_clip's weights: put {WEIGHTS[0]} there")
+    content = refuse_remote_code(config_path)
+    config = content.get("model_cfg")
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+        raise RefusedError(
+            f"{config_path} describes no open_clip model (model_cfg with embed_dim, vision_cfg and text_cfg)"
+        )
+    preprocessing = dict(content.get("preprocess_cfg") or {})
+    shown = HUB_PREFIX + (folder.name if local else place)
+    stated = config.get("quick_gelu")
+    return _Source(shown, shown, config, weights, preprocessing, None if stated is None else bool(stated), folder)
+
+
+def fetch_repository(repo: str) -> tuple[Path, Path | None]:
+    """(config, weights) of a hub repository in open_clip's layout, downloaded unless cached; RefusedError."""
+    try:
+        config = hub.fetch(repo, CONFIG)
+        if config is None:
+            raise RefusedError(f"https://huggingface.co/{repo} has no {CONFIG}: use hf:{repo} for a transformers model")
+        revision = config.parent.name
+        weights = next((path for file in WEIGHTS if (path := hub.fetch(repo, file, revision)) is not None), None)
+    except hub.Unavailable as error:
+        raise RefusedError(
+            f"{HUB_PREFIX}{repo} cannot be had ({error}): on a machine with a network, download {CONFIG} and {WEIGHTS[0]} "
+            f"from https://huggingface.co/{repo} into a folder, copy it here and use --model {HUB_PREFIX}/path/to/that/folder"
+        ) from None
+    return config, weights
+
+
+def _image_size(config: dict[str, Any]) -> Any:
+    size = config.get("vision_cfg", {}).get("image_size", 224)
+    return tuple(size) if isinstance(size, list) else (size, size)
 
 
 def _tag_config(architecture: str, tag: str) -> dict[str, Any]:
@@ -112,54 +238,224 @@ def _tag_config(architecture: str, tag: str) -> dict[str, Any]:
     raise RefusedError(f"{wrong}: use {choice}{architecture}=/path/to/checkpoint.safetensors")
 
 
+def cached_weights(tag_config: dict[str, Any]) -> Path | None:
+    """The file of these weights in open_clip's caches, or None; asks no network."""
+    repo, _, file = str(tag_config.get("hf_hub", "")).rpartition("/")
+    if repo:
+        files: tuple[str, ...] = (file,) if file else WEIGHTS
+        if file.endswith((".bin", ".pt", ".pth")):
+            files = (file.rpartition(".")[0] + ".safetensors", file)
+        return next((path for name in files if (path := hub.cached(repo, name)) is not None), None)
+    url = str(tag_config.get("url", ""))
+    path = Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]
+    return path if url and path.is_file() else None
+
+
 def _download(architecture: str, tag: str, tag_config: dict[str, Any]) -> Path:
     """The local file of these weights, from open_clip's cache or the network, or RefusedError."""
     from open_clip.pretrained import download_pretrained
 
+    found = cached_weights(tag_config)
+    if found is not None:
+        return found
     try:
-        with _quiet(), _hub_offline_if_unreachable():
+        with _quiet(), hub.offline_if_unreachable():
             return Path(download_pretrained(tag_config))
     except Exception as error:  # every client library has its own; all mean that the file could not be had
-        hub = str(tag_config.get("hf_hub", "")).strip("/")
-        source = f"https://huggingface.co/{hub}" if hub else tag_config.get("url", "its publisher")
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        repo, _, file = str(tag_config.get("hf_hub", "")).rpartition("/")
+        source = f"https://huggingface.co/{repo}" if repo else tag_config.get("url", "its publisher")
+        file = file or f"{WEIGHTS[0]} and {CONFIG}" if repo else "the file"
         raise RefusedError(
-            f"the weights of {architecture}/{tag} are not in the cache and cannot be downloaded ({reason}). "
-            f"On a machine with a network, download the .safetensors (or .bin, .pt) file from {source}, copy it "
-            f"here and use --model {architecture}=/path/to/that/file"
+            f"the weights of {architecture}/{tag} are not in the cache and cannot be downloaded ({hub.reason(error)}). "
+            f"On a machine with a network, download {file} from {source}, copy it here and use --model "
+            f"{architecture}=/path/to/that/file"
         ) from None
 
 
-def _usual_preprocessing(architecture: str) -> dict[str, Any]:
-    """What all published weights of this architecture agree on; {} (CLIP's own) where there is no such thing."""
+def _usual_preprocessing(architecture: str) -> dict[str, Any] | None:
+    """What all published weights of this architecture agree on, {} where there are none; None if they disagree."""
     import open_clip
 
     keys = ("mean", "std", "interpolation", "resize_mode")
-    found = []
+    found: list[dict[str, Any]] = []
     for tag in open_clip.list_pretrained_tags_by_model(architecture):
         config = open_clip.get_pretrained_cfg(architecture, tag)
         found.append({key: config[key] for key in keys if config.get(key) is not None})
-    return found[0] if found and all(config == found[0] for config in found) else {}
+    if not found:
+        return {}
+    return found[0] if all(config == found[0] for config in found) else None
 
 
-def _preprocess_config(overrides: dict[str, Any], image_size: int | tuple[int, int]) -> PreprocessConfig:
+# --- activation -------------------------------------------------------------------------------------------------------
+
+
+def _published_activations(architecture: str) -> set[bool]:
+    """The activations (QuickGELU or not) that published weights of this architecture were trained with."""
+    import open_clip
+
+    plain = architecture.removesuffix(_QUICK)
+    found = set()
+    for name in (plain, plain + _QUICK):
+        usual = (open_clip.get_model_config(name) or {}).get("quick_gelu", False)
+        for tag in open_clip.list_pretrained_tags_by_model(name):
+            found.add(bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", usual)))
+    return found
+
+
+def _published(sha256: str) -> dict[str, Any] | None:
+    """open_clip's record of the published file with this hash; its URLs carry hashes, whole or their beginning."""
+    import open_clip
+
+    for architecture, tag in open_clip.list_pretrained():
+        config = open_clip.get_pretrained_cfg(architecture, tag)
+        parts = str(config.get("url", "")).split("/")
+        if "openaipublic" in config.get("url", ""):
+            beginning = parts[-2]
+        elif "mlfoundations" in config.get("url", ""):
+            beginning = parts[-1].rpartition(".")[0].rpartition("-")[2]
+        else:
+            continue
+        if len(beginning) >= 8 and sha256.startswith(beginning):
+            return dict(config)
+    return None
+
+
+def _activation(source: _Source, state: dict[str, Tensor], sha256: str) -> bool:
+    """Whether these weights want QuickGELU. RefusedError where what is known contradicts what was asked for.
+
+    Of a bare file that can be recognised the preprocessing is filled in too; of another one, doubts are logged.
+    """
+    published = _published(sha256)
+    proven: bool | None = None
+    if all(name in state for name in _OPENAI_NUMBERS):
+        proven = True
+    elif published is not None:
+        proven = bool(published.get("quick_gelu", False))
+    if source.bare and proven is not None:
+        source.preprocessing = published or {}
+    elif source.bare:
+        _log_doubts(source)
+    stated = source.quick_gelu
+    if proven is not None and stated is not None and proven != stated:
+        names = {True: "QuickGELU", False: "GELU"}
+        raise RefusedError(
+            f"{source.weights} was trained with {names[proven]} but its configuration says {names[stated]}: correct "
+            f'"quick_gelu" in {CONFIG}'
+        )
+    asked = bool(source.config.get("quick_gelu", False))
+    known = proven if stated is None else stated
+    if known is None:
+        return asked
+    if asked and not known:
+        plain = source.architecture.removesuffix(_QUICK)
+        raise RefusedError(f"{source.weights} was trained with GELU, not with QuickGELU: use {plain}={source.weights}")
+    return known
+
+
+def _log_doubts(source: _Source) -> None:
+    """Say what a bare file leaves open, where published weights of its architecture differ."""
+    architecture, path = source.architecture, source.weights
+    if _usual_preprocessing(architecture) is None:
+        log.warning(
+            "nothing says how %s wants its images, and published weights of %s differ: it is read with CLIP's own "
+            "preprocessing; put its %s beside it to be sure", path.name, architecture, CONFIG,
+        )  # fmt: skip
+    if len(_published_activations(architecture)) > 1:
+        plain = architecture.removesuffix(_QUICK)
+        other = plain if architecture.endswith(_QUICK) else plain + _QUICK
+        log.warning(
+            "nothing in %s says whether it was trained with GELU or QuickGELU: it is read as %s says; use %s=%s if that is "
+            "wrong, or put its %s beside it", path.name, architecture, other, path, CONFIG,
+        )  # fmt: skip
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+def _build(source: _Source, quick_gelu: bool, dtype: str) -> Any:
+    """The randomly initialised network of this config, in `dtype`; RefusedError where open_clip cannot build it."""
+    import open_clip
+    from open_clip.hf_model import HFTextEncoder
+
+    config = deepcopy(source.config) | {"quick_gelu": quick_gelu}
+    text_config = config["text_cfg"]
+    if ":" in str(config["vision_cfg"].get("timm_model_name") or ""):
+        raise RefusedError(f"{source.shown} names an image tower outside of timm, which is not supported")
+    with tempfile.TemporaryDirectory(prefix="clipfilter-model-") as folder:
+        if text_config.get("hf_model_name"):
+            text_config["hf_model_name"] = str(_text_tower_config(source, Path(folder)))
+        # open_clip has no public way to build a model from a config but to read it from a folder.
+        content = {"model_cfg": config, "preprocess_cfg": {}}
+        (Path(folder) / CONFIG).write_text(json.dumps(content), encoding="utf-8")
+        try:
+            with _quiet():
+                model = open_clip.create_model(
+                    f"local-dir:{folder}", precision=dtype, load_weights=False, pretrained_text=False
+                )
+        except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
+            raise RefusedError(
+                f"open_clip cannot build {source.shown} ({hub.reason(error)}): is its config complete?"
+            ) from None
+    if dtype != "fp32" and isinstance(getattr(model, "text", None), HFTextEncoder):
+        # open_clip leaves parts of transformers' towers in float32, which only autocast would bridge.
+        model.text.to(resolve_dtype(dtype))
+    return model
+
+
+def _text_tower_config(source: _Source, work: Path) -> Path:
+    """A folder with the transformers config of the text tower: from beside the weights, the hub's cache, or the hub."""
+    repo = str(source.config["text_cfg"]["hf_model_name"])
+    from open_clip.hf_configs import arch_dict
+
+    found = source.folder and source.folder / "config.json"
+    content = refuse_remote_code(found) if found else {}
+    if content.get("model_type") not in arch_dict:
+        try:
+            fetched = hub.fetch(repo, "config.json")
+        except hub.Unavailable as error:
+            where = f"into {source.folder}, beside the checkpoint" if source.folder else "beside the checkpoint"
+            raise RefusedError(
+                f"the text tower of {source.shown} needs the config of {repo}, which cannot be had ({error}): download "
+                f"config.json and the tokenizer's files from https://huggingface.co/{repo} and put them {where}"
+            ) from None
+        content = refuse_remote_code(fetched) if fetched else {}
+    if content.get("model_type") not in arch_dict:
+        raise RefusedError(f"{repo} is no text tower that open_clip knows: use one of {', '.join(arch_dict)}")
+    folder = work / "text"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def _preprocess_config(source: _Source, image_size: int | tuple[int, int]) -> PreprocessConfig:
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    merged = merge_preprocess_dict(PreprocessCfg(), overrides)
+    merged = merge_preprocess_dict(PreprocessCfg(), source.preprocessing)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height != width:
         raise RefusedError(f"models with inputs that are not square ({height} x {width}) are not supported")
-    return PreprocessConfig(
-        size=height,
-        mean=tuple(merged["mean"]),
-        std=tuple(merged["std"]),
-        interpolation=merged["interpolation"],
-        resize_mode=merged["resize_mode"],
-        fill_color=merged["fill_color"],
-    )
+    size = source.preprocessing.get("size")
+    if size is not None and set(size if isinstance(size, list | tuple) else [size]) != {height}:
+        raise RefusedError(
+            f"the preprocessing of {source.shown} makes images of {size} pixels and its image tower takes {height}: correct "
+            f"the size in preprocess_cfg of {CONFIG}"
+        )
+    try:
+        if merged["mode"] != "RGB":
+            raise ValueError(f"images must be RGB, not {merged['mode']}")
+        return PreprocessConfig(
+            size=height,
+            mean=tuple(merged["mean"]),
+            std=tuple(merged["std"]),
+            interpolation=merged["interpolation"],
+            resize_mode=merged["resize_mode"],
+            fill_color=merged["fill_color"],
+        )
+    except (ValueError, TypeError) as error:
+        raise RefusedError(f"the preprocessing of {source.shown} cannot be done exactly: {error}") from None
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], architecture: str, path: Path) -> None:
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: _Source) -> None:
     """Copy `state` into `model`, every tensor of the same name and shape; RefusedError otherwise.
 
     open_clip's own loader would silently interpolate position embeddings of another image size.
@@ -167,15 +463,20 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], architecture: str
     from open_clip.factory import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
+    path = source.weights
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        raise RefusedError(
+            f"the checkpoint {path} is a transformers model: use hf:{path.parent}, with its config.json beside it"
+        )
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
-    for name in (
-        "input_resolution",
-        "context_length",
-        "vocab_size",
-    ):  # OpenAI's own files carry these numbers
-        state.pop(name, None)
+    expected = model.state_dict()
+    for name in [*_OPENAI_NUMBERS, "text.transformer.embeddings.position_ids"]:
+        if name not in expected:
+            state.pop(name, None)
+    for name in [name for name in state if name.endswith("attn_mask") and name not in expected]:
+        del state[name]  # a scripted model keeps its causal mask among its tensors
     for name in ("logit_scale", "logit_bias"):  # written as a scalar or as one element
         mine = getattr(model, name, None)
         if name in state and mine is not None and state[name].numel() == mine.numel():
@@ -185,7 +486,9 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], architecture: str
     except RuntimeError as error:
         details = [line.strip() for line in str(error).splitlines()[1:]]
         reason = details[0][:200] if details else str(error)[:200]
-        raise RefusedError(f"the checkpoint {path} does not fit the architecture {architecture}: {reason}") from None
+        raise RefusedError(
+            f"the checkpoint {path} does not fit the architecture {source.architecture}: {reason}"
+        ) from None
 
 
 def _causal_text_tower(model: Any) -> Callable[[Tensor], Tensor] | None:
@@ -218,40 +521,6 @@ def _causal_text_tower(model: Any) -> Callable[[Tensor], Tensor] | None:
         return cast("Tensor", x)
 
     return forward
-
-
-def _tokenize_with(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
-    """CLIP's byte-pair tokenizer without truncation, with bounds on what one text can cost."""
-    specials = dict(tokenizer.cache)
-
-    def tokenize(texts: Sequence[str]) -> list[list[int]]:
-        if len(tokenizer.cache) > _MAX_CACHED_WORDS:  # it never forgets; millions of captions would fill the memory
-            tokenizer.cache = dict(specials)
-        return [[tokenizer.sot_token_id, *tokenizer.encode(_bounded(text)), tokenizer.eot_token_id] for text in texts]
-
-    return tokenize
-
-
-def _bounded(text: str) -> str:
-    return _LONG_RUN.sub(r"\1 ", text[:_MAX_CHARACTERS])
-
-
-@contextmanager
-def _hub_offline_if_unreachable() -> Iterator[None]:
-    """Ask only the cache where the hub cannot be reached; its client would retry every file for most of a minute."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    hub = urlsplit(constants.ENDPOINT)
-    if not getproxies():
-        try:
-            socket.create_connection((hub.hostname or "", hub.port or 443), timeout=10).close()
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

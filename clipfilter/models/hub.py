@@ -1,0 +1,99 @@
+"""Files of model repositories on the Hugging Face hub: from its cache, else from the network, quickly refused without."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+#: Seconds to wait for a connection to the hub, and for how long the answer is believed.
+_CONNECT_SECONDS = 5
+_BELIEVED_SECONDS = 60
+
+INSTALL = "pip install 'clipfilter[hf]'"
+
+
+class Unavailable(Exception):
+    """A file can neither be found in the cache nor downloaded; the text says why."""
+
+
+def cached(repo: str, file: str, revision: str | None = None) -> Path | None:
+    """The local copy of a repository's file, or None; asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch(repo: str, file: str, revision: str | None = None) -> Path | None:
+    """The local copy of a repository's file, from the cache or downloaded; None where the repository has no such file.
+
+    What is in the cache is used as it is: weights do not change between two runs because their publisher changed them.
+    Raises Unavailable.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    found = cached(repo, file, revision)
+    if found is not None:
+        return found
+    try:
+        with offline_if_unreachable():
+            return Path(hf_hub_download(repo, file, revision=revision))
+    except LocalEntryNotFoundError:
+        raise Unavailable("it is not in the cache and the hub cannot be reached") from None
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError:
+        raise Unavailable("its terms must be accepted on its page first, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise Unavailable("the hub has no such repository, or it is private: `hf auth login`") from None
+    except Exception as error:  # the client has dozens of classes; all mean that the file could not be had
+        raise Unavailable(reason(error)) from None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, for use inside a sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Ask only the cache where the hub cannot be reached; its client would retry every file for most of a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if not before and not _reachable(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+_answers: dict[str, tuple[float, bool]] = {}
+
+
+def _reachable(endpoint: str) -> bool:
+    if getproxies():
+        return True
+    asked, answer = _answers.get(endpoint, (0.0, False))
+    if not asked or time.monotonic() - asked > _BELIEVED_SECONDS:
+        url = urlsplit(endpoint)
+        try:
+            socket.create_connection((url.hostname or "", url.port or 443), timeout=_CONNECT_SECONDS).close()
+            answer = True
+        except OSError:
+            answer = False
+        _answers[endpoint] = (time.monotonic(), answer)
+    return answer
