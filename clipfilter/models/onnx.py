@@ -79,6 +79,7 @@ def load_onnx(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
         context_length=config["context_length"],
         pad_id=tokenizer["pad_id"],
         end_id=tokenizer["end_id"],
+        pad_left=tokenizer["pad_left"],
         cut_to_longest=config["cut_to_longest"],
         device=torch.device("cpu"),  # where tensors are handed over; ONNX Runtime moves them to its own device
         dtype=torch.float32,
@@ -146,27 +147,34 @@ def loss_note(config: dict[str, Any]) -> str | None:
 
 def load_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> Callable[[Sequence[str]], list[list[int]]]:
     """texts -> untruncated token ids, special tokens included, from the files of an exported folder."""
-    path = folder / tokenizer["file"]
+    if tokenizer["kind"] not in ("clip-bpe", "tokenizers"):
+        raise RefusedError(
+            f"{folder} needs a tokenizer of kind {tokenizer['kind']!r}: update clipfilter, or export the model again"
+        )
+    from clipfilter.models._torch import torch_with_torchvision
+
+    torch_with_torchvision()
+    from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
+
+    path, cleaning = folder / tokenizer["file"], tokenizer["clean"]
     if tokenizer["kind"] == "clip-bpe":
-        from clipfilter.models._torch import torch_with_torchvision
+        from clipfilter.models.tokenizer import encode_with
 
-        torch_with_torchvision()
-        from open_clip.tokenizer import SimpleTokenizer
+        return encode_with(SimpleTokenizer(bpe_path=str(path), clean=cleaning))
+    from tokenizers import Tokenizer
 
-        from clipfilter.models.openclip import _tokenize_with
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are the engine's to give
+    fast = Tokenizer.from_file(str(path))
+    fast.no_truncation()
+    fast.no_padding()
+    clean = get_clean_fn(cleaning) if cleaning else str
+    zero = tokenizer["zero_id"]  # the id that the model was trained to see as 0
 
-        return _tokenize_with(SimpleTokenizer(bpe_path=str(path)))
-    if tokenizer["kind"] == "tokenizers":
-        from tokenizers import Tokenizer
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        found = [encoding.ids for encoding in fast.encode_batch([clean(text) for text in texts])]
+        return [[0 if token == zero else token for token in ids] for ids in found] if zero is not None else found
 
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are the engine's to give
-        fast = Tokenizer.from_file(str(path))
-        fast.no_truncation()
-        fast.no_padding()
-        return lambda texts: [encoding.ids for encoding in fast.encode_batch(list(texts))]
-    raise RefusedError(
-        f"{folder} needs a tokenizer of kind {tokenizer['kind']!r}: update clipfilter, or export the model again"
-    )
+    return encode
 
 
 def open_session(path: Path, threads: int, providers: Providers = _CPU) -> onnxruntime.InferenceSession:

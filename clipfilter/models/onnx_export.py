@@ -247,7 +247,8 @@ def token_batch(encoder: TorchEncoder, texts: Sequence[str]) -> np.ndarray:
     width = max(map(len, tokens)) if encoder._cut_to_longest else encoder.context_length
     batch = np.full((len(tokens), width), encoder._pad_id, np.int32)
     for row, ids in zip(batch, tokens, strict=True):
-        row[: len(ids)] = ids
+        start = width - len(ids) if encoder._pad_left else 0
+        row[start : start + len(ids)] = ids
     return batch
 
 
@@ -269,25 +270,33 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_tokenizer(encoder: TorchEncoder, work: Path, texts: Sequence[str]) -> dict[str, Any]:
-    """Copy the tokenizer's files; its entry in config.json. RefusedError where the copy does not give the same ids."""
-    entry = {"pad_id": encoder._pad_id, "end_id": encoder._end_id} | _tokenizer_files(encoder, work)
+    """Copy the tokenizer's file; its entry in config.json. RefusedError where the copy does not give the same ids."""
+    ids = {"pad_id": encoder._pad_id, "end_id": encoder._end_id, "pad_left": encoder._pad_left}
+    entry = ids | _tokenizer_file(encoder, work)
     if load_tokenizer(work, entry)(texts) != encoder._tokenize(texts):
         raise RefusedError(f"the tokenizer of {encoder.name} cannot be exported: its copy gives other tokens")
     return entry
 
 
-def _tokenizer_files(encoder: TorchEncoder, work: Path) -> dict[str, str]:
-    from open_clip.tokenizer import SimpleTokenizer, default_bpe
+def _tokenizer_file(encoder: TorchEncoder, work: Path) -> dict[str, Any]:
+    from open_clip.tokenizer import SimpleTokenizer, default_bpe, get_clean_fn
     from tokenizers import Tokenizer
     from tokenizers.implementations import BaseTokenizer
 
-    for held in inspect.getclosurevars(encoder._tokenize).nonlocals.values():
-        if isinstance(held, SimpleTokenizer):
+    held = inspect.getclosurevars(encoder._tokenize).nonlocals
+
+    def cleaning(function: Any) -> str | None:
+        return next((name for name in ("lower", "whitespace", "canonicalize") if get_clean_fn(name) is function), None)
+
+    for item in held.values():
+        if isinstance(item, SimpleTokenizer):
             shutil.copyfile(default_bpe(), work / "bpe.txt.gz")
-            return {"kind": "clip-bpe", "file": "bpe.txt.gz"}
-        if isinstance(held, Tokenizer | BaseTokenizer):
-            held.save(str(work / "tokenizer.json"))
-            return {"kind": "tokenizers", "file": "tokenizer.json"}
+            return {"kind": "clip-bpe", "file": "bpe.txt.gz", "clean": cleaning(item.clean_fn)}
+        fast = getattr(item, "backend_tokenizer", item)  # transformers' tokenizers hold one of these
+        if isinstance(fast, Tokenizer | BaseTokenizer):
+            fast.save(str(work / "tokenizer.json"))
+            entry = {"clean": cleaning(held.get("clean")), "zero_id": held.get("zero_id")}
+            return {"kind": "tokenizers", "file": "tokenizer.json", **entry}
     raise RefusedError(f"the tokenizer of {encoder.name} is of a kind that cannot be exported")
 
 

@@ -365,3 +365,47 @@ def test_large_graphs_keep_their_tensors_in_a_file_beside_them(
     os.truncate(out / "image.onnx.data", 1000)
     with pytest.raises(RefusedError, match=r"image\.onnx\.data is not the file"):
         onnx_encoder(out)
+
+
+# --- tokenizers
+
+
+def test_a_sentencepiece_like_tokenizer_travels_with_the_model(clip: TorchEncoder, tmp_path: Path) -> None:
+    """One with an end token of its own, a cleaned text and padding in its settings, as SigLIP's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    from clipfilter.models.onnx import load_tokenizer
+    from clipfilter.models.onnx_export import _write_tokenizer
+    from clipfilter.models.tokenizer import open_clip_tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("▁dog", -2.0), ("▁", -3.0)]
+    pieces += [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz'"]
+    fast = Tokenizer(models.Unigram(pieces, unk_id=2))
+    fast.normalizer = normalizers.NFKC()
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.decoder = decoders.Metaspace()
+    fast.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast.enable_padding(length=16)
+    fast.enable_truncation(16)
+    source = tmp_path / "source"
+    source.mkdir()
+    fast.save(str(source / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    kwargs = {"clean": "canonicalize", "strip_sep_token": False}
+    text_config = {"context_length": 16, "hf_tokenizer_name": "own/siglip", "tokenizer_kwargs": kwargs}
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    tokenizer = open_clip_tokenizer(text_config, source)
+    encoder = encoder_with(clip, BagOfWords())
+    encoder._tokenize, encoder._pad_id, encoder._end_id = tokenizer.encode, tokenizer.pad_id, tokenizer.end_id
+
+    out = tmp_path / "out"
+    out.mkdir()
+    entry = _write_tokenizer(encoder, out, TEXTS)
+    assert (entry["kind"], entry["clean"], entry["end_id"]) == ("tokenizers", "canonicalize", 1)
+    texts = ["A dog's  DOG!", *TEXTS]
+    assert load_tokenizer(out, entry)(texts) == tokenizer.encode(texts)
+    assert len(load_tokenizer(out, entry)(["word " * 200])[0]) > 200
+    encoder._tokenize = lambda texts: [[fast.token_to_id("</s>")] for _ in texts]
+    with pytest.raises(RefusedError, match="gives other tokens"):
+        _write_tokenizer(encoder, out, TEXTS)
