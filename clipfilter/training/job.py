@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PLAN, RESULT, CARD = "train.json", "result.json", "MODEL_CARD.md"
 Measured = dict[str, "float | None"]
-MODEL, FINETUNED = "model.safetensors", "finetuned.safetensors"
+MODEL, FINETUNED, CONFIG = "model.safetensors", "finetuned.safetensors", "open_clip_config.json"
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,11 @@ def _conclude(
     settings: TrainSettings, out: Path, facts: Mapping[str, Any], command: Sequence[str], tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Choose the interpolation on one half of dev and zero-shot sets, report on the other, write everything."""
+    from clipfilter.models import load_encoder
     from clipfilter.training.card import model_card
     from clipfilter.training.checkpoints import Checkpoints
     from clipfilter.training.freezing import freeze
     from clipfilter.training.measuring import embed_images, measure_pairs, measure_zero_shot
-    from clipfilter.training.model import load
     from clipfilter.training.pairs import Pairs
     from clipfilter.training.prefix import Prefix, PrefixStore
     from clipfilter.training.wiseft import ALPHAS, Point, choose, interpolate
@@ -244,11 +244,15 @@ def _conclude(
     model.write(out / FINETUNED)
     model.load_trained(interpolate(before, after, alpha))
     model.write(out / MODEL)
+    directory = Directory(str(out))
+    config = model.config()
+    if config is not None:
+        directory.replace(CONFIG, _json(config))
     del model
     # The files themselves are measured: what was rounded to be stored is in the numbers.
     architecture = load_start(settings).load_as
     for name, file in (("after", FINETUNED), ("interpolated", MODEL)):
-        encoder = load(f"{architecture}={out.absolute() / file}", settings.device, threads)
+        encoder = load_encoder(f"{architecture}={out.absolute() / file}", device=settings.device, threads=threads)
         reported[name] = measure(encoder, encoder.logit_scale, data.report, zero_shot_report, None)
     summary = {
         "clipfilter": __version__,
@@ -264,7 +268,6 @@ def _conclude(
         "reported_on": {"pairs": len(data.report), "labelled": len(zero_shot_report or ())},
         "reported": reported,
     }
-    directory = Directory(str(out))
     directory.replace(CARD, model_card(summary, command).encode())
     directory.replace(RESULT, _json(summary))
     directory.clean_scratch(stale_only=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfilter.errors import RefusedError
-from clipfilter.models import Encoder, load_encoder
+from clipfilter.models import load_encoder
 from clipfilter.models.encoder import TorchEncoder
 from clipfilter.storage import local_path
 
@@ -41,7 +40,7 @@ class Trainable:
         if kind == "nano":
             scale = torch.tensor(math.log(encoder.logit_scale), device=self.device)
             module.register_parameter("logit_scale", nn.Parameter(scale))
-        self.load_as = "nano" if kind == "nano" else _architecture(encoder.fingerprint)
+        self.load_as = "nano" if kind == "nano" else _architecture(encoder)
 
     @property
     def preprocess(self) -> PreprocessConfig:
@@ -89,13 +88,26 @@ class Trainable:
         for name, tensor in mine.items():
             tensor.copy_(state[name])
 
+    def config(self) -> dict[str, Any] | None:
+        """What open_clip_config.json beside the weights must say of activation and preprocessing; None for nano, whose
+        files carry their own configuration."""
+        if self.kind == "nano":
+            return None
+        import open_clip
+
+        quick = self.encoder.fingerprint["activation"] == "quick_gelu"
+        preprocess = self.preprocess.to_json()
+        return {
+            "model_cfg": {**open_clip.get_model_config(self.load_as), "quick_gelu": quick},
+            "preprocess_cfg": {name: value for name, value in preprocess.items() if name != "size"},
+        }
+
     def write(self, path: Path) -> None:
-        """Write all weights to a safetensors file that loads as `{load_as}={path}`; whole or not at all."""
+        """Write all weights to a safetensors file; whole or not at all. Beside `config` it loads as `{load_as}={path}`."""
         from safetensors.torch import save_file
 
         # Each tensor a copy of its own: safetensors refuses tensors that share memory.
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.module.state_dict().items()}
-        facts: dict[str, Any] = {"preprocess": self.preprocess.to_json()}
         metadata = {"format": "pt"}
         if self.kind == "nano":
             from clipfilter.models.nano import CONFIG, config_text
@@ -105,10 +117,8 @@ class Trainable:
             start = local_path(local) if local else None
             metadata[CONFIG.name] = config_text(start, float(state.pop("logit_scale").exp()))
             state = pack(state)
-        else:
-            facts["activation"] = self.encoder.fingerprint["activation"]
         unfinished = path.with_name(path.name + ".part")
-        save_file(state, unfinished, metadata=metadata | {"clipfilter": json.dumps(facts)})
+        save_file(state, unfinished, metadata=metadata)
         with open(unfinished, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(unfinished, path)
@@ -119,7 +129,7 @@ def load_trainable(name: str, *, device: str = "cpu", threads: int | None = None
 
     Raises RefusedError where `load_encoder` does, and for models that cannot be trained.
     """
-    encoder = load(name, device, threads)
+    encoder = load_encoder(name, device=device, dtype="fp32", threads=threads)
     module = getattr(getattr(encoder, "_image_tower", None), "__self__", None)
     if not isinstance(encoder, TorchEncoder) or not isinstance(module, nn.Module):
         raise RefusedError(f"{name} cannot be trained: use nano or an open_clip model (ViT-B-32/openai, ARCH=/path).")
@@ -132,14 +142,6 @@ def load_trainable(name: str, *, device: str = "cpu", threads: int | None = None
     if isinstance(module, CLIP | CustomTextCLIP):
         return Trainable(encoder, module, "open_clip")
     raise RefusedError(f"{name} cannot be trained: use nano or an open_clip model (ViT-B-32/openai, ARCH=/path).")
-
-
-def load(name: str, device: str, threads: int | None) -> Encoder:
-    if name.startswith("nano="):
-        from clipfilter.models.nano import load_nano
-
-        return load_nano(name, device=device, dtype="fp32", threads=threads)
-    return load_encoder(name, device=device, dtype="fp32", threads=threads)
 
 
 def write_random(architecture: str, path: Path, seed: int) -> None:
@@ -167,15 +169,13 @@ def write_random(architecture: str, path: Path, seed: int) -> None:
     os.replace(unfinished, path)
 
 
-def _architecture(fingerprint: Mapping[str, Any]) -> str:
-    """The architecture under which these weights get the activation they were trained with."""
+def _architecture(encoder: TorchEncoder) -> str:
+    """The bare name of an encoder's architecture, from which it can be built again."""
     import open_clip
 
-    name = str(fingerprint["architecture"])
-    quick = fingerprint.get("activation") == "quick_gelu"
-    if quick == bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False)):
-        return name
-    other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-    if other not in open_clip.list_models():
-        raise RefusedError(f"open_clip has no architecture {other}, which these weights of {name} need to be saved.")
-    return other
+    name = str(encoder.fingerprint["architecture"])
+    if name not in open_clip.list_models():
+        raise RefusedError(
+            f"{encoder.name} has no architecture that open_clip knows by name: train its checkpoint as ARCH=/path/to/it."
+        )
+    return name
