@@ -279,6 +279,8 @@ def test_a_model_is_known_by_its_names_and_by_openais_file() -> None:
         ({"model": "ViT-L-14/openai"}, True),
         ({"model": "ViT-L-14-quickgelu/openai"}, True),
         ({"model": "hf:openai/clip-vit-large-patch14"}, True),
+        ({"model": "hf-hub:timm/vit_large_patch14_clip_224.openai", "activation": "quick_gelu"}, True),
+        ({"model": "hf-hub:timm/vit_large_patch14_clip_224.openai", "activation": "gelu"}, False),
         ({"model": "ViT-L-14-quickgelu=ViT-L-14.pt", "weights_sha256": original, "activation": "quick_gelu"}, True),
         ({"model": "ViT-L-14=ViT-L-14.pt", "weights_sha256": original, "activation": "gelu"}, False),
         ({"model": "ViT-L-14-336/openai"}, False),
@@ -299,6 +301,7 @@ def test_open_clip_agrees_on_openais_files() -> None:
 
     for model, known in registry.EMBEDDINGS.items():
         config = open_clip.get_pretrained_cfg(*model.split("/"))
+        assert "hf-hub:" + config["hf_hub"].strip("/") in known.names
         assert known.weights_sha256 in config["url"]
         assert config["quick_gelu"]
         assert open_clip.get_model_config(model.split("/")[0])["embed_dim"] == known.dim
@@ -319,6 +322,7 @@ def test_a_head_for_other_embeddings_is_refused(tmp_path: Path) -> None:
         load_head(name, MODEL, 9)
     bound = write(tmp_path / "b.safetensors", mlp(weights_sha256="b" * 64))
     assert load_head(bound, MODEL, 8).dim == 8
+    assert load_head(bound, MODEL | {"model": "onnx:/exported"}, 8).dim == 8
     with pytest.raises(RefusedError, match="other weights of some/model"):
         load_head(bound, MODEL | {"weights_sha256": "c" * 64}, 8)
     save_file(checker(512), tmp_path / "c.safetensors", {"format": "pt"})

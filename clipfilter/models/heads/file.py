@@ -30,8 +30,9 @@ class HeadFile:
     """The contents of a head's file: numpy tensors by name, and the metadata of the safetensors header.
 
     Metadata, all text: `clipfilter_head` ("1"), `kind` ("layers" or "safety-checker"), `model` (the embeddings it
-    is for, as `--model` names them), `weights_sha256` (optional: of that model's weights), `dim`, and for layers:
-    `layers` (their widths: "64,16,1"), `activation` (none, relu, tanh) and `final` (none, sigmoid).
+    is for, as `--model` names them), `weights_sha256` (optional: of that model's weights, which then decide instead
+    of the name), `dim`, and for layers: `layers` (their widths: "64,16,1"), `activation` (none, relu, tanh) and
+    `final` (none, sigmoid).
     Tensors: `layers.I.weight` [out, in] and `layers.I.bias` [out]; optionally `input.mean` and `input.scale` [dim],
     and `vocabulary.J.keys` int64 [m] with `vocabulary.J.values` [m] for an input J that is read as a word.
     """

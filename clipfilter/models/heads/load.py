@@ -75,9 +75,10 @@ def _own(name: str, shown: str, fingerprint: dict[str, Any], dim: int, sha256: s
             "bring that file back, or begin with the policy anew"
         )
     model = content.metadata.get("model", "")
-    weights = content.metadata.get("weights_sha256", fingerprint.get("weights_sha256"))
-    if not same_embeddings(model, fingerprint) or weights != fingerprint.get("weights_sha256"):
-        other = "other weights of " if same_embeddings(model, fingerprint) else ""
+    weights = content.metadata.get("weights_sha256")
+    named = same_embeddings(model, fingerprint)
+    if not (named if weights is None else weights == fingerprint.get("weights_sha256")):
+        other = "other weights of " if named else ""
         raise RefusedError(f"the head {path} is for embeddings of {other}{model[:80] or 'no model'}, not of {shown}")
     return _checked(name, found, model, content, dim)
 

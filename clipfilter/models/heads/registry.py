@@ -28,17 +28,32 @@ class Embeddings:
 EMBEDDINGS = {
     "ViT-L-14/openai": Embeddings(
         768,
-        ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "hf:openai/clip-vit-large-patch14"),
+        (
+            "ViT-L-14/openai",
+            "ViT-L-14-quickgelu/openai",
+            "hf:openai/clip-vit-large-patch14",
+            "hf-hub:timm/vit_large_patch14_clip_224.openai",
+        ),
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     ),
     "ViT-B-32/openai": Embeddings(
         512,
-        ("ViT-B-32/openai", "ViT-B-32-quickgelu/openai", "hf:openai/clip-vit-base-patch32"),
+        (
+            "ViT-B-32/openai",
+            "ViT-B-32-quickgelu/openai",
+            "hf:openai/clip-vit-base-patch32",
+            "hf-hub:timm/vit_base_patch32_clip_224.openai",
+        ),
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     ),
     "ViT-B-16/openai": Embeddings(
         512,
-        ("ViT-B-16/openai", "ViT-B-16-quickgelu/openai", "hf:openai/clip-vit-base-patch16"),
+        (
+            "ViT-B-16/openai",
+            "ViT-B-16-quickgelu/openai",
+            "hf:openai/clip-vit-base-patch16",
+            "hf-hub:timm/vit_base_patch16_clip_224.openai",
+        ),
         "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     ),
 }
@@ -169,12 +184,13 @@ def check_name(name: str) -> None:
 def same_embeddings(model: str, fingerprint: dict[str, Any]) -> bool:
     """Whether the model with this fingerprint makes the embeddings that heads for `model` were trained on.
 
-    Known weights are known by their names and by the hash of OpenAI's own file, which only counts together with the
-    activation the weights were trained with. Any other `model` must be the fingerprint's name for it.
+    OpenAI's weights are known by their names and by the hash of OpenAI's own file, and only count together with the
+    activation they were trained with. Any other `model` must be the fingerprint's name for it.
     """
     named = str(fingerprint.get("model"))
     known = EMBEDDINGS.get(model)
     if known is None:
         return named == model
-    original = fingerprint.get("weights_sha256") == known.weights_sha256
-    return named in known.names or (original and fingerprint.get("activation") == "quick_gelu")
+    if fingerprint.get("activation", "quick_gelu") != "quick_gelu":
+        return False
+    return named in known.names or fingerprint.get("weights_sha256") == known.weights_sha256

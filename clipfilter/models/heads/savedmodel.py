@@ -56,7 +56,15 @@ def read_classifier(path: Path) -> AutoKerasClassifier:
         tensors = read_bundle(index, data)
         vocabularies = read_vocabularies(graph)
         return _classifier(tensors, vocabularies)
-    except (DamagedError, zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        DamagedError,
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise RefusedError(f"the archive {path} is damaged or no AutoKeras classifier ({str(error)[:160]})") from None
     except (ValueError, KeyError, IndexError, struct.error, OverflowError, zipfile.LargeZipFile) as error:
         reason = f"{type(error).__name__} {str(error)[:100]}"
