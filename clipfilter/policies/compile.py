@@ -149,7 +149,7 @@ def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast"
     """
     rule_prompts = rule_prompts_sha256(policy)
     prompts_sha256 = json_sha256(rule_prompts)
-    calibration = matching_calibration(policy, encoder.name, encoder.fingerprint, prompts_sha256, decode)
+    calibration = matching_calibration(policy, encoder.fingerprint, prompts_sha256, decode)
     rules = tuple(_compile_rule(rule, policy, calibration, encoder.name) for rule in policy.rules)
     heads = _load_heads(policy, encoder)
     concepts, truncated = _compile_concepts(policy, rules, encoder, heads.weights)
@@ -186,22 +186,20 @@ def rule_prompts_sha256(policy: Policy) -> dict[str, str]:
     return concepts | {rule.id: json_sha256(rule.head.identity) for rule in policy.rules if rule.head is not None}
 
 
-def matching_calibration(
-    policy: Policy, model: str, fingerprint: dict[str, Any], prompts: str, decode: str
-) -> Calibration | None:
-    """The policy's calibration for this model, None where it has none.
+def matching_calibration(policy: Policy, fingerprint: dict[str, Any], prompts: str, decode: str) -> Calibration | None:
+    """The policy's calibration for the model with this fingerprint, None where it has none.
 
     prompts: hash over `rule_prompts_sha256`. Raises RefusedError where the calibration belongs to other weights of
     this name, or to other prompts, preprocessing or decoding.
     """
-    weights = fingerprint.get("weights_sha256")
+    model, weights = fingerprint.get("model"), fingerprint.get("weights_sha256")
     for entry in policy.calibrations:
         if entry.weights_sha256 != weights:
             if entry.model == model:
                 raise RefusedError(
                     f"policy {policy.name!r} is calibrated for other weights of {model} "
                     f"({entry.weights_sha256[:12]}, here {str(weights)[:12]}); "
-                    "recalibrate: choose thresholds for these weights and add them under `calibrations`, or remove that entry"
+                    "recalibrate: remove that entry, decide a run with these weights, and use `clipfilter policy calibrate` on it"
                 )
             continue
         for what, bound, here in (
@@ -212,7 +210,8 @@ def matching_calibration(
             if bound is not None and bound != here:
                 raise RefusedError(
                     f"policy {policy.name!r} is calibrated for {model} with other {what} "
-                    f"({bound[:12]}, here {here[:12]}); recalibrate: choose the thresholds anew, or remove that entry"
+                    f"({bound[:12]}, here {here[:12]}); recalibrate: remove that entry, decide the run "
+                    "anew, and use `clipfilter policy calibrate` on it"
                 )
         return entry
     return None
@@ -231,7 +230,7 @@ def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, m
         others = ", ".join(entry.model for entry in policy.calibrations if rule.id in entry.rules)
         raise RefusedError(
             f"the rule {rule.id!r} of policy {policy.name!r} has thresholds only for {others}, not for {model}; "
-            "recalibrate: add an entry for this model under `calibrations`, or write a band into the rule"
+            "recalibrate: write a band into the rule, decide a run with it, and use `clipfilter policy calibrate` on that"
         )
     fraction = rule.fraction is not None
     return CompiledRule(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic_core import PydanticCustomError
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies.calibration import guarantees as g
@@ -24,7 +25,7 @@ from clipfilter.policies.calibration.scores import (
     prompts_sha256,
     refuse_other_scores,
 )
-from clipfilter.policies.schema import Policy, Rule, json_sha256
+from clipfilter.policies.schema import Band, Policy, Rule, check_band, json_sha256
 
 BANDS = ("reject", "review", "keep")
 _TARGET = re.compile(r"(precision|miss-rate|review-budget)\s*(>=|<=|=)\s*([0-9.eE+-]{1,20})\Z")
@@ -199,7 +200,7 @@ def calibrate(
     shifted = _shift(judged, prevalence, confidence)
 
     notes = []
-    limits = (0.0, 1.0) if own.concept is not None and own.concept.score == "probability" else (-np.inf, np.inf)
+    limits = _limits(own)
     flagging = {name: sign * band.value for name, band in written.items()}
     found: dict[str, Threshold] = {}
     for target in sorted(targets, key=lambda target: (target.band == "review", target.kind)):
@@ -277,6 +278,15 @@ def _choose_rule(policy: Policy, labels: Sequence[Label], name: str | None) -> t
     if not own:
         raise RefusedError(f"no label is about the rule {rule.id!r} (they are about {', '.join(named[:8])}).")
     return rule, own
+
+
+def _limits(rule: Rule) -> tuple[float, float]:
+    """What thresholds must lie strictly between: 0 and 1 where the schema refuses 0, as it does for probabilities."""
+    try:
+        check_band(rule, "reject", Band(above=0.0))
+    except PydanticCustomError:
+        return 0.0, 1.0
+    return -np.inf, np.inf
 
 
 def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) -> tuple[np.ndarray, np.ndarray, int]:

@@ -106,7 +106,7 @@ def refuse_other_scores(run: ScoredRun, policy: Policy, rule: Rule) -> None:
     if theirs != ours:
         what = "prompts" if rule.concept is not None and "concept" in theirs else "definition"
         raise RefusedError(f"the run's scores of {rule.id!r} come from another {what} than the policy's; {again}.")
-    matching_calibration(policy, run.model, run.plan.model, prompts_sha256(policy), run.decode)
+    matching_calibration(policy, run.plan.model, prompts_sha256(policy), run.decode)
 
 
 def prompts_sha256(policy: Policy) -> str:
