@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
 import threading
@@ -24,11 +25,10 @@ _POLL_SECONDS = 1.0
 
 
 def check_ray_train() -> None:
-    """Raise RefusedError unless Ray Train can be imported."""
-    try:
-        import ray.train.torch  # noqa: F401
-    except ImportError as error:
-        raise RefusedError(f"--engine ray trains with Ray Train ({error}): pip install 'clipfilter[train]'.") from None
+    """Raise RefusedError unless Ray Train has what it needs beyond Ray."""
+    # Not by importing it: Ray reads its settings when it is first imported, and RayExecutor has yet to make them.
+    if importlib.util.find_spec("pandas") is None:
+        raise RefusedError("--engine ray trains with Ray Train, which needs pandas: pip install 'clipfilter[train]'.")
 
 
 def work_on_ray(settings: TrainSettings, everywhere: bool = False, show: Callable[[Shown], None] | None = None) -> None:
