@@ -147,7 +147,7 @@ def loss_note(config: dict[str, Any]) -> str | None:
 
 def load_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> Callable[[Sequence[str]], list[list[int]]]:
     """texts -> untruncated token ids, special tokens included, from the files of an exported folder."""
-    if tokenizer["kind"] not in ("clip-bpe", "tokenizers"):
+    if tokenizer["kind"] not in ("clip-bpe", "tokenizers", "transformers"):
         raise RefusedError(
             f"{folder} needs a tokenizer of kind {tokenizer['kind']!r}: update clipfilter, or export the model again"
         )
@@ -156,18 +156,21 @@ def load_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> Callable[[Sequenc
     torch_with_torchvision()
     from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 
-    path, cleaning = folder / tokenizer["file"], tokenizer["clean"]
-    if tokenizer["kind"] == "clip-bpe":
-        from clipfilter.models.tokenizer import encode_with
+    from clipfilter.models.tokenizer import _from_folder, _hf_tokenizer, encode_with
 
-        return encode_with(SimpleTokenizer(bpe_path=str(path), clean=cleaning))
+    cleaning = tokenizer["clean"]
+    clean = get_clean_fn(cleaning) if cleaning else str
+    if tokenizer["kind"] == "clip-bpe":
+        return encode_with(SimpleTokenizer(bpe_path=str(folder / tokenizer["file"]), clean=cleaning))
+    if tokenizer["kind"] == "transformers":
+        slow = _from_folder(folder, None, {})
+        return _hf_tokenizer(slow, 0, 0, clean=clean, zero_id=tokenizer["zero_id"]).encode
     from tokenizers import Tokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are the engine's to give
-    fast = Tokenizer.from_file(str(path))
+    fast = Tokenizer.from_file(str(folder / tokenizer["file"]))
     fast.no_truncation()
     fast.no_padding()
-    clean = get_clean_fn(cleaning) if cleaning else str
     zero = tokenizer["zero_id"]  # the id that the model was trained to see as 0
 
     def encode(texts: Sequence[str]) -> list[list[int]]:

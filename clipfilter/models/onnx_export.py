@@ -288,15 +288,18 @@ def _tokenizer_file(encoder: TorchEncoder, work: Path) -> dict[str, Any]:
     def cleaning(function: Any) -> str | None:
         return next((name for name in ("lower", "whitespace", "canonicalize") if get_clean_fn(name) is function), None)
 
+    around = {"clean": cleaning(held.get("clean")), "zero_id": held.get("zero_id")}
     for item in held.values():
         if isinstance(item, SimpleTokenizer):
             shutil.copyfile(default_bpe(), work / "bpe.txt.gz")
             return {"kind": "clip-bpe", "file": "bpe.txt.gz", "clean": cleaning(item.clean_fn)}
-        fast = getattr(item, "backend_tokenizer", item)  # transformers' tokenizers hold one of these
+        fast = getattr(item, "backend_tokenizer", item)  # most of transformers' tokenizers hold one of these
         if isinstance(fast, Tokenizer | BaseTokenizer):
             fast.save(str(work / "tokenizer.json"))
-            entry = {"clean": cleaning(held.get("clean")), "zero_id": held.get("zero_id")}
-            return {"kind": "tokenizers", "file": "tokenizer.json", **entry}
+            return {"kind": "tokenizers", "file": "tokenizer.json", **around}
+        if hasattr(item, "save_pretrained"):
+            item.save_pretrained(str(work))
+            return {"kind": "transformers", **around}
     raise RefusedError(f"the tokenizer of {encoder.name} is of a kind that cannot be exported")
 
 

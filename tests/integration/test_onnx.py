@@ -79,3 +79,21 @@ def test_nano_keeps_its_image_tower_and_a_trained_text_tower_survives_int8(tmp_p
     assert config["quantisation"]["towers"] == {"image": "float32", "text": "int8"}
     assert config["quantisation"]["loss"]["images"]["min"] > 0.99999
     assert config["quantisation"]["loss"]["texts"]["mean"] > 0.995
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_models_of_transformers(kind: str, tmp_path: Path) -> None:
+    """Tiny ones with random weights: what differs from open_clip's is the shape of the graph and the tokenizer."""
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    from tests.support import models
+
+    source = tmp_path / kind
+    source.mkdir()
+    getattr(models, f"{kind}_folder")(source)
+    encoder: Any = load_encoder(f"hf:{source}")
+    other = exported(encoder, tmp_path / "out")
+    chosen, _ = halves(encoder, 32)
+    texts = ["a dog", "", "two men ride a horse through the rain", "DOG's dog", "word " * 100]
+    assert 1 - (encoder.encode_images(chosen.pixels()) * other.encode_images(chosen.pixels())).sum(1).min() < 1e-4
+    assert 1 - (encoder.encode_texts(texts) * other.encode_texts(texts)).sum(1).min() < 1e-4
+    assert other.score_kind == ("softmax" if kind == "clip" else "sigmoid")

@@ -350,6 +350,7 @@ def test_convolutional_graphs_are_recognised() -> None:
     assert not onnx_int8.mostly_convolutions(linear_graph(np.ones((2, 2), np.float32), gemm=False))
 
 
+@pytest.mark.integration  # not for what it starts: it exports once more, which takes seconds
 def test_large_graphs_keep_their_tensors_in_a_file_beside_them(
     clip: TorchEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
