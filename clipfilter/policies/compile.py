@@ -190,9 +190,10 @@ def matching_calibration(policy: Policy, fingerprint: dict[str, Any], prompts: s
     """The policy's calibration for the model with this fingerprint, None where it has none.
 
     prompts: hash over `rule_prompts_sha256`. Raises RefusedError where the calibration belongs to other weights of
-    this name, or to other prompts, preprocessing or decoding.
+    this name, or to other prompts, heads, preprocessing or decoding.
     """
     model, weights = fingerprint.get("model"), fingerprint.get("weights_sha256")
+    texts = "prompts or heads" if any(rule.head is not None for rule in policy.rules) else "prompts"
     for entry in policy.calibrations:
         if entry.weights_sha256 != weights:
             if entry.model == model:
@@ -203,7 +204,7 @@ def matching_calibration(policy: Policy, fingerprint: dict[str, Any], prompts: s
                 )
             continue
         for what, bound, here in (
-            ("prompts", entry.prompts_sha256, prompts),
+            (texts, entry.prompts_sha256, prompts),
             ("preprocessing", entry.preprocess_sha256, json_sha256(fingerprint.get("preprocess"))),
             ("decode mode", entry.decode, decode),
         ):

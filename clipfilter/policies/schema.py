@@ -186,9 +186,11 @@ def _head(value: Any) -> Any:
         fail("head needs a name; write for example `head: laion-aesthetic-v2`")
     try:
         heads.check_name(name)
-        if name.startswith(heads.FILE) and named.get("sha256") is None:
+        if name.startswith(heads.FILE):
             path = heads.file_path(name)
-            named = {"name": f"{heads.FILE}{path}", "sha256": heads.check_file(path)}
+            named["name"] = f"{heads.FILE}{path}"
+            if named.get("sha256") is None:
+                named["sha256"] = heads.check_file(path)
     except RefusedError as error:
         fail(str(error))
     return named

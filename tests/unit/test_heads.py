@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -343,6 +344,16 @@ def test_unknown_names_get_a_suggestion(name: str, message: str) -> None:
     with pytest.raises(RefusedError) as caught:
         load_head(name, L14, 768)
     assert message in str(caught.value)
+
+
+def test_the_reference_holds_what_the_registry_holds() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "heads.md").read_text()
+    for name, published in HEADS.items():
+        models = ", ".join(f"`{model}`" for model in published.originals)
+        row = f"| `{name}` | {published.meaning} | {models} | {published.thresholds} | {published.licence} |"
+        assert row in text
+        for original in published.originals.values():
+            assert re.search(rf"\| `{re.escape(original.file)}` \| .* \| `{original.sha256[:12]}\.\.\.` \|", text)
 
 
 # ---------------------------------------------------------------- finding the file

@@ -100,6 +100,8 @@ def test_the_canonical_form_says_which_file(tmp_path: Path, monkeypatch: pytest.
     mine, published = found.canonical()["rules"]
     assert mine["head"]["name"] == f"file:{path}"
     assert published["head"] == "violence"
+    given = policy(f"{{id: a, head: {{name: 'file:h.safetensors', sha256: {'d' * 64}}}, reject: {{above: 0}}}}")
+    assert given.canonical()["rules"][0]["head"] == {"name": f"file:{path}", "sha256": "d" * 64}
     path.unlink()  # workers get the canonical form, and the file is looked for where the policy is compiled
     assert Policy.from_canonical(found.canonical()).canonical() == found.canonical()
     with pytest.raises(RefusedError, match=r"rule 'a': the head .* does not exist"):

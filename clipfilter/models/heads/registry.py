@@ -107,8 +107,8 @@ HEADS = {
             )
         },
         score="rating",
-        meaning="how much people liked such pictures, about 1 to 10",
-        thresholds="reject below 4.5 to 6.5",
+        meaning="how much people like such pictures, 0 to 10",
+        thresholds="reject below 7 or 8",
         licence="MIT",
     ),
     "laion-aesthetic-v2": PublishedHead(
@@ -121,7 +121,7 @@ HEADS = {
             )
         },
         score="rating",
-        meaning="how much people liked such pictures, about 1 to 10",
+        meaning="how much people like such pictures, about 1 to 10",
         thresholds="reject below 4.5 to 6.5",
         licence="Apache-2.0",
     ),
