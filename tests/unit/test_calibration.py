@@ -400,6 +400,7 @@ def drop_doubtful(labels: list[c.Label]) -> list[c.Label]:
         (drop_doubtful, "by their inclusion_probability 400 were drawn"),
         (lambda labels: [*labels[:-1], replace(labels[-1], uid="x")], "1 of the labelled rows have no score"),
         (lambda labels: [replace(x, design="flagged above 0.5 seed 0") for x in labels], "not every labelled row"),
+        (lambda labels: [replace(x, design="flagged seed 0") for x in labels], "names no design"),
     ],
 )
 def test_labels_that_were_not_drawn_uniformly_get_an_estimate(
@@ -508,8 +509,8 @@ def test_labels_by_key_and_for_several_rules(run: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("a rifle", "a musket", "the run's scores of 'weapons' come from another prompts"),
-        ("version: 2", "version: 2\ntemplates: none", "come from another prompts"),
+        ("a rifle", "a musket", "the run's scores of 'weapons' come from other prompts"),
+        ("version: 2", "version: 2\ntemplates: none", "come from other prompts"),
         ("id: weapons", "id: arms", "has no rule 'weapons'"),
     ],
 )

@@ -175,6 +175,19 @@ def test_a_test_at_the_full_level_would_break_the_guarantee() -> None:
     assert failed / SETS > margin(0.3)
 
 
+def test_a_sequence_ends_at_its_first_failure_and_a_later_one_goes_on() -> None:
+    blocks = [(0.95, 100, True), (0.85, 20, False), (0.75, 300, True), (0.65, 400, False)]
+    scores = np.concatenate([np.full(count, score, np.float32) for score, count, _ in blocks])
+    true = np.concatenate([np.full(count, positive) for _, count, positive in blocks])
+    thresholds = np.array([0.99, 0.9, 0.8, 0.7, 0.6])  # flagged: none, 100 of 100, 100 of 120, 400 of 420, 400 of 820
+    for starts, accepted in (((0,), 1), ((0, 3), 3), ((2,), None), ((4,), None)):
+        walk = g.precision_walk(g.Candidates(thresholds, starts), scores, true, None, 0.9, 0.9)
+        assert walk.accepted == accepted
+    np.testing.assert_array_equal(walk.m, [0, 100, 120, 420, 820])
+    np.testing.assert_array_equal(walk.k, [0, 100, 100, 400, 400])
+    np.testing.assert_allclose(walk.bounds[1:], stats.beta.ppf(0.1 / 4, walk.k, walk.m - walk.k + 1)[1:])
+
+
 def test_candidates_know_no_label_and_start_where_a_test_can_pass() -> None:
     world = separated(0.3, 3.0)
     grid = g.candidates(world.ascending, 400, 0.95, 0.9)

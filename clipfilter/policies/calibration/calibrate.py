@@ -82,7 +82,7 @@ class Threshold:
         """As it is written under `calibrations`."""
         found = {
             self.direction: self.value, "n": self.n, "m": self.m, "k": self.k, "target": self.target,
-            "confidence": self.confidence, "bound": None if self.bound is None else round(self.bound, 4),
+            "confidence": self.confidence, "bound": None if self.bound is None else float(f"{self.bound:.6g}"),
             "design": self.design, "guarantee": self.guarantee, "date": date,
         }  # fmt: skip
         return {name: value for name, value in found.items() if value is not None}

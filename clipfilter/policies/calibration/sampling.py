@@ -57,6 +57,8 @@ class Design:
             cut = float(match["cut"]) if match["cut"] else None
         except ValueError:
             return None
+        if (cut is None) == (match["name"] in ("flagged", "uncertain")):
+            return None
         return cls(match["name"], match["direction"], cut, int(match["seed"]) if match["seed"] else None)
 
 

@@ -104,8 +104,8 @@ def refuse_other_scores(run: ScoredRun, policy: Policy, rule: Rule) -> None:
     if theirs is None:
         raise RefusedError(f"the policy of {run.directory.url} has no rule {rule.id!r}; {again}.")
     if theirs != ours:
-        what = "prompts" if rule.concept is not None and "concept" in theirs else "definition"
-        raise RefusedError(f"the run's scores of {rule.id!r} come from another {what} than the policy's; {again}.")
+        what = "other prompts" if rule.concept is not None and "concept" in theirs else "another definition"
+        raise RefusedError(f"the run's scores of {rule.id!r} come from {what} than the policy's; {again}.")
     matching_calibration(policy, run.plan.model, prompts_sha256(policy), run.decode)
 
 
