@@ -1,10 +1,11 @@
 """Scores and decides columns of rows: pure functions, fixed blocks, no Python object per row.
 
 What makes results reproducible: rows are scored in zero-padded blocks of 1024, always of the same shape, so a
-score never depends on how many rows follow. A score within 1e-5 of one of its thresholds is computed again in
-float64 from the same float16 embedding and compared with the exact threshold; the float32 that is stored is
-then moved, by at most one unit in the last place, to the side of the float32 threshold where the float64
-value lies. `decide` compares nothing but stored float32 scores with float32 thresholds, so record and
+score never depends on how many rows follow. A score within 1e-5 of one of its thresholds (for linear heads: times
+the length of the weights) is computed again in float64 from the same float16 embedding and compared with the exact
+threshold; the float32 that is stored is then moved, by at most one unit in the last place, to the side of the
+float32 threshold where the float64 value lies. Heads that are not linear are computed in float64 from the start.
+`decide` compares nothing but stored float32 scores with float32 thresholds, so record and
 decision cannot contradict each other.
 """
 

@@ -356,6 +356,22 @@ def test_the_reference_holds_what_the_registry_holds() -> None:
             assert re.search(rf"\| `{re.escape(original.file)}` \| .* \| `{original.sha256[:12]}\.\.\.` \|", text)
 
 
+def test_the_references_refusal_and_its_own_head_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "heads.md").read_text()
+    with pytest.raises(RefusedError) as caught:
+        load_head("laion-aesthetic-v2", {"model": "nano@1"}, 640)
+    assert f"```text\nrule 'dull': {caught.value}\n```" in text
+    code = re.search(r"```python\n(import torch\n.*?)```", text, re.DOTALL)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(code[1], made)
+    head = load_head("file:head.safetensors", {"model": "ViT-B-32/laion2b_s34b_b79k"}, 512)
+    x = rows(20, 512)
+    expected = torch.sigmoid(made["network"](torch.from_numpy(x.astype("f4")))).detach()[:, 0]
+    np.testing.assert_allclose(head.scores(x), expected, atol=1e-6)
+
+
 # ---------------------------------------------------------------- finding the file
 
 
