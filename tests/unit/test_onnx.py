@@ -277,6 +277,17 @@ def test_int8_stays_near_the_source_and_is_a_model_of_its_own(clip: TorchEncoder
     assert "int8 image and text towers; cosine to float32 mean 0.99" in note
 
 
+def test_loading_int8_says_what_it_costs(int8_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from clipfilter.cli.models import _facts
+
+    encoder = load_encoder(f"onnx:{int8_folder}", threads=1)
+    note = loss_note(json.loads((int8_folder / "config.json").read_text()))
+    assert note in caplog.text
+    facts = _facts(encoder)
+    assert (facts["note"], facts["dtype"]) == (note, "int8")
+    assert facts["bytes"] == sum(path.stat().st_size for path in int8_folder.iterdir())
+
+
 def test_an_int8_row_does_not_depend_on_its_batch_neighbours(int8_folder: Path) -> None:
     exported = onnx_encoder(int8_folder)
     pixels = pixels_for(exported)
