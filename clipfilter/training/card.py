@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ def model_card(result: Mapping[str, Any], command: Sequence[str]) -> str:
         "| --- |" + " ---: |" * len(names),
     ]
     lines += [f"| {title} | {' | '.join(values)} |" for title, values in table_rows(result)]
-    lines += ["", "## Command", "", "```", " ".join(_inline(part) for part in command), "```", ""]
+    lines += ["", "## Command", "", "```", _inline(shlex.join(command)), "```", ""]
     return "\n".join(lines)
 
 
