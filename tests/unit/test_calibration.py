@@ -576,6 +576,18 @@ def test_the_written_policy_is_calibrated_and_otherwise_untouched(run: str) -> N
     assert policy.from_canonical(json.loads(json.dumps(policy.canonical()))).sha256 == policy.sha256
 
 
+def test_a_head_is_calibrated_as_a_concept_is(tmp_path: Path) -> None:
+    start, stop = POLICY.index("    concept:"), POLICY.index("    review:")
+    policy = POLICY[:start] + "    head: laion-aesthetic-v2\n" + POLICY[stop:]
+    run = write_run(tmp_path / "heads", policy)
+    labels = labelled(sampled(run))
+    found = calibrated(run, labels, policy=policy)
+    entry = parse_policy(c.calibrated_text(policy.encode(), "p.yaml", found, TODAY)).calibrations[0]
+    assert entry.rules["weapons"].reject is not None
+    with pytest.raises(RefusedError, match="come from another definition"):
+        calibrated(run, labels, policy=policy.replace("aesthetic-v2", "aesthetic-v1"))
+
+
 def test_a_second_rule_joins_the_entry_and_comments_in_it_stay(run: str) -> None:
     first = c.calibrated_text(POLICY.encode(), "p.yaml", calibrated(run, labelled(sampled(run))), TODAY).decode()
     commented = first.replace("    decode: fast\n", "    # checked by hand\n    decode: fast\n")
