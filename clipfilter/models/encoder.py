@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,6 +123,10 @@ class TorchEncoder:
 
         The first batches of other sizes compile again. Raises RefusedError where nothing can be compiled.
         """
+        if self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise RefusedError(
+                f"{self.name} cannot be compiled here (there is no C++ compiler): install g++, or load it without compile"
+            )
         before = self._image_tower, self._text_tower
         self._image_tower, self._text_tower = (torch.compile(tower, dynamic=True) for tower in before)
         size = self.preprocess.size
@@ -130,9 +136,7 @@ class TorchEncoder:
         except Exception as error:  # the compiler's own classes, or those of the compilers that it calls
             self._image_tower, self._text_tower = before
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise RefusedError(
-                f"{self.name} cannot be compiled here ({reason}): install a C++ compiler (g++), or load it without compile"
-            ) from None
+            raise RefusedError(f"{self.name} cannot be compiled here ({reason}): load it without compile") from None
         self.fingerprint["compiled"] = True
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:

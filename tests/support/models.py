@@ -28,7 +28,8 @@ from tests.support.engine import photos  # noqa: E402
 
 #: What people write, and what they should not.
 TEXTS = (
-    "a photo of a dog", "A Dog! (running; fast)", "", " ", "😀🎉 ÇA VA?", "日本語のテキスト、猫の写真", "Ein Hund läuft über die Straße",
+    "a photo of a dog", "A Dog! (running; fast)", "", " ", "😀🎉 ÇA VA?", "日本語のテキスト、猫の写真",
+    "Ein Hund läuft über die Straße",
     "собака на пляже", "<b>&amp; don't</b>", "l'été  \t\n  naïve", "word " * 300, "x" * 10_000, "語" * 10_000, "\x00\ufffd",
 )  # fmt: skip
 #: (quick_gelu, hidden_act) of the two activations a CLIP can have.
@@ -130,7 +131,9 @@ def clip_tokenizer_files(folder: Path) -> None:
     merges = sorted(simple.bpe_ranks, key=lambda pair: simple.bpe_ranks[pair])
     text = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)])
     (folder / "merges.txt").write_text(text + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+    )
 
 
 @cache
@@ -191,7 +194,9 @@ def siglip_folder(folder: Path) -> Any:
     model.save_pretrained(folder)
     SiglipImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
     write_files({"spiece.model": siglip_tokenizer_files()["spiece.model"]}, folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer", "model_max_length": 64}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "SiglipTokenizer", "model_max_length": 64})
+    )
     return model
 
 
@@ -288,7 +293,13 @@ def siglip_to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for ours, theirs in renamed.items():
             found[f"{ours}.{kind}"] = state[f"{theirs}.{kind}"]
     found |= blocks_to_open_clip(state, "text_model", "text.transformer")
-    timm = {"ln_1": "norm1", "ln_2": "norm2", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    timm = {
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "attn.out_proj": "attn.proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     for name, tensor in blocks_to_open_clip(state, "vision_model", "visual.trunk").items():
         name = name.replace("resblocks", "blocks").replace("attn.in_proj_", "attn.qkv.")
         for ours, theirs in timm.items():

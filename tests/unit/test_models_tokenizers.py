@@ -23,7 +23,11 @@ from clipfilter.errors import RefusedError
 from clipfilter.models import hub
 from clipfilter.models.tokenizer import TextTokenizer, open_clip_tokenizer
 
-SIGLIP = {"context_length": 64, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}}
+SIGLIP = {
+    "context_length": 64,
+    "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
+    "tokenizer_kwargs": {"clean": "canonicalize"},
+}
 SIGLIP2 = {**SIGLIP, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP2"}
 XLM = {"hf_tokenizer_name": "xlm-roberta-base"}
 CLIPA = {"context_length": 32, "hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}}
@@ -46,7 +50,9 @@ def fill(folder: Path, family: str) -> dict[str, Any]:
         transformers.XLMRobertaTokenizer.from_pretrained(str(folder)).save_pretrained(folder)
         return XLM
     words = sorted({"a", "photo", "of", "dog", "the", "##s", "##o", "!", ".", *"abcdefghijklmnopqrstuvwxyz日本語"})
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]), encoding="utf-8")
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]), encoding="utf-8"
+    )
     transformers.BertTokenizer.from_pretrained(str(folder)).save_pretrained(folder)
     return CLIPA
 
@@ -76,7 +82,12 @@ def test_ids_are_those_of_open_clips_own_tokenizer(family: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("family", "file"),
-    [("siglip", "spiece.model"), ("siglip2", "tokenizer.model"), ("xlm-roberta", "sentencepiece.bpe.model"), ("clipa", "vocab.txt")],
+    [
+        ("siglip", "spiece.model"),
+        ("siglip2", "tokenizer.model"),
+        ("xlm-roberta", "sentencepiece.bpe.model"),
+        ("clipa", "vocab.txt"),
+    ],
 )
 def test_the_vocabulary_alone_is_enough(family: str, file: str, tmp_path: Path) -> None:
     whole, alone = tmp_path / "whole", tmp_path / "alone"
@@ -114,7 +125,8 @@ def offline(repo: str, file: str, revision: str | None = None) -> None:
 
 def test_a_tokenizer_that_cannot_be_had_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "fetch", offline)
-    with pytest.raises(RefusedError, match=r"tokenizer\.json and tokenizer_config\.json from https://huggingface\.co/timm/ViT-B-16-SigLIP "):
+    says = r"tokenizer\.json and tokenizer_config\.json from https://huggingface\.co/timm/ViT-B-16-SigLIP "
+    with pytest.raises(RefusedError, match=says):
         open_clip_tokenizer(SIGLIP, tmp_path)
 
 
@@ -134,7 +146,9 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_code_of_a_tokenizers_repository_is_never_run(tmp_path: Path) -> None:
     fill(tmp_path, "siglip")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": ["evil.T", None]}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoTokenizer": ["evil.T", None]}})
+    )
     (tmp_path / "evil.py").write_text("raise SystemExit('was run')")
     with pytest.raises(RefusedError, match="auto_map"):
         open_clip_tokenizer(SIGLIP, tmp_path)
