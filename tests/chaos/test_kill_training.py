@@ -36,14 +36,14 @@ def test_a_killed_training_continues_to_the_same_losses(tmp_path: Path) -> None:
     random_moment = random.Random(SEED)
     source = write_pairs(tmp_path / "tars" / "0.tar", 48).parent
     model = tiny_weights(tmp_path / "tiny.safetensors")
-    more = ["--train", "all", "--lr", "1e-3", "--epochs", "25", "--checkpoint-every", "2", "--patience", "100"]
+    more = ["--train", "all", "--lr", "1e-3", "--epochs", "15", "--checkpoint-every", "2", "--patience", "100"]
     finish(begin(arguments(model, source, tmp_path / "whole", *more)))
     killed = 0
     for _ in range(KILLS):
         process = begin(arguments(model, source, tmp_path / "killed", *more))
         # The moment is drawn in steps, so that it falls into training on a machine of any speed.
         before = len(read_rows(tmp_path / "killed" / "log.csv"))
-        target = before + random_moment.randint(1, 25)
+        target = before + random_moment.randint(1, 15)
         while process.poll() is None and len(read_rows(tmp_path / "killed" / "log.csv")) < target:
             time.sleep(0.002)
         time.sleep(random_moment.uniform(0, 0.05))
