@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from clipfilter.engine import ledger
 from clipfilter.engine.plan import Plan, read_plan
 from clipfilter.errors import RefusedError
+from clipfilter.policies.schema import KINDS
 from clipfilter.report.histogram import Histogram
 from clipfilter.storage import Directory
 
@@ -174,8 +175,8 @@ def rules_of(plan: Plan, version: dict[str, Any]) -> list[RuleData]:
     own = next((entry for entry in entries if entry.get("weights_sha256") == weights), {})
     rules = []
     for spec in policy["rules"]:
-        kind = next(kind for kind in ("concept", "alignment", "metadata", "fraction") if kind in spec)
-        depends = kind in ("concept", "alignment")
+        kind = next(kind for kind in KINDS if kind in spec)
+        depends = kind in ("concept", "alignment", "head")
         calibrated = own.get("rules", {}).get(spec["id"], {}) if depends else {}
         named = [name for name in ("review", "reject") if name in spec or name in calibrated]
         bands = [_band(name, spec, calibrated.get(name), version) for name in named]

@@ -207,4 +207,7 @@ def _measures(rule: RuleData) -> str:
         return f"the score of {rule.spec['fraction']['of']}"
     if rule.kind == "concept":
         return str(rule.spec["concept"].get("score", "probability"))
-    return {"alignment": "similarity to the caption"}.get(rule.kind, "score")
+    if rule.kind == "head":
+        head = rule.spec["head"]
+        return f"the score of {head if isinstance(head, str) else head['name']}"
+    return "similarity to the caption"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clipfilter.models.heads import HEADS
 from clipfilter.report import charts, text
 from clipfilter.report.data import Band, RuleData, RunData
 from clipfilter.report.examples import HEADINGS, Example, Examples
@@ -118,6 +119,8 @@ def _meaning(rule: RuleData) -> str:
         said += f". {kinds.get(concept.get('score', 'probability'), 'The score is as the policy defines it')}."
     elif rule.kind == "alignment":
         said = "How well the caption fits the picture. The score is the cosine of both embeddings; higher fits better."
+    elif rule.kind == "head":
+        said = f"The score of {_head(rule.spec['head'])} on the embedding of the picture."
     elif rule.kind == "metadata":
         name = rule.spec["metadata"]
         said = f"A number of the image: {text.esc(_METADATA.get(name, 'the column ' + name))}."
@@ -125,6 +128,12 @@ def _meaning(rule: RuleData) -> str:
         said = f"Ranks all images by the score of {text.esc(rule.spec['fraction']['of'])}."
     missing = rule.spec.get("on_missing", "review")
     return f"{said} An image without this score {_ON_MISSING.get(missing, missing)}."
+
+
+def _head(spec: str | dict[str, str]) -> str:
+    name = spec if isinstance(spec, str) else spec["name"]
+    meaning = HEADS[name].meaning if name in HEADS else ""
+    return f"the head <bdi>{text.esc(name, 120)}</bdi>" + (f" ({text.esc(meaning)})" if meaning else "")
 
 
 def _phrases(phrases: list[str]) -> str:

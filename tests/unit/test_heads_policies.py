@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clipfilter.curation.fraction import dataset_thresholds
@@ -18,6 +19,8 @@ from clipfilter.models.heads import HeadFile, load_head
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, parse_policy
 from clipfilter.policies.compile import rule_prompts_sha256
 from clipfilter.policies.schema import json_sha256
+from clipfilter.report import write_report
+from clipfilter.report.explain import explain_row, sentence
 from tests.support.engine import commits, data_files, write_tars
 from tests.support.policies import FakeEncoder, embeddings
 
@@ -266,3 +269,9 @@ def test_filtering_a_runs_embeddings_gives_the_very_files_of_the_run(tmp_path: P
     annotated = {name: sha for name, sha in data_files(Path(whole.out)).items() if name.startswith("annotated/")}
     assert annotated == {n: s for n, s in data_files(Path(filtered.out)).items() if n.startswith("annotated/")}
     assert len(commits(Path(whole.out))) == 2
+    page = Path(write_report(whole.out)).read_text(encoding="utf-8")
+    assert "the head <bdi>file:" in page
+    row = next(Path(whole.out, "annotated").glob("*.parquet"))
+    explained = explain_row(whole.out, pq.read_table(row)["cf_uid"][0].as_py())
+    assert {rule.kind for rule in explained.rules} >= {"head"}
+    assert all(sentence(rule) for rule in explained.rules)
