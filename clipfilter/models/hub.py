@@ -10,6 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from clipfilter.storage import local_path
+
 #: Seconds to wait for a connection to the hub, and for how long the answer is believed.
 _CONNECT_SECONDS = 5
 _BELIEVED_SECONDS = 60
@@ -19,6 +21,11 @@ INSTALL = "pip install 'clipfilter[hf]'"
 
 class Unavailable(Exception):
     """A file can neither be found in the cache nor downloaded; the text says why."""
+
+
+def is_folder(place: str) -> bool:
+    """Whether what follows a prefix names a folder of this machine and not a hub repository."""
+    return place.startswith(("/", ".", "~")) or local_path(place).is_dir()
 
 
 def cached(repo: str, file: str, revision: str | None = None) -> Path | None:

@@ -49,8 +49,7 @@ def load_huggingface(name: str, *, device: str, dtype: str, threads: int | None)
     except ImportError:
         raise RefusedError(f"{name} needs the package transformers: {hub.INSTALL}") from None
     place = name.removeprefix(PREFIX)
-    folder = local_path(place)
-    local = folder.is_dir() or place.startswith(("/", ".", "~"))
+    folder, local = local_path(place), hub.is_folder(place)
     if not local:
         folder = fetch_repository(place)
     shown = PREFIX + (folder.name if local else place)

@@ -41,7 +41,7 @@ _OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
 
 @dataclass
-class _Source:
+class Source:
     """What is known of a model before its weights are read.
 
     architecture: for messages and the fingerprint. config: open_clip's (`embed_dim`, `vision_cfg`, `text_cfg`).
@@ -69,7 +69,7 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
 
     torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
     use_threads(threads)
-    source = _find(name)
+    source = find_source(name)
     tokenizer = open_clip_tokenizer(source.config["text_cfg"], source.folder)
     state = read_state_dict(source.weights)
     sha256 = file_sha256(source.weights)
@@ -112,7 +112,8 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
 # --- which model ------------------------------------------------------------------------------------------------------
 
 
-def _find(name: str) -> _Source:
+def find_source(name: str) -> Source:
+    """Where this model's weights are (downloaded unless cached) and what is known of them; RefusedError."""
     if name.startswith(HUB_PREFIX):
         return _find_repository(name.removeprefix(HUB_PREFIX))
     architecture, _, local = name.partition("=")
@@ -122,7 +123,7 @@ def _find(name: str) -> _Source:
     config = architecture_config(architecture)
     tag_config = _tag_config(architecture, tag)
     path = _download(architecture, tag, tag_config)
-    return _Source(
+    return Source(
         f"{architecture}/{tag}", architecture, config, path, tag_config,
         # open_clip only warns when the tag's activation is not the architecture's; the weights decide.
         quick_gelu=tag_config.get("quick_gelu"), folder=None,
@@ -144,7 +145,7 @@ def architecture_config(architecture: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _find_checkpoint(architecture: str, path: Path) -> _Source:
+def _find_checkpoint(architecture: str, path: Path) -> Source:
     """A local file, with what is known of it: from an open_clip_config.json beside it, or from its published hash."""
     config = architecture_config(architecture)
     if path.is_dir():
@@ -167,18 +168,17 @@ def _find_checkpoint(architecture: str, path: Path) -> _Source:
                 "what it describes, or move the checkpoint to a folder of its own"
             )
         preprocessing = dict(beside.get("preprocess_cfg") or {})
-        return _Source(
+        return Source(
             shown, architecture, config, path, preprocessing, bool(stated.get("quick_gelu", False)), path.parent
         )
-    return _Source(
+    return Source(
         shown, architecture, config, path, _usual_preprocessing(architecture) or {}, None, path.parent, bare=True
     )
 
 
-def _find_repository(place: str) -> _Source:
+def _find_repository(place: str) -> Source:
     """A repository in open_clip's layout, on the hub or copied to a folder."""
-    folder = local_path(place)
-    local = folder.is_dir() or place.startswith(("/", ".", "~"))
+    folder, local = local_path(place), hub.is_folder(place)
     if local:
         if not (folder / CONFIG).is_file():
             raise RefusedError(
@@ -201,7 +201,7 @@ def _find_repository(place: str) -> _Source:
     preprocessing = dict(content.get("preprocess_cfg") or {})
     shown = HUB_PREFIX + (folder.name if local else place)
     stated = config.get("quick_gelu")
-    return _Source(shown, shown, config, weights, preprocessing, None if stated is None else bool(stated), folder)
+    return Source(shown, shown, config, weights, preprocessing, None if stated is None else bool(stated), folder)
 
 
 def fetch_repository(repo: str) -> tuple[Path, Path | None]:
@@ -259,7 +259,7 @@ def _download(architecture: str, tag: str, tag_config: dict[str, Any]) -> Path:
     if found is not None:
         return found
     try:
-        with _quiet(), hub.offline_if_unreachable():
+        with quiet(), hub.offline_if_unreachable():
             return Path(download_pretrained(tag_config))
     except Exception as error:  # every client library has its own; all mean that the file could not be had
         repo, _, file = str(tag_config.get("hf_hub", "")).rpartition("/")
@@ -320,7 +320,7 @@ def _published(sha256: str) -> dict[str, Any] | None:
     return None
 
 
-def _activation(source: _Source, state: dict[str, Tensor], sha256: str) -> bool:
+def _activation(source: Source, state: dict[str, Tensor], sha256: str) -> bool:
     """Whether these weights want QuickGELU. RefusedError where what is known contradicts what was asked for.
 
     Of a bare file that can be recognised the preprocessing is filled in too; of another one, doubts are logged.
@@ -352,7 +352,7 @@ def _activation(source: _Source, state: dict[str, Tensor], sha256: str) -> bool:
     return known
 
 
-def _log_doubts(source: _Source) -> None:
+def _log_doubts(source: Source) -> None:
     """Say what a bare file leaves open, where published weights of its architecture differ."""
     architecture, path = source.architecture, source.weights
     if _usual_preprocessing(architecture) is None:
@@ -372,7 +372,7 @@ def _log_doubts(source: _Source) -> None:
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
-def _build(source: _Source, quick_gelu: bool, dtype: str) -> Any:
+def _build(source: Source, quick_gelu: bool, dtype: str) -> Any:
     """The randomly initialised network of this config, in `dtype`; RefusedError where open_clip cannot build it."""
     import open_clip
     from open_clip.hf_model import HFTextEncoder
@@ -383,12 +383,15 @@ def _build(source: _Source, quick_gelu: bool, dtype: str) -> Any:
         raise RefusedError(f"{source.shown} names an image tower outside of timm, which is not supported")
     with tempfile.TemporaryDirectory(prefix="clipfilter-model-") as folder:
         if text_config.get("hf_model_name"):
-            text_config["hf_model_name"] = str(_text_tower_config(source, Path(folder)))
+            tower = Path(folder) / "text"
+            tower.mkdir()
+            (tower / "config.json").write_text(json.dumps(text_tower_config(source)), encoding="utf-8")
+            text_config["hf_model_name"] = str(tower)
         # open_clip has no public way to build a model from a config but to read it from a folder.
         content = {"model_cfg": config, "preprocess_cfg": {}}
         (Path(folder) / CONFIG).write_text(json.dumps(content), encoding="utf-8")
         try:
-            with _quiet():
+            with quiet():
                 model = open_clip.create_model(
                     f"local-dir:{folder}", precision=dtype, load_weights=False, pretrained_text=False
                 )
@@ -402,8 +405,8 @@ def _build(source: _Source, quick_gelu: bool, dtype: str) -> Any:
     return model
 
 
-def _text_tower_config(source: _Source, work: Path) -> Path:
-    """A folder with the transformers config of the text tower: from beside the weights, the hub's cache, or the hub."""
+def text_tower_config(source: Source) -> dict[str, Any]:
+    """The transformers config of the text tower: from beside the weights, the hub's cache, or the hub; RefusedError."""
     repo = str(source.config["text_cfg"]["hf_model_name"])
     from open_clip.hf_configs import arch_dict
 
@@ -421,13 +424,10 @@ def _text_tower_config(source: _Source, work: Path) -> Path:
         content = refuse_remote_code(fetched) if fetched else {}
     if content.get("model_type") not in arch_dict:
         raise RefusedError(f"{repo} is no text tower that open_clip knows: use one of {', '.join(arch_dict)}")
-    folder = work / "text"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    return folder
+    return content
 
 
-def _preprocess_config(source: _Source, image_size: int | tuple[int, int]) -> PreprocessConfig:
+def _preprocess_config(source: Source, image_size: int | tuple[int, int]) -> PreprocessConfig:
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     merged = merge_preprocess_dict(PreprocessCfg(), source.preprocessing)
@@ -455,7 +455,7 @@ def _preprocess_config(source: _Source, image_size: int | tuple[int, int]) -> Pr
         raise RefusedError(f"the preprocessing of {source.shown} cannot be done exactly: {error}") from None
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: _Source) -> None:
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Source) -> None:
     """Copy `state` into `model`, every tensor of the same name and shape; RefusedError otherwise.
 
     open_clip's own loader would silently interpolate position embeddings of another image size.
@@ -524,7 +524,7 @@ def _causal_text_tower(model: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep open_clip from warning on the root logger about weights that are loaded a moment later."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -275,7 +275,7 @@ def test_the_tag_decides_over_the_architecture_and_silence_leaves_it() -> None:
         architecture, _, tag = name.partition("/")
         config = openclip.architecture_config(architecture)
         record = open_clip.get_pretrained_cfg(architecture, tag)
-        source = openclip._Source(name, architecture, config, Path("x"), {}, record.get("quick_gelu"), None)
+        source = openclip.Source(name, architecture, config, Path("x"), {}, record.get("quick_gelu"), None)
         return openclip._activation(source, {}, "0" * 64)
 
     assert activation("ViT-B-32/openai")
