@@ -71,7 +71,9 @@ def test_vectors_are_transformers_own(kind: str, request: pytest.FixtureRequest)
 
     model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=encoder.context_length, return_tensors="pt")
+    ids = tokenizer(
+        CAPTIONS, padding="max_length", truncation=True, max_length=encoder.context_length, return_tensors="pt"
+    )
     pixels = np.stack([prepare(picture, encoder.preprocess) for picture in pictures()])
     with torch.no_grad():
         texts = model.get_text_features(input_ids=ids["input_ids"]).pooler_output
@@ -175,7 +177,9 @@ def test_sharded_and_pickled_weights_are_the_same_weights(clip: Path, tmp_path: 
     index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     for folder in (pickled, sharded):
-        np.testing.assert_array_equal(load_encoder(f"hf:{folder}").encode_texts(["a dog"]), whole.encode_texts(["a dog"]))
+        np.testing.assert_array_equal(
+            load_encoder(f"hf:{folder}").encode_texts(["a dog"]), whole.encode_texts(["a dog"])
+        )
     (sharded / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(RefusedError, match=r"lacks model-00002-of-00002"):
         load_encoder(f"hf:{sharded}")
@@ -204,7 +208,9 @@ def test_sharded_and_pickled_weights_are_the_same_weights(clip: Path, tmp_path: 
         ("preprocessor_config.json", {"size": {"height": 32, "width": 48}}, "its size is"),
     ],
 )
-def test_what_contradicts_itself_is_refused(file: str, changes: dict[str, Any], says: str, clip: Path, tmp_path: Path) -> None:
+def test_what_contradicts_itself_is_refused(
+    file: str, changes: dict[str, Any], says: str, clip: Path, tmp_path: Path
+) -> None:
     folder = copy(clip, tmp_path / "copy")
     edit_json(folder / file, **changes)
     with pytest.raises(RefusedError, match=says):
