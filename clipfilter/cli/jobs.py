@@ -81,6 +81,7 @@ CaptionsOption = Annotated[
     Captions, typer.Option(help="Which caption counts when a row has several; none ignores them.")
 ]
 Dtype = Annotated[Precision | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile; slow to start.")]
 _MAX_PIXELS = 178_956_970
 
 
@@ -95,6 +96,7 @@ def run(
     threads: Threads = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    compile_model: Compile = False,
     batch_size: BatchSize = None,
     decode: DecodeOption = Decode.fast,
     max_pixels: MaxPixels = _MAX_PIXELS,
@@ -128,6 +130,7 @@ def embed(
     threads: Threads = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    compile_model: Compile = False,
     batch_size: BatchSize = None,
     decode: DecodeOption = Decode.fast,
     max_pixels: MaxPixels = _MAX_PIXELS,

@@ -23,6 +23,51 @@ _MIN_MEASURED = 8
 models_app = typer.Typer(no_args_is_help=True, help="Find, look at, download and export models.", rich_markup_mode=None)
 
 
+@models_app.command("list")
+def list_(
+    pattern: Annotated[
+        str | None, typer.Argument(metavar="[PATTERN]", help="Part of a name, or a pattern such as 'ViT-L-14*'.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the models that have names, and which of them are on this machine."""
+    from clipfilter.errors import RefusedError
+    from clipfilter.models.catalog import OTHER_NAMES, find, list_models
+
+    found = list_models() if pattern is None else find(pattern)
+    if not found:
+        raise RefusedError(f"no model's name holds {pattern!r}: `clipfilter models list` lists all")
+    if as_json:
+        typer.echo(json.dumps([entry.to_json() for entry in found], indent=1))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in ("dim", "pixels", "tokens"):
+        table.add_column(title, justify="right")
+    table.add_column("here")
+    for entry in found:
+        numbers = (str(entry.dim), str(entry.image_size), str(entry.context_length))
+        table.add_row(entry.name, *numbers, "yes" if entry.cached else "")
+    console.print(table)
+    if pattern is None:
+        console.print("and by path or repository:", style="dim")
+        for name, meaning in OTHER_NAMES:
+            console.print(f"  {name:<26} {meaning}", highlight=False, markup=False, soft_wrap=True)
+
+
+@models_app.command("download")
+def download(name: Name) -> None:
+    """Fetch a model's weights and tokenizer into the cache, for use without a network."""
+    from clipfilter.models.catalog import download as fetch
+
+    typer.echo(fetch(name))
+
+
 @models_app.command("show")
 def show(name: Name, as_json: Json = False) -> None:
     """Load a model and print what it is: size, preprocessing, score, fingerprint, and what int8 costs."""

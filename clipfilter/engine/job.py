@@ -56,6 +56,7 @@ class JobRequest:
     threads: int | None = None
     device: str = "auto"
     dtype: Dtype | None = None
+    compile_model: bool = False
     batch_size: int | None = None
     decode: str = "fast"
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -308,6 +309,7 @@ def _run(prepared: Preparation, executor: Executor, display: Display | None, beg
         model=prepared.model,
         device=resources.device,
         dtype=dtype,
+        compile_model=request.compile_model,
         threads=resources.threads,
         options=options,
         text=prepared.text,

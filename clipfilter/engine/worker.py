@@ -46,6 +46,7 @@ class JobSpec:
     model: str
     device: str
     dtype: Literal["fp32", "bf16", "fp16"]
+    compile_model: bool
     threads: int
     options: dict[str, Any]
     text: bool
@@ -93,7 +94,12 @@ class Worker:
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.encoder = self._on_torch_thread(
             self._torch_thread.submit(
-                load_encoder, spec.model, device=spec.device, dtype=spec.dtype, threads=spec.threads
+                load_encoder,
+                spec.model,
+                device=spec.device,
+                dtype=spec.dtype,
+                threads=spec.threads,
+                compile=spec.compile_model,
             ).result(),
             "encode_images",
             "encode_texts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -87,6 +88,8 @@ def load_huggingface(name: str, *, device: str, dtype: str, threads: int | None)
             "model": shown,
             "architecture": f"{_MODELS[kind]} {vision.hidden_size}x{vision.num_hidden_layers}/{vision.patch_size}",
             "weights_sha256": file_sha256(files[0]) if len(files) == 1 else _sha256_of(files),
+            "config_sha256": _sha256_of_config(config),
+            "tokenizer_sha256": tokenizer.sha256,
             "activation": activation,
             "preprocess": preprocess.to_json(),
             "dtype": dtype,
@@ -176,9 +179,13 @@ def _parts(index: Path) -> list[str]:
     return names
 
 
-def _sha256_of(files: list[Path]) -> str:
-    import hashlib
+def _sha256_of_config(config: dict[str, Any]) -> str:
+    """Names what weights alone leave open: heads, epsilons, activations."""
+    parts = [config.get(key) for key in ("model_type", "projection_dim", "text_config", "vision_config")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+
+def _sha256_of(files: list[Path]) -> str:
     return hashlib.sha256("".join(f"{path.name} {file_sha256(path)}\n" for path in files).encode()).hexdigest()
 
 

@@ -72,7 +72,7 @@ def load_onnx(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
         logit_scale=config["logit_scale"],
         logit_bias=config["logit_bias"],
         fingerprint=config["fingerprint"]
-        | {"model": name, "backend": "onnxruntime-cpu" if on_cpu else "onnxruntime-cuda"},
+        | {"model": f"onnx:{folder.name}", "backend": "onnxruntime-cpu" if on_cpu else "onnxruntime-cuda"},
         image_tower=_tower(folder / IMAGE, providers, threads),
         text_tower=_tower(folder / TEXT, providers, threads),
         tokenize=load_tokenizer(folder, tokenizer),

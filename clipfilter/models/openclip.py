@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 import tempfile
@@ -19,8 +20,8 @@ from clipfilter.models import hub
 from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
 from clipfilter.models.checkpoint import file_sha256, read_state_dict
 from clipfilter.models.encoder import TorchEncoder
+from clipfilter.models.tokenizer import TextTokenizer, open_clip_tokenizer, refuse_remote_code
 from clipfilter.models.tokenizer import encode_with as _tokenize_with  # noqa: F401  (models/onnx.py reads it here)
-from clipfilter.models.tokenizer import open_clip_tokenizer, refuse_remote_code
 from clipfilter.storage import local_path
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
             "model": source.shown,
             "architecture": source.architecture,
             "weights_sha256": sha256,
+            **_further_facts(source, tokenizer),
             "activation": "quick_gelu" if quick_gelu else "gelu",
             "preprocess": preprocess.to_json(),
             "dtype": dtype,
@@ -107,6 +109,19 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
         device=torch_device,
         dtype=torch_dtype,
     )
+
+
+def _further_facts(source: Source, tokenizer: TextTokenizer) -> dict[str, str]:
+    """What else decides the numbers where it is not open_clip's own: a repository's config, a tower's, a tokenizer."""
+    facts = {}
+    configs = [source.config] if source.architecture.startswith(HUB_PREFIX) else []
+    if source.config["text_cfg"].get("hf_model_name"):
+        configs.append(text_tower_config(source))
+    if configs:
+        facts["config_sha256"] = hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()
+    if tokenizer.sha256 is not None:
+        facts["tokenizer_sha256"] = tokenizer.sha256
+    return facts
 
 
 # --- which model ------------------------------------------------------------------------------------------------------

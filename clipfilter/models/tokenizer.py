@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ class TextTokenizer:
 
     encode: texts -> untruncated ids, special tokens included. A text beyond `context_length` is cut there and its last
     id becomes `end_id`; a shorter one is filled up with `pad_id`, on the left if `pad_left`.
+    sha256: names what it does, whatever files it came from; None for CLIP's own.
     """
 
     encode: Callable[[Sequence[str]], list[list[int]]]
@@ -34,6 +36,7 @@ class TextTokenizer:
     pad_id: int
     end_id: int
     pad_left: bool = False
+    sha256: str | None = None
 
 
 def bounded(text: str) -> str:
@@ -151,7 +154,9 @@ def _load(family: _Family | None, repo: str, beside: Path | None, options: dict[
     if beside is not None and any((beside / file).is_file() for file in FILES):
         return _from_folder(beside, family, options)
     wanted = "tokenizer.json and tokenizer_config.json"
-    where = f"{beside}, beside the checkpoint" if beside is not None else "one folder with the checkpoint"
+    where = (
+        f"{beside}, beside the checkpoint" if beside else "one folder with the weights (--model ARCH=/folder/weights)"
+    )
     try:
         folder = fetch_tokenizer(repo, family.file if family else None)
     except hub.Unavailable as error:
@@ -277,4 +282,14 @@ def _hf_tokenizer(
         int(pad_id),
         0 if zero_id is not None and end_id == zero_id else end_id,
         pad_left=tokenizer.padding_side == "left",
+        sha256=_sha256(tokenizer, encode(_PROBES)),
     )
+
+
+#: Texts on which tokenizers with one vocabulary and different rules differ: case, spaces, punctuation, scripts.
+_PROBES = ("A photo, of  a DOG!", " l'été naïve_2024\t", "日本語 собака 😀", "")
+
+
+def _sha256(tokenizer: Any, ids: list[list[int]]) -> str:
+    facts = [sorted(tokenizer.get_vocab().items()), ids, tokenizer.pad_token_id, tokenizer.padding_side]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -444,7 +444,7 @@ def test_a_late_duplicate_attempt_of_a_shard_changes_nothing(
     for decode in ("fast", "exact"):
         spec = JobSpec(
             job="run", out=str(out), source=plan.source, policy=load_policy(policy).canonical(), model="nano",
-            device="cpu", dtype="fp32", threads=1 if decode == "exact" else 2,
+            device="cpu", dtype="fp32", compile_model=False, threads=1 if decode == "exact" else 2,
             options={**plan.options, "decode": decode}, text=True,
         )  # fmt: skip
         worker = Worker(spec)

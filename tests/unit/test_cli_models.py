@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from clipfilter.cli import models
 from clipfilter.errors import RefusedError
 from clipfilter.models import load_encoder
+from clipfilter.models.nano import WEIGHTS
 from tests.support.engine import PHOTOS
 
 
@@ -26,6 +27,29 @@ def run(*arguments: str) -> str:
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def test_list_finds_names_and_says_what_is_here() -> None:
+    everything = json.loads(run("list", "--json"))
+    names = [entry["name"] for entry in everything]
+    assert names[0] == "nano"
+    assert len(names) == len(set(names)) > 100
+    assert {"ViT-B-32/openai", "RN50/openai", "ViT-L-14-336/openai", "ViT-B-16-SigLIP/webli"} <= set(names)
+    nano = load_encoder("nano")
+    assert (everything[0]["dim"], everything[0]["cached"]) == (nano.dim, True)
+    found = json.loads(run("list", "vit-l-14-336*", "--json"))
+    assert {entry["name"].partition("/")[0] for entry in found} <= {"ViT-L-14-336", "ViT-L-14-336-quickgelu"}
+    assert all(entry["image_size"] == 336 for entry in found)
+    assert "ViT-B-32/laion2b_s34b_b79k" in run("list", "laion2b_s34b_b79k")
+    assert "onnx:DIR" in run("list")
+    with pytest.raises(RefusedError, match="no model's name holds 'nothing-like-it'"):
+        run("list", "nothing-like-it")
+
+
+def test_download_gives_the_bundled_weights_and_refuses_what_is_here(tmp_path: Path) -> None:
+    assert run("download", "nano").strip() == str(WEIGHTS)
+    with pytest.raises(RefusedError, match="nothing to download"):
+        run("download", f"ViT-B-32={tmp_path}/x.safetensors")
 
 
 def test_show_says_what_a_model_is() -> None:
