@@ -95,7 +95,9 @@ def test_the_vocabulary_alone_is_enough(family: str, file: str, tmp_path: Path) 
     alone.mkdir()
     config = fill(whole, family)
     (alone / file).write_bytes((whole / file).read_bytes())
-    assert padded(open_clip_tokenizer(config, alone)) == padded(open_clip_tokenizer(config, whole))
+    a, b = open_clip_tokenizer(config, alone), open_clip_tokenizer(config, whole)
+    assert padded(a) == padded(b)
+    assert a.sha256 == b.sha256
 
 
 @pytest.mark.parametrize("family", ["siglip", "xlm-roberta"])
@@ -106,6 +108,15 @@ def test_tokenizer_json_alone_is_enough(family: str, tmp_path: Path) -> None:
     config = fill(whole, family)
     (alone / "tokenizer.json").write_bytes((whole / "tokenizer.json").read_bytes())
     assert padded(open_clip_tokenizer(config, alone)) == padded(open_clip_tokenizer(config, whole))
+
+
+def test_another_vocabulary_or_rule_has_another_hash(tmp_path: Path) -> None:
+    config = fill(tmp_path, "siglip")
+    one = open_clip_tokenizer(config, tmp_path).sha256
+    cased = open_clip_tokenizer({**config, "tokenizer_kwargs": {}}, tmp_path).sha256
+    content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(content.replace('"▁the"', '"▁THE"'), encoding="utf-8")
+    assert len({one, cased, open_clip_tokenizer(config, tmp_path).sha256}) == 3
 
 
 def test_clips_own_tokenizer_follows_the_config() -> None:
