@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -42,7 +42,7 @@ def fetch(repo: str, file: str, revision: str | None = None) -> Path | None:
     What is in the cache is used as it is: weights do not change between two runs because their publisher changed them.
     Raises Unavailable.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -50,9 +50,9 @@ def fetch(repo: str, file: str, revision: str | None = None) -> Path | None:
         RepositoryNotFoundError,
     )
 
-    found = cached(repo, file, revision)
-    if found is not None:
-        return found
+    known = try_to_load_from_cache(repo, file, revision=revision)
+    if known is not None:  # a path, or the mark that this commit has no such file
+        return Path(known) if isinstance(known, str) else None
     try:
         with offline_if_unreachable():
             return Path(hf_hub_download(repo, file, revision=revision))
@@ -66,6 +66,20 @@ def fetch(repo: str, file: str, revision: str | None = None) -> Path | None:
         raise Unavailable("the hub has no such repository, or it is private: `hf auth login`") from None
     except Exception as error:  # the client has dozens of classes; all mean that the file could not be had
         raise Unavailable(reason(error)) from None
+
+
+def fetch_first(repo: str, files: Sequence[str], revision: str | None = None) -> Path | None:
+    """The first of `files` that is in the cache, else the first that the repository has; None. Raises Unavailable."""
+    found = next((path for file in files if (path := cached(repo, file, revision)) is not None), None)
+    if found is not None:
+        return found
+    return next((path for file in files if (path := fetch(repo, file, revision)) is not None), None)
+
+
+def fetch_optional(repo: str, file: str, revision: str | None = None) -> None:
+    """Fetch a file that may be missing: a cache filled by another program, without a network, has what it needed."""
+    with suppress(Unavailable):
+        fetch(repo, file, revision)
 
 
 def reason(error: BaseException) -> str:

@@ -133,19 +133,14 @@ def fetch_repository(repo: str) -> Path:
                 f"https://huggingface.co/{repo} has no {CONFIG}: use hf-hub:{repo} for an open_clip model"
             )
         revision = config.parent.name  # the folder of a snapshot is named by its commit
-        for file in PREPROCESSING:
-            if hub.fetch(repo, file, revision) is not None:
-                break
+        hub.fetch_first(repo, PREPROCESSING, revision)
         fetch_tokenizer(repo, None, revision)
-        # SigLIP's class reads the sentencepiece model even where there is a tokenizer.json.
-        hub.fetch(repo, "spiece.model", revision)
-        for file in WEIGHTS:
-            found = hub.fetch(repo, file, revision)
-            if found is None:
-                continue
-            for part in _parts(found) if file.endswith(".json") else ():
-                hub.fetch(repo, part, revision)
-            break
+        # SigLIP's class reads the sentencepiece model even where there is a tokenizer.json, CLIP's may read these two.
+        for file in ("spiece.model", "vocab.json"):
+            hub.fetch_optional(repo, file, revision)
+        weights = hub.fetch_first(repo, WEIGHTS, revision)
+        for part in _parts(weights) if weights is not None and weights.suffix == ".json" else ():
+            hub.fetch(repo, part, revision)
     except hub.Unavailable as error:
         raise RefusedError(
             f"{PREFIX}{repo} cannot be had ({error}): on a machine with a network, download {CONFIG}, {PREPROCESSING[0]}, "

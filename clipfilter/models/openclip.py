@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from clipfilter.errors import RefusedError
 from clipfilter.images.preprocess import PreprocessConfig
 from clipfilter.models import hub
@@ -82,7 +84,7 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
     text_tower = _causal_text_tower(model)
     masks_padding = isinstance(getattr(model, "text", None), HFTextEncoder)
     logit_bias = getattr(model, "logit_bias", None)
-    return TorchEncoder(
+    encoder = TorchEncoder(
         name=name,
         dim=int(source.config["embed_dim"]),
         preprocess=preprocess,
@@ -109,6 +111,21 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
         device=torch_device,
         dtype=torch_dtype,
     )
+    if dtype != "fp32":
+        _refuse_unless_it_computes(encoder, dtype)
+    return encoder
+
+
+def _refuse_unless_it_computes(encoder: TorchEncoder, dtype: str) -> None:
+    """Some of open_clip's towers (CoCa's) mix number formats in half precision; found here, not in the middle of a run."""
+    size = encoder.preprocess.size
+    try:
+        encoder.encode_images(np.zeros((1, 3, size, size), np.uint8))
+        encoder.encode_texts(["a photo"])
+    except RuntimeError as error:
+        raise RefusedError(
+            f"{encoder.name} cannot compute in {dtype} ({hub.reason(error)}): use --dtype fp32"
+        ) from None
 
 
 def _further_facts(source: Source, tokenizer: TextTokenizer) -> dict[str, str]:
@@ -225,8 +242,7 @@ def fetch_repository(repo: str) -> tuple[Path, Path | None]:
         config = hub.fetch(repo, CONFIG)
         if config is None:
             raise RefusedError(f"https://huggingface.co/{repo} has no {CONFIG}: use hf:{repo} for a transformers model")
-        revision = config.parent.name
-        weights = next((path for file in WEIGHTS if (path := hub.fetch(repo, file, revision)) is not None), None)
+        weights = hub.fetch_first(repo, WEIGHTS, config.parent.name)  # the folder of a snapshot is named by its commit
     except hub.Unavailable as error:
         raise RefusedError(
             f"{HUB_PREFIX}{repo} cannot be had ({error}): on a machine with a network, download {CONFIG} and {WEIGHTS[0]} "

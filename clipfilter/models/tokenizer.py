@@ -136,16 +136,12 @@ def _family(repo: str) -> _Family | None:
 
 def fetch_tokenizer(repo: str, family_file: str | None = None, revision: str | None = None) -> Path | None:
     """The folder with a hub repository's tokenizer, or None where it has none. Raises hub.Unavailable."""
-    found = None
-    for file in ("tokenizer.json", *([family_file] if family_file else FILES[1:])):
-        found = hub.fetch(repo, file, revision)
-        if found is not None:
-            break
+    found = hub.fetch_first(repo, ("tokenizer.json", *([family_file] if family_file else FILES[1:])), revision)
     if found is None:
         return None
     revision = revision or found.parent.name  # the folder of a snapshot is named by its commit
     for file in COMPANIONS:
-        hub.fetch(repo, file, revision)
+        hub.fetch_optional(repo, file, revision)
     return found.parent
 
 

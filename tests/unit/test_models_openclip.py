@@ -339,6 +339,18 @@ def test_a_transformers_checkpoint_says_how_it_is_loaded(tmp_path: Path) -> None
         load_encoder(f"hf-hub:{tmp_path / 'hf'}")
 
 
+def test_a_tower_that_mixes_number_formats_is_refused_before_a_run(tmp_path: Path) -> None:
+    config = tiny_config(context_length=76, embed_cls=True, output_tokens=True)
+    config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    config["multimodal_cfg"] = {"context_length": 76, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config["custom_text"] = True
+    name = register("clipfilter-test-coca", config, tmp_path)
+    path = save(dict(lively(quietly_created(name)).state_dict()), tmp_path / "weights.safetensors")
+    assert np.isfinite(load_encoder(f"{name}={path}").encode_texts(CAPTIONS)).all()
+    with pytest.raises(RefusedError, match=r"cannot compute in bf16 .*: use --dtype fp32"):
+        load_encoder(f"{name}={path}", dtype="bf16")
+
+
 # --- without a network
 
 
