@@ -97,6 +97,7 @@ def test_export_never_overwrites(tmp_path: Path) -> None:
         run("export", "nano", "--to", str(tmp_path))
 
 
+@pytest.mark.integration
 def test_agreement_counts_rows_and_changed_decisions(tmp_path: Path) -> None:
     """Of a model with itself nothing changes; of one whose images are turned around, decisions do."""
     from clipfilter.evaluation.agreement import agreement, read_sample

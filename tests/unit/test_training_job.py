@@ -16,6 +16,8 @@ from clipfilter.training.logs import read_rows
 from clipfilter.training.loop import Shown
 from tests.support.training import TINY, TINY_SIGMOID, tiny_weights, write_pairs
 
+pytestmark = pytest.mark.integration  # whole trainings: half a minute together
+
 
 class Killed(BaseException):
     pass
