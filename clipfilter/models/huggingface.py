@@ -50,6 +50,8 @@ def load_huggingface(name: str, *, device: str, dtype: str, threads: int | None)
     except ImportError:
         raise RefusedError(f"{name} needs the package transformers: {hub.INSTALL}") from None
     place = name.removeprefix(PREFIX)
+    if not place:
+        raise RefusedError(f"{name} names no model: use {PREFIX}ORG/NAME or {PREFIX}/folder")
     folder, local = local_path(place), hub.is_folder(place)
     if not local:
         folder = fetch_repository(place)
@@ -70,6 +72,10 @@ def load_huggingface(name: str, *, device: str, dtype: str, threads: int | None)
                 f"transformers cannot build the model that {folder / CONFIG} describes: {hub.reason(error)}"
             ) from None
     text, vision = settings.text_config, settings.vision_config
+    if kind == "siglip" and not (vision.vision_use_head and text.projection_size == vision.hidden_size):
+        raise RefusedError(
+            f"the towers that {folder / CONFIG} describes do not meet in one space: use a complete SiglipModel"
+        )
     preprocess = _preprocess_config(folder, kind, int(vision.image_size))
     tokenizer = transformers_tokenizer(folder, int(text.max_position_embeddings), int(text.vocab_size), shown)
     _load_strictly(model, files, kind, folder)

@@ -210,6 +210,8 @@ def _find_checkpoint(architecture: str, path: Path) -> Source:
 
 def _find_repository(place: str) -> Source:
     """A repository in open_clip's layout, on the hub or copied to a folder."""
+    if not place:
+        raise RefusedError(f"{HUB_PREFIX} names no model: use {HUB_PREFIX}ORG/NAME or {HUB_PREFIX}/folder")
     folder, local = local_path(place), hub.is_folder(place)
     if local:
         if not (folder / CONFIG).is_file():

@@ -200,6 +200,19 @@ def siglip_folder(folder: Path) -> Any:
     return model
 
 
+def siglip2_folder(folder: Path, padding_side: str = "right") -> Any:
+    """SigLIP 2 with fixed resolution: a SiglipModel with Gemma's kind of tokenizer; returns the model."""
+    import transformers
+
+    model = siglip_folder(folder)
+    (folder / "spiece.model").unlink()
+    sentencepiece_model(folder / "tokenizer.model", "gemma")
+    options = {"padding_side": padding_side, "add_bos_token": False, "add_eos_token": True, "model_max_length": 64}
+    transformers.GemmaTokenizer.from_pretrained(str(folder), **options).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    return model
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file; "a.b" is b inside a, and None removes a key."""
     content = json.loads(path.read_text(encoding="utf-8"))

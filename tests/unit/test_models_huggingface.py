@@ -21,6 +21,7 @@ from tests.support.models import (  # isort: skip  (torchvision must be made imp
     pictures,
     register,
     save,
+    siglip2_folder,
     siglip_folder,
     siglip_to_open_clip,
     siglip_tokenizer_files,
@@ -53,6 +54,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "siglip"
     siglip_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["right", "left"])
+def siglip2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "siglip2"
+    siglip2_folder(folder, request.param)
     return folder
 
 
@@ -117,6 +125,19 @@ def test_a_siglip_scores_the_same_through_open_clip(siglip: Path, tmp_path: Path
     assert (theirs.logit_scale, theirs.logit_bias) == pytest.approx((ours.logit_scale, ours.logit_bias))
     a, b = scores(theirs), scores(ours)
     assert np.abs(a - b).max() <= 0.01 * spread(a)
+
+
+def test_siglip_2_is_padded_on_the_side_that_its_tokenizer_says(siglip2: Path) -> None:
+    from transformers import AutoModel
+
+    encoder = load_encoder(f"hf:{siglip2}")
+    tokenizer = AutoTokenizer.from_pretrained(siglip2)
+    ids = tokenizer(list(TEXTS), padding="max_length", truncation=True, max_length=64, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        theirs = AutoModel.from_pretrained(siglip2).eval().get_text_features(input_ids=ids).pooler_output
+    theirs = torch.nn.functional.normalize(theirs, dim=-1).numpy()
+    assert np.abs(encoder.encode_texts(TEXTS) - theirs).max() <= 1e-5
+    assert encoder.count_truncated(TEXTS) >= 3
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -231,6 +252,16 @@ def test_a_missing_file_is_named(file: str, says: str, clip: Path, tmp_path: Pat
     (folder / file).unlink()
     with pytest.raises(RefusedError, match=says):
         load_encoder(f"hf:{folder}")
+
+
+def test_towers_that_do_not_meet_and_empty_names_are_refused(siglip: Path, tmp_path: Path) -> None:
+    folder = copy(siglip, tmp_path / "copy")
+    edit_json(folder / "config.json", vision_config__vision_use_head=False)
+    with pytest.raises(RefusedError, match="do not meet in one space"):
+        load_encoder(f"hf:{folder}")
+    for name in ("hf:", "hf-hub:"):
+        with pytest.raises(RefusedError, match="names no model"):
+            load_encoder(name)
 
 
 def test_truncated_weights_are_refused(clip: Path, tmp_path: Path) -> None:
