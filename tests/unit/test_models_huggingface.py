@@ -172,6 +172,18 @@ def test_images_are_prepared_as_transformers_does(kind: str, request: pytest.Fix
     assert np.abs(mine - theirs).max() <= 1.01 / 255 / min(encoder.preprocess.std)
 
 
+@pytest.mark.parametrize("surplus", range(9))
+def test_only_the_documented_crops_differ_by_one_pixel(surplus: int, clip: Path) -> None:
+    encoder = load_encoder(f"hf:{clip}")
+    assert isinstance(encoder, TorchEncoder)
+    rgb = np.random.default_rng(0).integers(0, 256, (32 + surplus, 32, 3), dtype=np.uint8)
+    theirs = CLIPImageProcessor.from_pretrained(clip)(Image.fromarray(rgb), return_tensors="np")["pixel_values"][0]
+    mine = encoder.normalise(prepare(rgb, encoder.preprocess)[None])[0].numpy()
+    if surplus % 4 == 3:
+        mine, theirs = mine[:, :-1], theirs[:, 1:]
+    assert np.abs(mine - theirs).max() <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_half_precision_is_the_same_model(kind: str, dtype: Any, request: pytest.FixtureRequest) -> None:
