@@ -94,7 +94,7 @@ def offline_if_unreachable() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    if not before and not _reachable(constants.ENDPOINT):
+    if not before and not is_reachable():
         constants.HF_HUB_OFFLINE = True
     try:
         yield
@@ -105,7 +105,11 @@ def offline_if_unreachable() -> Iterator[None]:
 _answers: dict[str, tuple[float, bool]] = {}
 
 
-def _reachable(endpoint: str) -> bool:
+def is_reachable() -> bool:
+    """Whether something answers at the hub's address, or there is a proxy to ask; remembered for a minute."""
+    from huggingface_hub import constants
+
+    endpoint = constants.ENDPOINT
     if getproxies():
         return True
     asked, answer = _answers.get(endpoint, (0.0, False))

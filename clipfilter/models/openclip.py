@@ -295,13 +295,19 @@ def _download(architecture: str, tag: str, tag_config: dict[str, Any]) -> Path:
         with quiet(), hub.offline_if_unreachable():
             return Path(download_pretrained(tag_config))
     except Exception as error:  # every client library has its own; all mean that the file could not be had
+        reason = hub.reason(error)
+        if isinstance(error, FileNotFoundError) and not hub.is_reachable():
+            reason = "the hub cannot be reached"
         repo, _, file = str(tag_config.get("hf_hub", "")).rpartition("/")
         source = f"https://huggingface.co/{repo}" if repo else tag_config.get("url", "its publisher")
-        file = file or f"{WEIGHTS[0]} and {CONFIG}" if repo else "the file"
+        files = f"{file or f'{WEIGHTS[0]} and {CONFIG}'} from {source}" if repo else f"the file {source}"
+        tokenizer = architecture_config(architecture)["text_cfg"].get("hf_tokenizer_name")
+        if tokenizer:
+            files += f", and tokenizer.json and tokenizer_config.json from https://huggingface.co/{tokenizer}"
         raise RefusedError(
-            f"the weights of {architecture}/{tag} are not in the cache and cannot be downloaded ({hub.reason(error)}). "
-            f"On a machine with a network, download {file} from {source}, copy it here and use --model "
-            f"{architecture}=/path/to/that/file"
+            f"the weights of {architecture}/{tag} are not in the cache and cannot be downloaded ({reason}). On a machine "
+            f"with a network, download {files}, copy them here into one folder and use --model "
+            f"{architecture}=/path/to/{file or WEIGHTS[0] if repo else 'that file'}"
         ) from None
 
 
@@ -393,12 +399,16 @@ def _log_doubts(source: Source) -> None:
             "nothing says how %s wants its images, and published weights of %s differ: it is read with CLIP's own "
             "preprocessing; put its %s beside it to be sure", path.name, architecture, CONFIG,
         )  # fmt: skip
-    if len(_published_activations(architecture)) > 1:
+    published = _published_activations(architecture)
+    asked = bool(source.config.get("quick_gelu", False))
+    if published and published != {asked}:
         plain = architecture.removesuffix(_QUICK)
         other = plain if architecture.endswith(_QUICK) else plain + _QUICK
+        kinds = "come in both kinds" if len(published) > 1 else f"are all {'GELU' if asked else 'QuickGELU'}"
         log.warning(
-            "nothing in %s says whether it was trained with GELU or QuickGELU: it is read as %s says; use %s=%s if that is "
-            "wrong, or put its %s beside it", path.name, architecture, other, path, CONFIG,
+            "nothing in %s says whether it was trained with GELU or QuickGELU, and published weights of %s %s: it is read as "
+            "%s says; use %s=%s if that is wrong, or put its %s beside it",
+            path.name, plain, kinds, architecture, other, path, CONFIG,
         )  # fmt: skip
 
 
