@@ -23,7 +23,6 @@ from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_t
 from clipfilter.models.checkpoint import file_sha256, read_state_dict
 from clipfilter.models.encoder import TorchEncoder
 from clipfilter.models.tokenizer import TextTokenizer, open_clip_tokenizer, refuse_remote_code
-from clipfilter.models.tokenizer import encode_with as _tokenize_with  # noqa: F401  (models/onnx.py reads it here)
 from clipfilter.storage import local_path
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ class Source:
 
     architecture: for messages and the fingerprint. config: open_clip's (`embed_dim`, `vision_cfg`, `text_cfg`).
     preprocessing: open_clip's `preprocess_cfg`, {} for CLIP's own. quick_gelu: the activation as the publisher of these
-    weights states it, None where nobody does. folder: where files beside the weights are looked for.
+    weights states it, None where nobody does. folder: where files beside the weights are looked for. bare: whether there
+    is nothing but a file and the name of an architecture.
     """
 
     shown: str
