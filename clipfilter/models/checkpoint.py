@@ -53,7 +53,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise RefusedError(f"the checkpoint {path} is damaged or no torch checkpoint ({reason})") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+    tensors = isinstance(loaded, dict) and all(isinstance(v, torch.Tensor) for v in loaded.values())
+    if not loaded or not tensors or not all(isinstance(name, str) for name in loaded):
         raise RefusedError(f"the checkpoint {path} does not hold a state dict (names to tensors)")
     return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
 

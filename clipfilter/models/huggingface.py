@@ -76,7 +76,10 @@ def load_huggingface(name: str, *, device: str, dtype: str, threads: int | None)
         raise RefusedError(
             f"the towers that {folder / CONFIG} describes do not meet in one space: use a complete SiglipModel"
         )
-    preprocess = _preprocess_config(folder, kind, int(vision.image_size))
+    try:
+        preprocess = _preprocess_config(folder, kind, int(vision.image_size))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise RefusedError(f"the preprocessing in {folder} is not what it should be ({hub.reason(error)})") from None
     tokenizer = transformers_tokenizer(folder, int(text.max_position_embeddings), int(text.vocab_size), shown)
     _load_strictly(model, files, kind, folder)
     # Read before the model is cast: half precision rounds them.

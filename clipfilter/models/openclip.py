@@ -228,7 +228,10 @@ def _find_repository(place: str) -> Source:
         raise RefusedError(f"{folder if local else place} has none of open_clip's weights: put {WEIGHTS[0]} there")
     content = refuse_remote_code(config_path)
     config = content.get("model_cfg")
-    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+    if not isinstance(config, dict) or not (
+        all(isinstance(config.get(key), dict) for key in ("vision_cfg", "text_cfg"))
+        and isinstance(config.get("embed_dim"), int)
+    ):
         raise RefusedError(
             f"{config_path} describes no open_clip model (model_cfg with embed_dim, vision_cfg and text_cfg)"
         )
@@ -511,7 +514,12 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Source) -
         raise RefusedError(
             f"the checkpoint {path} is a transformers model: use hf:{path.parent}, with its config.json beside it"
         )
-    state = convert_state_dict(model, state)
+    try:
+        state = convert_state_dict(model, state)  # Apple's own MobileCLIP files
+    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+        raise RefusedError(
+            f"the checkpoint {path} does not fit the architecture {source.architecture}: {hub.reason(error)}"
+        ) from None
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     expected = model.state_dict()

@@ -68,6 +68,12 @@ def open_clip_tokenizer(text_config: dict[str, Any], beside: Path | None) -> Tex
     options = dict(text_config.get("tokenizer_kwargs") or {})
     options.pop("reduction_mask", None)  # drops words at random in training; here the end of a long text goes
     repo = text_config.get("hf_tokenizer_name")
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown or options.get("clean", "lower") not in _CLEANING:
+        wrong = f"the option {unknown[0]}" if unknown else f"clean={options['clean']!r}"
+        raise RefusedError(
+            f"the tokenizer of this model wants {wrong}, which is not supported: use a checkpoint without it"
+        )
     if not repo:
         simple = SimpleTokenizer(context_length=context_length, **options)
         return TextTokenizer(encode_with(simple), context_length, 0, simple.eot_token_id)
@@ -95,6 +101,12 @@ def transformers_tokenizer(folder: Path, context_length: int, vocabulary: int, s
     if not any((folder / file).is_file() for file in FILES):
         raise RefusedError(f"{shown} has no tokenizer: put its {', '.join(FILES[:3])} (what it has) beside config.json")
     return _hf_tokenizer(_from_folder(folder, None, {}), context_length, vocabulary)
+
+
+#: What `tokenizer_kwargs` may hold. Configs are written by strangers, and transformers takes paths and more as options.
+_OPTIONS = {"clean", "strip_sep_token", "language", "additional_special_tokens", "add_bos_token", "add_eos_token"}
+_OPTIONS |= {"padding_side", "src_lang", "model_max_length", "do_lower_case"}
+_CLEANING = ("lower", "whitespace", "canonicalize")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -238,6 +238,8 @@ def test_sharded_and_pickled_weights_are_the_same_weights(clip: Path, tmp_path: 
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is off"),
         ("preprocessor_config.json", {"rescale_factor": 1.0}, "multiplied by 1.0"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "three numbers"),
+        ("preprocessor_config.json", {"rescale_factor": "a lot"}, "not what it should be"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": None}}, "not what it should be"),
         ("preprocessor_config.json", {"size": {"height": 32, "width": 48}}, "its size is"),
     ],
 )

@@ -303,6 +303,9 @@ def test_the_tag_decides_over_the_architecture_and_silence_leaves_it() -> None:
         ({"model_cfg__vision_cfg__image_size": 64}, "does not fit"),
         ({"model_cfg__vision_cfg__timm_model_name": "hf-hub:evil/model"}, "outside of timm"),
         ({"model_cfg": {}}, "describes no open_clip model"),
+        ({"model_cfg__text_cfg": "clip"}, "describes no open_clip model"),
+        ({"model_cfg__text_cfg__tokenizer_kwargs": {"vocab_file": "/etc/passwd"}}, "the option vocab_file"),
+        ({"model_cfg__text_cfg__tokenizer_kwargs": {"clean": "rinse"}}, "clean='rinse'"),
         ({"auto_map": {}}, "auto_map"),
         ({"preprocess_cfg__size": [64, 64]}, r"\[64, 64\] pixels and its image tower takes 32"),
         ({"preprocess_cfg__interpolation": "nearest"}, "cannot be done exactly: interpolation"),
@@ -334,6 +337,16 @@ def test_files_in_the_wrong_place_are_named(state: dict[str, torch.Tensor], tmp_
     (folder / "open_clip_model.safetensors").unlink()
     with pytest.raises(RefusedError, match=r"put open_clip_model\.safetensors there"):
         load_encoder(f"hf-hub:{folder}")
+
+
+def test_another_layout_of_names_is_refused(tmp_path: Path) -> None:
+    apples = {"image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight": torch.zeros(1)}
+    path = save(apples, tmp_path / "mobileclip.safetensors")
+    with pytest.raises(RefusedError, match="does not fit the architecture"):
+        load_encoder(f"{GELU}={path}")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
+    with pytest.raises(RefusedError, match="does not hold a state dict"):
+        load_encoder(f"{GELU}={tmp_path / 'numbers.pt'}")
 
 
 def test_a_transformers_checkpoint_says_how_it_is_loaded(tmp_path: Path) -> None:
