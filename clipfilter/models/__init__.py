@@ -87,8 +87,8 @@ def _load(name: str, device: str, dtype: str, threads: int | None) -> Encoder:
 
         return load_openclip(name, device=device, dtype=dtype, threads=threads)
     raise RefusedError(
-        f"unknown model {name!r}: use nano, an open_clip name with its weights (ViT-B-32/openai), "
-        "or a local checkpoint (ViT-B-32=/path/to/checkpoint.safetensors)"
+        f"unknown model {name!r}: use nano, an open_clip name with its weights (ViT-B-32/openai), a local checkpoint "
+        "(ViT-B-32=/path/to/checkpoint.safetensors), or a repository (hf-hub:ORG/NAME, hf:ORG/NAME)"
     )
 
 
