@@ -17,7 +17,10 @@ Source = Annotated[
     ),
 ]
 Out = Annotated[str, typer.Option("--out", "-o", help="Run directory to write (path or URL); resumed when it exists.")]
-Model = Annotated[str, typer.Option(help="nano, an open_clip name/pretrained tag, or ARCH=/path/to/checkpoint.")]
+Model = Annotated[
+    str,
+    typer.Option(help="nano, ARCH/TAG of open_clip, ARCH=/path, hf-hub:ORG/NAME, hf:ORG/NAME or onnx:DIR."),
+]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; without it Ray runs on this machine.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Encoder processes or actors [default: one per GPU, or per 8 cores].")

@@ -63,14 +63,14 @@ class TorchEncoder:
         self.context_length = context_length
         self.device = device
         self.dtype = dtype
-        self._image_tower = image_tower
-        self._text_tower = text_tower
-        self._tokenize = tokenize
-        self._pad_id = pad_id
-        self._end_id = end_id
-        self._cut_to_longest = cut_to_longest
-        self._pad_left = pad_left
-        self._image_chunk = image_chunk if device.type == "cpu" else None
+        self.image_tower = image_tower
+        self.text_tower = text_tower
+        self.tokenize = tokenize
+        self.pad_id = pad_id
+        self.end_id = end_id
+        self.cut_to_longest = cut_to_longest
+        self.pad_left = pad_left
+        self.image_chunk = image_chunk if device.type == "cpu" else None
         self._text_chunk = 32 if device.type == "cpu" else 256
         shape = (1, 3, 1, 1)
         self._mean = torch.tensor(preprocess.mean, device=device).view(shape)
@@ -87,11 +87,11 @@ class TorchEncoder:
 
     def encode_images(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [n, 3, S, S] -> float32 [n, dim], unit norm."""
-        chunk = self._image_chunk or max(1, len(pixels))
+        chunk = self.image_chunk or max(1, len(pixels))
         out = np.empty((len(pixels), self.dim), np.float32)
         with torch.inference_mode():
             for start in range(0, len(pixels), chunk):
-                features = self._image_tower(self.normalise(pixels[start : start + chunk]))
+                features = self.image_tower(self.normalise(pixels[start : start + chunk]))
                 out[start : start + chunk] = _unit(features)
         return out
 
@@ -100,23 +100,19 @@ class TorchEncoder:
 
         Texts of similar length share a forward pass: one long text does not make the others pay for it.
         """
-        tokens = [self._truncate(ids) for ids in self._tokens(texts)]
+        tokens = self.tokens(texts)
         out = np.empty((len(tokens), self.dim), np.float32)
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         with torch.inference_mode():
             for start in range(0, len(tokens), self._text_chunk):
                 rows = by_length[start : start + self._text_chunk]
-                width = len(tokens[rows[-1]]) if self._cut_to_longest else self.context_length
-                ids = torch.full((len(rows), width), self._pad_id, dtype=torch.long)
-                for i, row in enumerate(rows):
-                    start_at = width - len(tokens[row]) if self._pad_left else 0
-                    ids[i, start_at : start_at + len(tokens[row])] = torch.tensor(tokens[row])
-                out[rows] = _unit(self._text_tower(ids.to(self.device, non_blocking=True)))
+                ids = self.pad([tokens[row] for row in rows])
+                out[rows] = _unit(self.text_tower(ids.to(self.device, non_blocking=True)))
         return out
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of `texts` are longer than the context."""
-        return sum(len(ids) > self.context_length for ids in self._tokens(texts))
+        return sum(len(ids) > self.context_length for ids in self.tokens(texts))
 
     def compile(self) -> None:
         """Compile both towers with `torch.compile` now, and note it in the fingerprint; the numbers stay within bounds.
@@ -127,29 +123,42 @@ class TorchEncoder:
             raise RefusedError(
                 f"{self.name} cannot be compiled here (there is no C++ compiler): install g++, or load it without compile"
             )
-        before = self._image_tower, self._text_tower
-        self._image_tower, self._text_tower = (torch.compile(tower, dynamic=True) for tower in before)
+        before = self.image_tower, self.text_tower
+        self.image_tower, self.text_tower = (torch.compile(tower, dynamic=True) for tower in before)
         size = self.preprocess.size
         try:
             self.encode_images(np.zeros((2, 3, size, size), np.uint8))
             self.encode_texts(["a photo", "a longer sentence about a photo"])
         except Exception as error:  # the compiler's own classes, or those of the compilers that it calls
-            self._image_tower, self._text_tower = before
+            self.image_tower, self.text_tower = before
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise RefusedError(f"{self.name} cannot be compiled here ({reason}): load it without compile") from None
         self.fingerprint["compiled"] = True
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, special tokens included, not truncated."""
         # A batch is usually asked for twice, once to encode and once to count; tokenizing is plain Python.
         key = tuple(texts)
         if self._last_tokens[0] != key:
-            self._last_tokens = (key, self._tokenize(key))
+            self._last_tokens = (key, self.tokenize(key))
         return self._last_tokens[1]
 
-    def _truncate(self, ids: list[int]) -> list[int]:
+    def pad(self, tokens: Sequence[list[int]]) -> Tensor:
+        """What the text tower takes: int64 [n, length] on the CPU, every text truncated to the context and padded, to the
+        longest of them or to the context."""
+        cut = [self.truncate(ids) for ids in tokens]
+        width = max(map(len, cut)) if self.cut_to_longest else self.context_length
+        batch = torch.full((len(cut), width), self.pad_id, dtype=torch.long)
+        for row, ids in zip(batch, cut, strict=True):
+            start = width - len(ids) if self.pad_left else 0
+            row[start : start + len(ids)] = torch.tensor(ids)
+        return batch
+
+    def truncate(self, ids: list[int]) -> list[int]:
+        """At most a context of ids; a text that is cut ends with `end_id`."""
         if len(ids) <= self.context_length:
             return ids
-        return [*ids[: self.context_length - 1], self._end_id]
+        return [*ids[: self.context_length - 1], self.end_id]
 
 
 def _unit(features: Tensor) -> np.ndarray:

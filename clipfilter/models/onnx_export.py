@@ -123,7 +123,7 @@ def _check(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise RefusedError(f"exporting needs the package {error.name}: {INSTALL}") from None
-    if not isinstance(encoder, TorchEncoder) or not _modules(encoder._image_tower):
+    if not isinstance(encoder, TorchEncoder) or not _modules(encoder.image_tower):
         raise RefusedError(f"{encoder.name} is exported already: give the model it was made from")
     if encoder.dtype != torch.float32 or encoder.device.type != "cpu":
         raise RefusedError(
@@ -147,7 +147,7 @@ def _write(encoder: TorchEncoder, work: Path, pixels: np.ndarray, texts: Sequenc
         "fingerprint": {name: value for name, value in encoder.fingerprint.items() if name not in ("model", "backend")},
         "dim": encoder.dim,
         "context_length": encoder.context_length,
-        "cut_to_longest": encoder._cut_to_longest,
+        "cut_to_longest": encoder.cut_to_longest,
         "logit_scale": encoder.logit_scale,
         "logit_bias": encoder.logit_bias,
         "preprocess": encoder.preprocess.to_json(),
@@ -188,7 +188,7 @@ class _Tower(torch.nn.Module):
 
 
 def _towers(encoder: TorchEncoder) -> dict[str, Callable[[Tensor], Tensor]]:
-    return {"image": encoder._image_tower, "text": encoder._text_tower}
+    return {"image": encoder.image_tower, "text": encoder.text_tower}
 
 
 def _modules(tower: Callable[[Tensor], Tensor]) -> list[torch.nn.Module]:
@@ -210,7 +210,7 @@ def _export_tower(encoder: TorchEncoder, name: str, tower: Callable[[Tensor], Te
     else:
         # int32: ONNX Runtime has no ArgMax of 64-bit integers, which towers use to find the end of a text.
         example = torch.from_numpy(token_batch(encoder, _TEXTS[:2]))
-        if encoder._cut_to_longest:
+        if encoder.cut_to_longest:
             shape[1] = torch.export.Dim("length", min=2, max=encoder.context_length)
     with _quiet(), torch.no_grad():
         try:
@@ -243,12 +243,7 @@ def _strip(model: Any) -> None:
 
 def token_batch(encoder: TorchEncoder, texts: Sequence[str]) -> np.ndarray:
     """int32 [n, length]: the ids of `texts` as the text tower gets them."""
-    tokens = [encoder._truncate(ids) for ids in encoder._tokens(texts)]
-    width = max(map(len, tokens)) if encoder._cut_to_longest else encoder.context_length
-    batch = np.full((len(tokens), width), encoder._pad_id, np.int32)
-    for row, ids in zip(batch, tokens, strict=True):
-        start = width - len(ids) if encoder._pad_left else 0
-        row[start : start + len(ids)] = ids
+    batch: np.ndarray = encoder.pad(encoder.tokens(texts)).numpy().astype(np.int32)
     return batch
 
 
@@ -271,9 +266,9 @@ def _quiet() -> Iterator[None]:
 
 def _write_tokenizer(encoder: TorchEncoder, work: Path, texts: Sequence[str]) -> dict[str, Any]:
     """Copy the tokenizer's file; its entry in config.json. RefusedError where the copy does not give the same ids."""
-    ids = {"pad_id": encoder._pad_id, "end_id": encoder._end_id, "pad_left": encoder._pad_left}
+    ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id, "pad_left": encoder.pad_left}
     entry = ids | _tokenizer_file(encoder, work)
-    if load_tokenizer(work, entry)(texts) != encoder._tokenize(texts):
+    if load_tokenizer(work, entry)(texts) != encoder.tokenize(texts):
         raise RefusedError(f"the tokenizer of {encoder.name} cannot be exported: its copy gives other tokens")
     return entry
 
@@ -283,7 +278,7 @@ def _tokenizer_file(encoder: TorchEncoder, work: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer
     from tokenizers.implementations import BaseTokenizer
 
-    held = inspect.getclosurevars(encoder._tokenize).nonlocals
+    held = inspect.getclosurevars(encoder.tokenize).nonlocals
 
     def cleaning(function: Any) -> str | None:
         return next((name for name in ("lower", "whitespace", "canonicalize") if get_clean_fn(name) is function), None)

@@ -56,21 +56,15 @@ class Trainable:
 
     def image_features(self, pixels: np.ndarray) -> Tensor:
         """uint8 [n, 3, S, S] -> [n, dim], of any norm."""
-        return self.encoder._image_tower(self.encoder.normalise(pixels))
+        return self.encoder.image_tower(self.encoder.normalise(pixels))
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """n texts -> [n, dim], of any norm."""
-        return self.encoder._text_tower(self.token_ids(texts))
+        return self.encoder.text_tower(self.token_ids(texts))
 
     def token_ids(self, texts: Sequence[str]) -> Tensor:
         """int64 [n, length] on the device, truncated and padded as the text tower expects."""
-        encoder = self.encoder
-        tokens = [encoder._truncate(ids) for ids in encoder._tokenize(texts)]
-        width = max(map(len, tokens)) if encoder._cut_to_longest else encoder.context_length
-        ids = torch.full((len(tokens), width), encoder._pad_id, dtype=torch.long)
-        for row, some in enumerate(tokens):
-            ids[row, : len(some)] = torch.tensor(some)
-        return ids.to(self.device)
+        return self.encoder.pad(self.encoder.tokens(texts)).to(self.device)
 
     def clamp_temperature(self) -> None:
         self.logit_scale.data.clamp_(0, math.log(MAX_LOGIT_SCALE))
@@ -129,8 +123,10 @@ def load_trainable(name: str, *, device: str = "cpu", threads: int | None = None
 
     Raises RefusedError where `load_encoder` does, and for models that cannot be trained.
     """
+    if name.startswith("hf-hub:"):
+        raise RefusedError(f"{name} cannot be trained as a repository: use ARCH=/path/to/its/weights.")
     encoder = load_encoder(name, device=device, dtype="fp32", threads=threads)
-    module = getattr(getattr(encoder, "_image_tower", None), "__self__", None)
+    module = getattr(getattr(encoder, "image_tower", None), "__self__", None)
     if not isinstance(encoder, TorchEncoder) or not isinstance(module, nn.Module):
         raise RefusedError(f"{name} cannot be trained: use nano or an open_clip model (ViT-B-32/openai, ARCH=/path).")
     from open_clip import CLIP, CustomTextCLIP

@@ -37,14 +37,14 @@ class Prefix:
         modules = dict(model.module.named_modules())
         self._modules: list[nn.Module] = [modules[name] for name in frozen_blocks(model.module, "image")]
         self.blocks = len(self._modules)
-        self.batch = model.encoder._image_chunk or _REPLAY_BATCH  # images per forward pass when recording
+        self.batch = model.encoder.image_chunk or _REPLAY_BATCH  # images per forward pass when recording
 
     @torch.inference_mode()
     def record(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [n, 3, S, S] -> float32, what the last frozen block gives; in some towers the batch is its second axis."""
         kept: list[Tensor] = []
         with self._modules[-1].register_forward_hook(lambda module, given, output: kept.append(output)):
-            self._model.encoder._image_tower(self._model.encoder.normalise(pixels))
+            self._model.encoder.image_tower(self._model.encoder.normalise(pixels))
         return kept[0].float().cpu().numpy()
 
     def features(self, recorded: np.ndarray) -> Tensor:
@@ -55,7 +55,7 @@ class Prefix:
             value = value.contiguous(memory_format=torch.channels_last)
         size = model.preprocess.size
         with self._replaced(value):  # one black image pays for what lies before the blocks
-            found: Tensor = model.encoder._image_tower(model.encoder.normalise(np.zeros((1, 3, size, size), np.uint8)))
+            found: Tensor = model.encoder.image_tower(model.encoder.normalise(np.zeros((1, 3, size, size), np.uint8)))
         return found
 
     @contextmanager

@@ -21,7 +21,7 @@ def refresh(page: Path) -> list[str]:
         prepare(folder)
         for block in runs(page):
             at = block.line
-            if block.language == "python":
+            if block.language != "console":
                 run(block, folder)
                 continue
             for command, _, output in run(block, folder):

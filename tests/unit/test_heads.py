@@ -286,12 +286,12 @@ def test_a_model_is_known_by_its_names_and_by_openais_file() -> None:
         ({"model": "ViT-L-14=ViT-L-14.pt", "weights_sha256": original, "activation": "gelu"}, False),
         ({"model": "ViT-L-14-336/openai"}, False),
         ({"model": "ViT-L-14/laion2b_s32b_b82k"}, False),
-        ({"model": "nano@1"}, False),
+        ({"model": "nano@2"}, False),
         ({}, False),
     ):
         assert same_embeddings("ViT-L-14/openai", fingerprint) == same, fingerprint
-    assert same_embeddings("nano@1", {"model": "nano@1"})
-    assert not same_embeddings("nano@1", {"model": "nano@2"})
+    assert same_embeddings("nano@2", {"model": "nano@2"})
+    assert not same_embeddings("nano@2", {"model": "nano@3"})
 
 
 def test_open_clip_agrees_on_openais_files() -> None:
@@ -311,10 +311,10 @@ def test_open_clip_agrees_on_openais_files() -> None:
 
 def test_a_head_for_other_embeddings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
-        load_head("laion-aesthetic-v2", {"model": "nano@1"}, 256)
+        load_head("laion-aesthetic-v2", {"model": "nano@2"}, 256)
     assert str(caught.value) == (
-        "the head laion-aesthetic-v2 is for embeddings of ViT-L-14/openai, not of nano@1: "
-        "use --model ViT-L-14/openai, or a head made for nano@1"
+        "the head laion-aesthetic-v2 is for embeddings of ViT-L-14/openai, not of nano@2: "
+        "use --model ViT-L-14/openai, or a head made for nano@2"
     )
     name = write(tmp_path / "h.safetensors", mlp())
     with pytest.raises(RefusedError, match="for embeddings of some/model, not of other/model"):
@@ -359,7 +359,7 @@ def test_the_reference_holds_what_the_registry_holds() -> None:
 def test_the_references_refusal_and_its_own_head_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[2] / "docs" / "reference" / "heads.md").read_text()
     with pytest.raises(RefusedError) as caught:
-        load_head("laion-aesthetic-v2", {"model": "nano@1"}, 640)
+        load_head("laion-aesthetic-v2", {"model": "nano@2"}, 640)
     assert f"```text\nrule 'dull': {caught.value}\n```" in text
     code = re.search(r"```python\n(import torch\n.*?)```", text, re.DOTALL)
     assert code
