@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MODEL", "Encoder", "load_encoder"]
 
 DEFAULT_MODEL = "nano"
+
+# libgomp reads this once, when torch is imported. Its threads spin between parallel regions for milliseconds by default;
+# on a machine that does other work too they then spin while the one they wait for has no core. A tenth of a millisecond
+# is as fast on an idle machine, and twice as fast on a busy one.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class Encoder(Protocol):
