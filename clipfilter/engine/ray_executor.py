@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import time
+from functools import cache
 from typing import Any
 
 from clipfilter.engine.executors import TASKS_PER_WORKER, Outcome, Resources, error_outcome
@@ -20,6 +21,12 @@ log = logging.getLogger("clipfilter.engine")
 LOST_CLUSTER_SECONDS = 600.0
 _PROGRESS_SECONDS = 1.0
 _KNOCK_SECONDS = 10.0
+
+
+@cache
+def _token() -> str:
+    """The secret of the clusters this process starts: one for all, since Ray reads it only once in a process."""
+    return secrets.token_hex(32)
 
 
 class EncoderActor:
@@ -77,7 +84,7 @@ class RayExecutor:
         os.environ.setdefault("RAY_worker_niceness", "0")
         if address is None and "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            os.environ.setdefault("RAY_AUTH_TOKEN", _token())
         import ray
 
         self._ray = ray
