@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clipfilter.cli.jobs import Precision
+
 if TYPE_CHECKING:
     from clipfilter.training import TrainResult
     from clipfilter.training.loop import Shown
@@ -27,12 +29,6 @@ class Loss(enum.StrEnum):
 class Engine(enum.StrEnum):
     local = "local"
     ray = "ray"
-
-
-class Precision(enum.StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class DevMeasure(enum.StrEnum):

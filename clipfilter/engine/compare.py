@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from clipfilter.models import Encoder
     from clipfilter.policies import CompiledPolicy
 
-_COMMITS_AT_ONCE = 64
 _DECISIONS = ("keep", "review", "reject")
 
 
@@ -129,13 +128,12 @@ def compare_policies(
     *,
     model: str | None = None,
     examples: int = 12,
-    on_rows: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Decide the newest version of `run` with both policies.
 
-    model: where the run's own model is, if it was a local one. examples: sampled rows per kind of change. on_rows:
-    called with the number of rows of each shard that is done. Memory is that of one shard. Raises RefusedError when the
-    run is unfinished, its model cannot be had, or a policy does not fit its columns.
+    model: where the run's own model is, if it was a local one. examples: sampled rows per kind of change.
+    Memory is that of one shard. Raises RefusedError when the run is unfinished, its model cannot be had, or a policy does
+    not fit its columns.
     """
     from clipfilter.models import load_encoder
 
@@ -163,8 +161,6 @@ def compare_policies(
             for side, table in zip(sides, decided, strict=True):
                 _count(side, table)
             _compare(name, commit, decided[0], decided[1], changes, sample)
-            if on_rows is not None:
-                on_rows(stored.num_rows)
     finally:
         origin.clean_scratch(stale_only=False)
     return Comparison(
@@ -183,14 +179,12 @@ def compare_policies(
 
 def _shards(origin: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any], pa.Table, pa.Table]]:
     """(commit name, commit, rows, embeddings) of every shard that has rows."""
-    for start in range(0, len(names), _COMMITS_AT_ONCE):
-        part = names[start : start + _COMMITS_AT_ONCE]
-        for name, commit in zip(part, ledger.read_commits(origin, part), strict=True):
-            if "annotated" not in commit["files"]:
-                continue
-            with local_files(origin, commit["files"], origin.scratch()) as local:
-                rows, embeddings = read_stored(local["annotated"], local["embeddings"])
-                yield name, commit, rows, embeddings
+    for name, commit in ledger.iter_commits(origin, names):
+        if "annotated" not in commit["files"]:
+            continue
+        with local_files(origin, commit["files"], origin.scratch()) as local:
+            rows, embeddings = read_stored(local["annotated"], local["embeddings"])
+            yield name, commit, rows, embeddings
 
 
 def _dataset_thresholds(

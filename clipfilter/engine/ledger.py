@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ _COMMIT_NAME = re.compile(r"^(?P<shard>[0-9a-f]{16})\.(?P<stage>[a-z]+)\.(?P<gen
 
 #: Stages that end a shard's processing; `scored` comes before `decided` when a policy has dataset-level rules.
 FINAL_STAGE = {"run": "decided", "filter": "decided", "embed": "embedded", "score": "embedded"}
+_COMMITS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ def read_commits(directory: Directory, names: list[str]) -> list[dict[str, Any]]
     if isinstance(found, bytes):
         return [json.loads(found)]
     return [json.loads(found[directory.path(name)]) for name in names]
+
+
+def iter_commits(directory: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, commit) of many commits in order, a bounded number in memory."""
+    for start in range(0, len(names), _COMMITS_AT_ONCE):
+        part = names[start : start + _COMMITS_AT_ONCE]
+        yield from zip(part, read_commits(directory, part), strict=True)
 
 
 COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "not_downloaded", "duplicate_keys")

@@ -18,7 +18,6 @@ from clipfilter.report import text
 from clipfilter.report.data import RuleData, rules_of
 from clipfilter.storage import Directory
 
-_COMMITS_AT_ONCE = 64
 _ROW = ("cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_caption", "cf_decision")
 
 
@@ -76,7 +75,7 @@ def explain_row(run: str, wanted: str) -> Explanation:
         raise RefusedError(f"{run} holds no finished run; give the --out of a run or filter that has finished.")
     version, content = newest
     found: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = []
-    for name, commit in _commits(directory, content["commits"]):
+    for name, commit in ledger.iter_commits(directory, content["commits"]):
         found += [(name, commit, kind, row) for kind, row in _rows(directory, commit, wanted)]
         exact = [item for item in found if item[3]["cf_uid"] == wanted]
         if exact:
@@ -89,12 +88,6 @@ def explain_row(run: str, wanted: str) -> Explanation:
         raise RefusedError(f"{len(found)} rows have the key {wanted!r}; give one's cf_uid ({uids}).")
     name, commit, kind, row = found[0]
     return _explanation(directory, plan, version, content, name, commit, kind == "failed", row)
-
-
-def _commits(directory: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for start in range(0, len(names), _COMMITS_AT_ONCE):
-        part = names[start : start + _COMMITS_AT_ONCE]
-        yield from zip(part, ledger.read_commits(directory, part), strict=True)
 
 
 def _rows(directory: Directory, commit: dict[str, Any], wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,7 +18,6 @@ from clipfilter.policies.schema import Band, Policy, Rule, json_sha256, suggest
 from clipfilter.storage import Directory
 
 _BATCH = 16_384
-_COMMITS_AT_ONCE = 64
 #: What a rule says besides what its scores are.
 _NOT_SCORE = ("id", "review", "reject", "on_missing")
 
@@ -48,15 +47,13 @@ class ScoredRun:
     def batches(self, rule: str, columns: tuple[str, ...]) -> Iterator[tuple[str, pa.RecordBatch, np.ndarray]]:
         """(path of the shard, these columns, scores of the rule as float32 with NaN for none), batch by batch."""
         name = f"cf_score.{rule}"
-        commits: list[str] = self.version["commits"]
-        for start in range(0, len(commits), _COMMITS_AT_ONCE):
-            for commit in ledger.read_commits(self.directory, commits[start : start + _COMMITS_AT_ONCE]):
-                if "annotated" not in commit["files"]:
-                    continue
-                with self.directory.open(commit["files"]["annotated"]["name"]) as handle:
-                    for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=[*columns, name]):
-                        scores = batch.column(name).to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-                        yield str(commit["shard"]["path"]), batch.select(list(columns)), scores
+        for _, commit in ledger.iter_commits(self.directory, self.version["commits"]):
+            if "annotated" not in commit["files"]:
+                continue
+            with self.directory.open(commit["files"]["annotated"]["name"]) as handle:
+                for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=[*columns, name]):
+                    scores = batch.column(name).to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+                    yield str(commit["shard"]["path"]), batch.select(list(columns)), scores
 
 
 def open_scored(url: str) -> ScoredRun:
