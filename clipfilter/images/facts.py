@@ -24,15 +24,16 @@ class ImageFacts:
     phash: int
 
 
-def image_facts(rgb: np.ndarray) -> ImageFacts:
+def image_facts(rgb: np.ndarray, size: tuple[int, int] | None = None) -> ImageFacts:
     """Facts of an image, uint8 [h, w, 3], whole and not cropped.
 
+    size: (width, height) that the picture really has, where `rgb` holds it at another aspect ratio.
     Everything is measured on luma at a longer side of at most `CANONICAL_SIDE` pixels (antialiased bilinear), so the
     numbers compare across image sizes and hardly depend on the decode mode. `phash` is Krawetz's pHash as in
     `ImageHash.phash`: Lanczos to 32 x 32, DCT-II, the 8 x 8 lowest frequencies against their median; a few bits may
     differ, since it starts from the small version.
     """
-    gray = _canonical_luma(rgb)
+    gray = _canonical_luma(rgb, size or (rgb.shape[1], rgb.shape[0]))
     histogram = np.bincount(gray.ravel(), minlength=256) / gray.size
     mean = float(histogram @ _LEVELS)
     variance = float(histogram @ (_LEVELS - mean) ** 2)
@@ -49,14 +50,14 @@ def image_facts(rgb: np.ndarray) -> ImageFacts:
 _LEVELS = np.arange(256, dtype=np.float64)
 
 
-def _canonical_luma(rgb: np.ndarray) -> np.ndarray:
+def _canonical_luma(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     from clipfilter.images.resize import resize
 
-    height, width = rgb.shape[:2]
+    width, height = size
     longer = max(height, width)
     if longer > CANONICAL_SIDE:
-        size = (max(1, round(width * CANONICAL_SIDE / longer)), max(1, round(height * CANONICAL_SIDE / longer)))
-        planes = resize(rgb, size, "bilinear")
+        canonical = (max(1, round(width * CANONICAL_SIDE / longer)), max(1, round(height * CANONICAL_SIDE / longer)))
+        planes = resize(rgb, canonical, "bilinear")
     else:
         planes = rgb.transpose(2, 0, 1)
     red, green, blue = planes.astype(np.uint16)

@@ -54,14 +54,19 @@ def load_image(
         height=decoded.height,
         sha256=hashlib.sha256(data).hexdigest(),
         format=decoded.format,
-        facts=image_facts(_cheapest_view(decoded.rgb, planes, cfg)),
+        facts=image_facts(_cheapest_view(decoded.rgb, planes, cfg), (decoded.rgb.shape[1], decoded.rgb.shape[0])),
     )
 
 
 def _cheapest_view(rgb: np.ndarray, planes: np.ndarray, cfg: PreprocessConfig) -> np.ndarray:
-    """What the facts are measured on, [h, w, 3]: the resized picture where that is smaller, whole and not distorted."""
-    if cfg.resize_mode == "squash" or planes.size >= rgb.size or min(planes.shape[1:]) < CANONICAL_SIDE:
+    """What the facts are measured on, [h, w, 3]: the resized picture where that is whole, smaller and still large enough.
+
+    A squashed one will do: the facts' own resizing restores its aspect ratio.
+    """
+    if planes.size >= rgb.size or min(planes.shape[1:]) < CANONICAL_SIDE:
         return rgb
-    if abs(planes.shape[2] * rgb.shape[0] - planes.shape[1] * rgb.shape[1]) > max(rgb.shape[:2]):
+    if cfg.resize_mode != "squash" and abs(planes.shape[2] * rgb.shape[0] - planes.shape[1] * rgb.shape[1]) > max(
+        rgb.shape[:2]
+    ):
         return rgb  # the centre square of an extreme strip
     return planes.transpose(1, 2, 0)
