@@ -17,24 +17,24 @@ LabelNames = list[str] | dict[str, str]
 Style = Literal["as-is", "words"]
 
 
-def read_labels(path: str) -> LabelNames:
+def read_labels(path: str, option: str = "--labels") -> LabelNames:
     """A labels file: a JSON list of names, a JSON object label -> name, or text with one name per line.
 
     Raises RefusedError for anything else.
     """
-    text = _read(path, "--labels")
+    text = _read(path, option)
     if not path.lower().endswith(".json"):
         names = [line.strip() for line in text.splitlines() if line.strip()]
         if not names:
-            raise RefusedError(f"--labels {path} is empty; write one class name per line.")
+            raise RefusedError(f"{option} {path} is empty; write one class name per line.")
         return names
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise RefusedError(f"--labels {path} is not JSON ({error}); correct it, or write one name per line.") from None
+        raise RefusedError(f"{option} {path} is not JSON ({error}); correct it, or write one name per line.") from None
     found = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(found, list) or not found or not all(isinstance(n, str) and n.strip() for n in found):
-        raise RefusedError(f"--labels {path} must hold a list of class names, or an object from labels to names.")
+        raise RefusedError(f"{option} {path} must hold a list of class names, or an object from labels to names.")
     return value if isinstance(value, dict) else found
 
 

@@ -96,7 +96,7 @@ def zero_shot(image_emb: np.ndarray, labels: np.ndarray, classes: np.ndarray) ->
     _check_finite(image_emb, classes)
     own = _own(image_emb, classes, labels)
     rank = np.zeros(len(image_emb), np.int64)
-    for rows, columns, cosines in _blocks(image_emb, classes):
+    for rows, columns, cosines in cosine_blocks(image_emb, classes):
         rank[rows] += _ahead(cosines, own[rows], labels[rows], columns)
     n = np.bincount(labels, minlength=len(classes))
     right = np.bincount(labels[rank == 0], minlength=len(classes))
@@ -134,7 +134,7 @@ def retrieval(image_emb: np.ndarray, text_emb: np.ndarray, text_image: np.ndarra
     best_text[asking] = order[first]
     best = own[best_text]
     text_rank, image_rank = np.zeros(m, np.int64), np.zeros(n, np.int64)
-    for rows, columns, cosines in _blocks(text_emb, image_emb):
+    for rows, columns, cosines in cosine_blocks(text_emb, image_emb):
         text_rank[rows] += _ahead(cosines, own[rows], text_image[rows], columns)
         image_rank[columns] += _ahead(cosines.T, best[columns], best_text[columns], rows)
     return Retrieval(
@@ -156,7 +156,7 @@ def caption_match_auc(image_emb: np.ndarray, text_emb: np.ndarray) -> float:
     diagonal = np.arange(n)
     own = np.sort(_own(image_emb, text_emb, diagonal))
     wins = 0  # twice the number of (own, wrong) pairs in the right order; whole, so that the sum is exact
-    for rows, columns, cosines in _blocks(image_emb, text_emb):
+    for rows, columns, cosines in cosine_blocks(image_emb, text_emb):
         wrong = cosines[diagonal[rows, None] != diagonal[None, columns]]
         wrong.sort()
         below, up_to = np.searchsorted(wrong, own, "left"), np.searchsorted(wrong, own, "right")
@@ -184,7 +184,7 @@ def shuffled_auc(image_emb: np.ndarray, text_emb: np.ndarray, seed: int) -> floa
     return (int(below.sum()) + int(up_to.sum())) / (2 * n * n)
 
 
-def _blocks(rows_emb: np.ndarray, columns_emb: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def cosine_blocks(rows_emb: np.ndarray, columns_emb: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Every block of the cosines of all rows with all columns: (rows, columns, float32 [rows, columns])."""
     for rows, left in _padded(rows_emb):
         for columns, right in _padded(columns_emb):
@@ -201,7 +201,7 @@ def _padded(emb: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def _own(rows_emb: np.ndarray, columns_emb: np.ndarray, partner: np.ndarray) -> np.ndarray:
-    """The cosine of each row with its partner, float32 [rows], out of the very blocks that `_blocks` gives."""
+    """The cosine of each row with its partner, float32 [rows], out of the very blocks that `cosine_blocks` gives."""
     own = np.empty(len(rows_emb), np.float32)
     for rows, left in _padded(rows_emb):
         for columns, right in _padded(columns_emb):

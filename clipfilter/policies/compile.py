@@ -227,7 +227,11 @@ def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, m
             if calibrated is not None:
                 bands[name] = calibrated.band()
     given = [band for band in bands.values() if band is not None]
-    if not given and not any(other.fraction is not None and other.fraction.of == rule.id for other in policy.rules):
+    if (
+        policy.decides
+        and not given
+        and not any(other.fraction is not None and other.fraction.of == rule.id for other in policy.rules)
+    ):
         others = ", ".join(entry.model for entry in policy.calibrations if rule.id in entry.rules)
         raise RefusedError(
             f"the rule {rule.id!r} of policy {policy.name!r} has thresholds only for {others}, not for {model}; "

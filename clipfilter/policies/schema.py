@@ -13,13 +13,22 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads
+from clipfilter.policies.about import Card, Expectation, Interchange, check_rules
+from clipfilter.policies.fields import Model as _Model
+from clipfilter.policies.fields import choice as _choice
+from clipfilter.policies.fields import fail
+from clipfilter.policies.fields import identifier as _identifier
+from clipfilter.policies.fields import number as _number
+from clipfilter.policies.fields import shown as _shown
+from clipfilter.policies.fields import suggest as suggest
+from clipfilter.policies.fields import text as _text
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
 MAX_PHRASES = 256
@@ -32,36 +41,7 @@ OnMissing = Literal["review", "reject", "keep"]
 DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
 KINDS = ("concept", "alignment", "head", "metadata", "fraction")
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-
-
-def fail(message: str, *at: str | int, key: bool = False) -> NoReturn:
-    """Refuse with one sentence; `at` is the path below the model being validated, `key` points at the key itself."""
-    raise PydanticCustomError("policy", "{message}", {"message": message, "at": at, "at_key": key})
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _identifier(value: Any) -> Any:
-    if not isinstance(value, str) or not _ID.match(value):
-        fail(
-            f"{_shown(value)} is not a name: use 1 to 64 letters, digits, '-' and '_', beginning with a letter or digit"
-        )
-    return value
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        fail(f"{_shown(value)} is not a number")
-    if not math.isfinite(value):
-        fail(f"{value} is not a threshold; write a finite number")
-    if abs(value) > 3e38:
-        fail(f"{value} is too large for a float32 score")
-    return float(value)
 
 
 def _whole(value: Any) -> Any:
@@ -74,36 +54,6 @@ def _sha256(value: Any) -> Any:
     if not isinstance(value, str) or not _SHA256.match(value):
         fail(f"{_shown(value)} is not a sha256 (64 lower-case hex digits)")
     return value
-
-
-def _text(what: str, limit: int) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not isinstance(value, str):
-            fail(f"{what} must be text, not {_shown(value)}; put it in quotes if it is meant as text")
-        if not value.strip():
-            fail(f"{what} is empty")
-        if len(value) > limit:
-            fail(f"{what} has {len(value):,} characters, more than the {limit} allowed")
-        return value
-
-    return check
-
-
-def _choice(what: str, *values: str) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if value not in values:
-            fail(f"{what} is {_shown(value)}, but must be one of {', '.join(values)}" + suggest(value, values))
-        return value
-
-    return check
-
-
-def suggest(value: Any, known: Any) -> str:
-    """ "; did you mean 'x'?" for the nearest of the `known` names, else an empty text."""
-    import difflib
-
-    close = difflib.get_close_matches(str(value)[:64].lower(), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _phrases(value: Any) -> Any:
@@ -214,10 +164,6 @@ Missing = Annotated[OnMissing, BeforeValidator(_choice("on_missing", "review", "
 Score = Annotated[
     Literal["probability", "margin", "cosine"], BeforeValidator(_choice("score", "probability", "margin", "cosine"))
 ]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False)
 
 
 class Band(_Model):
@@ -514,6 +460,9 @@ class DatasetThreshold:
 class Policy(_Model):
     """A whole policy. `canonical()` is its one resolved form and `sha256` the hash of that."""
 
+    #: Whether every rule must have a band; a policy that only scores has none.
+    decides: ClassVar[bool] = True
+
     policy: Identifier
     version: Whole
     description: Annotated[str, BeforeValidator(_text("description", 2000))] | None = None
@@ -521,6 +470,10 @@ class Policy(_Model):
     rules: tuple[Rule, ...]
     on_missing: Missing = "review"
     calibrations: tuple[Calibration, ...] = ()
+    # About the policy; none of it changes a decision, so none of it is in `canonical()`.
+    card: Card | None = None
+    tests: tuple[Expectation, ...] = ()
+    interchange: Interchange | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -528,7 +481,7 @@ class Policy(_Model):
         # Lists arrive as lists; strict mode wants tuples.
         if isinstance(data, dict):
             data = dict(data)
-            for key in ("rules", "calibrations"):
+            for key in ("rules", "calibrations", "tests"):
                 if isinstance(data.get(key), list):
                     data[key] = tuple(data[key])
         return data
@@ -555,12 +508,13 @@ class Policy(_Model):
         ranked = {rule.fraction.of for rule in self.rules if rule.fraction is not None}
         calibrated = {name for entry in self.calibrations for name in entry.rules}
         for position, rule in enumerate(self.rules):
-            if rule.review is None and rule.reject is None and rule.id not in ranked | calibrated:
+            if self.decides and rule.review is None and rule.reject is None and rule.id not in ranked | calibrated:
                 fail(
                     f"the rule {rule.id!r} would decide nothing: "
                     "give it a review or reject band, or rank it in a fraction rule",
                     "rules", position,
                 )  # fmt: skip
+        check_rules(self.tests, self.interchange, seen)
         return self
 
     def _check_fraction(self, rule: Rule, seen: dict[str, Rule], position: int) -> None:
