@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ValidationError, model_validator
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads
@@ -114,10 +111,10 @@ def _generic(value: Any) -> Any:
         return GENERIC_VERSION
     if value is False:
         return 0
-    if isinstance(value, int) and value in GENERIC_NEGATIVES:
-        return value
-    versions = ", ".join(str(version) for version in GENERIC_NEGATIVES)
-    fail(f"generic is {_shown(value)}, but must be true, false or the version of a list ({versions})")
+    if not isinstance(value, int) or value not in GENERIC_NEGATIVES:
+        versions = ", ".join(str(version) for version in GENERIC_NEGATIVES)
+        fail(f"generic is {_shown(value)}, but must be true, false or the version of a list ({versions})")
+    return value
 
 
 def _numbers(value: Any) -> Any:

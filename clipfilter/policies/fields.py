@@ -1,0 +1,78 @@
+"""The small parts that every model of the policy language is made of: refusals with a place, checked texts and numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
+
+
+def fail(message: str, *at: str | int, key: bool = False) -> NoReturn:
+    """Refuse with one sentence; `at` is the path below the model being validated, `key` points at the key itself."""
+    raise PydanticCustomError("policy", "{message}", {"message": message, "at": at, "at_key": key})
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def identifier(value: Any) -> Any:
+    if not isinstance(value, str) or not _ID.match(value):
+        fail(
+            f"{shown(value)} is not a name: use 1 to 64 letters, digits, '-' and '_', beginning with a letter or digit"
+        )
+    return value
+
+
+def number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        fail(f"{shown(value)} is not a number")
+    if not math.isfinite(value):
+        fail(f"{value} is not a threshold; write a finite number")
+    if abs(value) > 3e38:
+        fail(f"{value} is too large for a float32 score")
+    return float(value)
+
+
+def text(what: str, limit: int) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not isinstance(value, str):
+            fail(f"{what} must be text, not {shown(value)}; put it in quotes if it is meant as text")
+        if not value.strip():
+            fail(f"{what} is empty")
+        if len(value) > limit:
+            fail(f"{what} has {len(value):,} characters, more than the {limit} allowed")
+        return value
+
+    return check
+
+
+def choice(what: str, *values: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if value not in values:
+            fail(f"{what} is {shown(value)}, but must be one of {', '.join(values)}" + suggest(value, values))
+        return value
+
+    return check
+
+
+def suggest(value: Any, known: Any) -> str:
+    """ "; did you mean 'x'?" for the nearest of the `known` names, else an empty text."""
+    import difflib
+
+    close = difflib.get_close_matches(str(value)[:64].lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Model(BaseModel):
+    """Base of every part of the language: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False)
