@@ -6,6 +6,7 @@ import inspect
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
 
@@ -60,6 +61,11 @@ def add_commands(to: typer.Typer) -> None:
 def main() -> None:
     """Run the command line; always ends in SystemExit with one of the codes of docs/guide/troubleshooting.md."""
     add_commands(app)
+    guard(app)
+
+
+def guard(call: Callable[[], object]) -> None:
+    """Call it; what it raises becomes one sentence and an exit code. SIGTERM and SIGINT stop it at once."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)
@@ -67,7 +73,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
     try:
-        app()
+        call()
     except Interrupted as stop:
         _stop("stopped; what is committed stays, run the same command again to resume.", 128 + stop.signum)
     except RefusedError as error:
