@@ -78,9 +78,10 @@ def parse_policy(raw: bytes | str, source: str = "policy") -> Policy:
         fix = "; write `alignment: {}`" if key == "alignment" else "; give it one or remove the line"
         raise RefusedError(f"{source}:{line}:{column}: {key!r} has no value{fix}")
     try:
-        return Policy.model_validate(root.plain())
+        # Files that the policy names lie beside it.
+        return Policy.model_validate(root.plain(), context={"folder": str(Path(source).parent)})
     except ValidationError as error:
-        raise RefusedError(_sentence(error, root, source)) from None
+        raise RefusedError(sentence_of(error, root, source)) from None
 
 
 def _kind(value: Any) -> str:
@@ -103,7 +104,7 @@ def _first_empty(node: Node) -> tuple[str, int, int] | None:
     return None
 
 
-def _sentence(error: ValidationError, root: Node, source: str) -> str:
+def sentence_of(error: ValidationError, root: Node, source: str) -> str:
     """The most telling of pydantic's errors as one sentence: unknown keys first, then by place in the file."""
     found = []
     for item in error.errors(include_url=False):
