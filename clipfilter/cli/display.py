@@ -94,11 +94,11 @@ def print_result(result: JobResult, report: str | None) -> None:
         bar = "█" * round(_BAR * count / rows) or ("▏" if count else "")
         table.add_row(Text(name, colour), f"{count:,}", f"{count / rows:.1%}", Text(bar, colour))
 
-    if result.plan.policy is not None:
+    if result.plan.job in ("run", "filter"):
         for name in ("keep", "review", "reject"):
             add(name, totals[name])
     else:
-        add("embedded", totals["embedded"])
+        add("embedded" if result.plan.job == "embed" else "scored", totals["embedded"])
     add("failed", totals["failed"])
     console.print()
     console.print(table)

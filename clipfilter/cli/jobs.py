@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import inspect
 import sys
 from typing import Annotated, Any
 
@@ -86,6 +85,7 @@ CaptionsOption = Annotated[
 Dtype = Annotated[Precision | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile; slow to start.")]
 _MAX_PIXELS = 178_956_970
+_MODEL_OF_A_SOURCE_OR_RUN = typer.Option(help="As for embed [default: nano; of a run, the model that embedded it].")
 
 
 def run(
@@ -153,14 +153,62 @@ def embed(
     _job("embed", **locals())
 
 
-def score(**given: Any) -> None:
-    """Add the image-caption similarity (CLIP score) to every row as a column; no decisions."""
-    _job("score", **given)
+def score(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A dataset as for embed, or a run; path or URL.")],
+    out: Out,
+    heads: Annotated[
+        str | None, typer.Option(help="Add a column for each of these heads: names or file:/path, with commas between.")
+    ] = None,
+    concepts: Annotated[
+        str | None, typer.Option(help="Add a column for each concept of this YAML file: names with their phrases.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", "-p", help="Add the scores of this policy's rules, without its decisions.")
+    ] = None,
+    model: Annotated[str | None, _MODEL_OF_A_SOURCE_OR_RUN] = None,
+    engine: EngineOption = Engine.auto,
+    address: Address = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    compile_model: Compile = False,
+    batch_size: BatchSize = None,
+    decode: DecodeOption = Decode.fast,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    captions: CaptionsOption = Captions.first,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    uid_column: UidColumn = None,
+    limit: Limit = None,
+    sample: Sample = None,
+    retry_failed: RetryFailed = False,
+    max_failures: MaxFailures = 0.01,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add CLIP score (image-caption similarity), heads and named concepts to every row as columns; no decisions."""
+    given = locals()
+    wanted = {name: given.pop(name) for name in ("heads", "concepts", "policy")}
+    _job("score", **given, policy=_score_policy(**wanted))
 
 
-# The same options as `embed`; the command line reads them from here.
-score.__signature__ = inspect.signature(embed, eval_str=True)  # type: ignore[attr-defined]
-score.__annotations__ = inspect.get_annotations(embed, eval_str=True)
+def _score_policy(heads: str | None, concepts: str | None, policy: str | None) -> Any:
+    """The columns to add as a policy without bands; None for the similarity alone."""
+    if heads is None and concepts is None and policy is None:
+        return None
+    from clipfilter.errors import RefusedError
+    from clipfilter.policies.load import load_policy
+    from clipfilter.policies.scores import named_scores, scores_of
+
+    if policy is None:
+        return named_scores([name.strip() for name in (heads or "").split(",") if name.strip()], concepts)
+    if heads or concepts:
+        raise RefusedError(
+            "--policy names all columns; leave out --heads and --concepts, or write them into the policy."
+        )
+    return scores_of(load_policy(policy))
 
 
 def filter_(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clipfilter.engine.decoding import Image
     from clipfilter.models import Encoder
     from clipfilter.policies import CompiledPolicy
+    from clipfilter.zero_shot.labels import LabelScorer
 
 #: Identity columns of every annotated row, after the source's own columns.
 IDENTITY = pa.schema(
@@ -132,13 +133,15 @@ def annotate(
     encoder: Encoder,
     policy: CompiledPolicy | None,
     thresholds: dict[str, float | None] | None,
+    labels: LabelScorer | None = None,
 ) -> pa.Table:
     """The annotated rows of one shard: source and identity columns, then similarity, scores, decision and reasons.
 
     rows       : one row per image that did not fail, source and identity columns (see IDENTITY).
     embeddings : the same rows in the same order, `embeddings_schema`.
-    policy     : None after `embed` and `score`: decision and reasons are null.
+    policy     : None after `embed` and a plain `score`: decision and reasons are null.
     thresholds : the fixed numbers of dataset-level rules; None while they are not known (scores only).
+    labels     : adds `LABEL_COLUMNS` (zero-shot classification).
     """
     from clipfilter.policies.evaluate import REASONS
 
@@ -165,8 +168,12 @@ def annotate(
         scores = policy.score(image, text, has_text, inputs)
         decided = policy.decide(scores, thresholds) if thresholds is not None else None
         added = policy.annotation(scores, decided)
-    for name in added.column_names:
-        rows = rows.append_column(added.schema.field(name), added[name])
+    tables = [added] if labels is None else [added, labels.columns(image)]
+    for table in tables:
+        for name in table.column_names:
+            if name in rows.column_names:  # labels of the run that is classified again
+                rows = rows.drop_columns([name])
+            rows = rows.append_column(table.schema.field(name), table[name])
     return rows.replace_schema_metadata({"clipfilter": json.dumps(_record(policy, encoder))} if policy else None)
 
 

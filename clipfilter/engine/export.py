@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from clipfilter.engine import ledger
 from clipfilter.engine.columns import vectors
-from clipfilter.engine.plan import Plan, read_plan
+from clipfilter.engine.plan import Plan, of_run, read_plan
 from clipfilter.errors import RefusedError
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
@@ -80,7 +80,7 @@ def _chosen(
 def _source_shards(
     directory: Directory, plan: Plan, commits: list[dict[str, Any]], target: Directory, what: What
 ) -> tuple[int, int]:
-    source = Source.from_plan(plan.source["source"] if plan.job == "filter" else plan.source)
+    source = Source.from_plan(plan.source["source"] if of_run(plan.source) else plan.source)
     if source.kind in ("folder", "img2dataset-files"):
         return _source_folder(directory, source, commits, target, what)
     rows = files = 0

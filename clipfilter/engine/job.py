@@ -10,19 +10,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from clipfilter.engine import ledger
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
 from clipfilter.engine.executors import Executor
 from clipfilter.engine.hardware import gpu_count
-from clipfilter.engine.plan import PLAN_FILE, Job, Plan, read_plan, refuse_if_different, settle_plan
+from clipfilter.engine.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
 from clipfilter.engine.worker import JobSpec, compile_for
 from clipfilter.errors import RefusedError
 from clipfilter.models import DEFAULT_MODEL
 from clipfilter.policies import Policy, load_policy
 from clipfilter.sources import Shard, Source, SourceOptions, open_source
 from clipfilter.storage import Directory, normalise
+
+if TYPE_CHECKING:
+    from clipfilter.zero_shot.labels import LabelSet
 
 log = logging.getLogger("clipfilter.engine")
 
@@ -40,7 +43,9 @@ EXIT_DONE, EXIT_CRASH, EXIT_REFUSED, EXIT_FAILURES = 0, 1, 2, 3
 class JobRequest:
     """Everything a person can ask of a job; None means "the default, or what the plan already says".
 
-    source: dataset to read (run, embed, score) or the run directory to decide again (filter).
+    source: dataset to read (run, embed, score) or the run directory to use again (filter, score).
+    policy: file, pack or policy; of a score the columns to add.
+    labels: adds the columns of zero-shot labels (score).
     model: None is nano; for a filter, the model that the run recorded.
     max_failures: share of rows that may fail before the exit code says so.
     """
@@ -48,7 +53,8 @@ class JobRequest:
     job: Job
     source: str
     out: str
-    policy: str | None = None
+    policy: str | Policy | None = None
+    labels: LabelSet | None = None
     model: str | None = None
     engine: str = "auto"
     address: str | None = None
@@ -107,10 +113,12 @@ def prepare(request: JobRequest) -> Preparation:
         raise RefusedError(f"--sample is a share of the rows, above 0 and at most 1, not {request.sample}.")
     if request.limit is not None and request.limit < 1:
         raise RefusedError(f"--limit is a number of rows, 1 or more, not {request.limit}.")
-    policy = load_policy(request.policy) if request.policy else None
+    policy = load_policy(request.policy) if isinstance(request.policy, str) else request.policy
     directory = Directory(request.out)
-    if request.job == "filter":
+    if request.job == "filter" or (request.job == "score" and _is_run(request.source)):
         base = open_run(request.source)
+        if request.limit is not None or request.sample is not None:
+            raise RefusedError(f"{request.source} is a run, which is used whole; leave out --limit and --sample.")
         if directory.url == base[0].url:
             raise RefusedError(
                 f"--out is the run itself ({directory.url}); name another directory for the new decision."
@@ -170,7 +178,7 @@ def _refuse_foreign_directory(directory: Directory) -> None:
 
 def _open_source(request: JobRequest, existing: Plan | None) -> Source:
     """The source; with the schema that the plan froze when this is a rerun of the same job."""
-    if existing is not None and existing.job != "filter":
+    if existing is not None and not of_run(existing.source):
         source = Source.from_plan(existing.source)
         if source.url == normalise(request.source) and source.options == request.source_options:
             return source
@@ -188,7 +196,7 @@ def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
         raise RefusedError(
             f"{url} is not a run directory (it has no plan.json); give the --out of an earlier run or embed."
         )
-    if plan.job == "filter":
+    if of_run(plan.source):
         return open_run(plan.source["run"])
     newest = ledger.latest_version(directory)
     if newest is None:
@@ -234,16 +242,17 @@ def _with_absolute_path(model: str) -> str:
     return model if path is None else model.removesuffix(path) + normalise(path)
 
 
-def run_job(request: JobRequest, display: Display | None = None) -> JobResult:
+def run_job(request: JobRequest, display: Display | None = None, executor: Executor | None = None) -> JobResult:
     """Run a job to its end, or resume it; docs/reference/run-directory.md says what is written.
 
-    Raises RefusedError before any work when the request cannot be done.
+    executor: where the work runs, instead of what the request's `engine` says. Raises RefusedError before any work when
+    the request cannot be done.
     """
     began = time.monotonic()
     prepared = prepare(request)
     _refuse_other_plan(prepared)
     _refuse_foreign_directory(prepared.directory)
-    executor = choose_executor(request)
+    executor = executor or choose_executor(request)
     try:
         return _run(prepared, executor, display, began)
     finally:
@@ -256,9 +265,10 @@ def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], Dtype]
     """The plan's options and the dtype: what was asked for, else what the plan says, else the device's default."""
     request, existing = prepared.request, prepared.existing
     old = existing.options if existing else {}
+    labels = {} if request.labels is None else {"labels": request.labels.to_json()}
     if prepared.base:
         base = prepared.base[3]
-        return {"copy": False, "decode": base.options["decode"]}, base.model.get("dtype", "fp32")
+        return {"copy": False, "decode": base.options["decode"], **labels}, base.model.get("dtype", "fp32")
     options = {
         "decode": request.decode,
         "batch_size": request.batch_size or old.get("batch_size") or DEFAULT_BATCH_SIZE[device],
@@ -267,6 +277,7 @@ def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], Dtype]
         "limit": request.limit,
         "sample": request.sample,
         "copy": request.copy and request.job == "run",
+        **labels,
     }
     dtype = request.dtype or (existing.model.get("dtype") if existing else None) or DEFAULT_DTYPE[device]
     return options, dtype

@@ -26,10 +26,10 @@ def canonical_json(value: Any) -> bytes:
 class Plan:
     """What is to be done, in JSON terms. Two plans with the same `sha256` give the same result.
 
-    source     : `Source.to_plan()`; for `filter`, `{"run": URL, "version": NAME, "source": ...}`.
-    policy     : the resolved policy (`Policy.canonical()`), None for `embed` and `score`.
+    source     : `Source.to_plan()`; of a job on a run (`of_run`), `{"run": URL, "version": NAME, "source": ...}`.
+    policy     : the resolved policy (`Policy.canonical()`), None for `embed` and a `score` without further columns.
     model      : the encoder's fingerprint.
-    options    : decode mode, batch size, captions, pixel limit, limit, sample: all that can change a number.
+    options    : decode mode, batch size, captions, pixel limit, limit, sample, labels: all that can change a number.
     text_column: whether caption embeddings are stored.
     """
 
@@ -60,6 +60,11 @@ class Plan:
     def from_json(value: dict[str, Any]) -> Plan:
         known = {item.name for item in fields(Plan)}
         return Plan(**{name: item for name, item in value.items() if name in known})
+
+
+def of_run(source: dict[str, Any]) -> bool:
+    """Whether a plan's source is a run whose stored embeddings are used again, rather than a dataset of images."""
+    return "run" in source
 
 
 def read_plan(directory: Directory) -> Plan | None:

@@ -30,6 +30,7 @@ from clipfilter.errors import ENCODE_ERROR, RowError
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
     from clipfilter.policies import CompiledPolicy
+    from clipfilter.zero_shot.labels import LabelScorer
 
 Captions = Literal["first", "max", "mean", "none"]
 
@@ -79,12 +80,14 @@ def process_shard(
     turn: contextlib.AbstractContextManager[Any] | None = None,
     times: StageTimes | None = None,
     on_batch: Any = None,
+    labels: LabelScorer | None = None,
 ) -> ShardReport:
     """Embed, score and decide one shard.
 
     batches : `DecodedBatch`es in shard order, all of one size (the last may hold fewer rows).
     policy  : None embeds only. A policy with dataset-level rules is scored here and decided later, once the
-              thresholds over all shards are fixed (`decide_shard`).
+              thresholds over all shards are fixed (`decide_shard`). One that only scores decides nothing.
+    labels  : adds their columns to the annotated rows.
     text    : whether caption embeddings are stored. `captions` says which caption of a row counts: the first,
               the one most similar to the image, or the mean direction of all.
     turn    : held while the encoder is in use, so that one shard is written while the next one is embedded.
@@ -100,10 +103,11 @@ def process_shard(
     sink.embeddings(embedded.embeddings)
     sink.failed(embedded.failed)
     final = policy is None or not policy.dataset_rules
-    table = annotate(embedded.rows, embedded.embeddings, encoder, policy, {} if policy and final else None)
+    decides = final and policy is not None and policy.policy.decides
+    table = annotate(embedded.rows, embedded.embeddings, encoder, policy, {} if decides else None, labels)
     sink.annotated(table, final=final)
-    report = _report(table, embedded.failed, final and policy is not None)
-    if final and policy is not None:
+    report = _report(table, embedded.failed, decides)
+    if decides:
         copy_decided(table, sink)
     times.add("decide_and_write", started)
     report.captions_truncated = embedded.captions_truncated
@@ -117,19 +121,21 @@ def decide_shard(
     embeddings: pa.Table,
     failed: pa.Table,
     encoder: Encoder,
-    policy: CompiledPolicy,
+    policy: CompiledPolicy | None,
     thresholds: dict[str, float | None] | None,
     sink: Sink,
     *,
     copy: bool,
+    final: bool,
+    labels: LabelScorer | None = None,
 ) -> ShardReport:
-    """Decide stored rows with a policy, without images.
+    """Decide, or only score, stored rows without images.
 
     rows: annotated rows of an earlier run; its decision columns must already be removed. thresholds: the fixed
-    numbers of dataset-level rules, or None to score only.
+    numbers of dataset-level rules, or None to score only. final: whether these rows are the run's result.
     """
-    table = annotate(rows, embeddings, encoder, policy, thresholds)
-    sink.annotated(table, final=thresholds is not None)
+    table = annotate(rows, embeddings, encoder, policy, thresholds, labels)
+    sink.annotated(table, final=final)
     if thresholds is not None and copy:
         copy_decided(table, sink)
     return _report(table, failed, thresholds is not None)

@@ -21,6 +21,7 @@ from clipfilter.engine.columns import FAILED, decision_inputs, is_decision_colum
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.ledger import FINAL_STAGE, CommitName, write_commit
+from clipfilter.engine.plan import of_run
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
 from clipfilter.engine.writer import ShardWriter
 from clipfilter.sources import Shard, Source
@@ -84,6 +85,7 @@ class Worker:
     def __init__(self, spec: JobSpec) -> None:
         from clipfilter.models import load_encoder
         from clipfilter.policies import Policy
+        from clipfilter.policies.scores import ScorePolicy
 
         self.spec = spec
         self.directory = Directory(spec.out)
@@ -104,14 +106,20 @@ class Worker:
             "encode_images",
             "encode_texts",
         )
-        filtering = spec.job == "filter"
-        source = Source.from_plan(spec.source["source"] if filtering else spec.source)
-        self.source = None if filtering else source
+        stored = of_run(spec.source)
+        source = Source.from_plan(spec.source["source"] if stored else spec.source)
+        self.source = None if stored else source
         self.policy = None
         if spec.policy is not None:
-            policy = Policy.from_canonical(spec.policy)
+            policy = (ScorePolicy if spec.job == "score" else Policy).from_canonical(spec.policy)
             compiled = compile_for(source, policy, self.encoder, spec.options["decode"])
             self.policy = self._on_torch_thread(compiled, "score")
+        self.labels = None
+        if "labels" in spec.options:
+            from clipfilter.zero_shot.labels import LabelScorer, LabelSet
+
+            scorer = LabelScorer(LabelSet.from_json(spec.options["labels"]), self.encoder)
+            self.labels = self._on_torch_thread(scorer, "columns")
         self.rows_done = 0
         self._encoder_turn = threading.Lock()
         self._progress = threading.Lock()
@@ -121,17 +129,17 @@ class Worker:
 
     def describe(self) -> dict[str, Any]:
         """What the driver needs to know of the model and the policy before it writes the plan."""
-        return {
-            "fingerprint": self.encoder.fingerprint,
-            "warnings": list(self.policy.warnings) if self.policy else [],
-        }
+        warnings = list(self.policy.warnings) if self.policy else []
+        if self.labels is not None and self.labels.truncated:
+            warnings.append(f"{self.labels.truncated} prompts are longer than {self.encoder.name} reads and were cut")
+        return {"fingerprint": self.encoder.fingerprint, "warnings": warnings}
 
     def process(self, task: Task) -> dict[str, Any]:
         """Do the task and commit it; the commit of an earlier attempt wins and is returned in its place."""
         shard = Shard.from_json(task.shard)
         started = time.time()
         copies = self.source if self.spec.options["copy"] else None
-        writer = ShardWriter(self.directory, shard, copies, score_columns_only=self.spec.job == "filter")
+        writer = ShardWriter(self.directory, shard, copies, score_columns_only=self.source is None)
         try:
             report, extra = (
                 self._embed(task, shard, writer) if task.op == "embed" else self._decide(task, shard, writer)
@@ -212,6 +220,7 @@ class Worker:
                 turn=self._encoder_turn,
                 times=times,
                 on_batch=self._count,
+                labels=self.labels,
             )
         stats = reader.stats
         extra = {
@@ -229,7 +238,6 @@ class Worker:
 
     def _decide(self, task: Task, shard: Shard, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
         assert task.inputs is not None
-        assert self.policy is not None
         origin = Directory(task.inputs["run"])
         commit = task.inputs["commit"]
         files = commit["files"]
@@ -243,10 +251,11 @@ class Worker:
                 report.failed_by_class = commit["failed_by_class"]
             else:
                 rows, embeddings = read_stored(rows_file, local["embeddings"])
-                thresholds = None if task.op == "score" else task.thresholds or {}
+                scored_only = task.op == "score" or self.spec.job == "score"
+                thresholds = None if scored_only else task.thresholds or {}
                 report = decide_shard(
                     rows, embeddings, failed, self.encoder, self.policy, thresholds, writer,
-                    copy=same_run and self.spec.options["copy"],
+                    copy=same_run and self.spec.options["copy"], final=task.op == "decide", labels=self.labels,
                 )  # fmt: skip
             if not same_run and task.op == "decide":
                 writer.failed(failed)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter.engine import ledger
-from clipfilter.engine.plan import Plan, read_plan
+from clipfilter.engine.plan import Plan, of_run, read_plan
 from clipfilter.errors import RefusedError
 from clipfilter.policies.schema import KINDS
 from clipfilter.report.histogram import Histogram
@@ -140,7 +140,7 @@ class RunData:
     @property
     def source(self) -> dict[str, Any]:
         """The plan of the dataset itself (a `filter` carries that of the run it decided)."""
-        return dict(self.plan.source["source"] if self.plan.job == "filter" else self.plan.source)
+        return dict(self.plan.source["source"] if of_run(self.plan.source) else self.plan.source)
 
 
 def gather(directory: Directory) -> RunData:

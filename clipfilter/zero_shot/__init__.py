@@ -1,0 +1,1 @@
+"""Zero-shot classification: images against labels in words."""
