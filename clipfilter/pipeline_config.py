@@ -63,10 +63,7 @@ def _sentence(error: ValidationError, root: Node, path: str, kind: type[Config])
     item = min(items, key=lambda item: {"extra_forbidden": 0, "missing": 2}.get(item["type"], 1))
     place = tuple(item["loc"])
     unknown, missing = item["type"] == "extra_forbidden", item["type"] == "missing"
-    try:
-        line, column = root.place(place[:-1] if missing else place, key=unknown)
-    except (KeyError, IndexError, TypeError):
-        line, column = root.line, root.column
+    line, column = root.place(place[:-1] if missing else place, key=unknown)[:2]
     name = ".".join(str(part) for part in place)
     if unknown:
         known = _keys_at(kind, place[:-1])
