@@ -115,7 +115,7 @@ def prepare(request: JobRequest) -> Preparation:
         raise RefusedError(f"--limit is a number of rows, 1 or more, not {request.limit}.")
     policy = load_policy(request.policy) if isinstance(request.policy, str) else request.policy
     directory = Directory(request.out)
-    if request.job == "filter" or (request.job == "score" and _is_run(request.source)):
+    if request.job == "filter" or (request.job == "score" and is_run(request.source)):
         base = open_run(request.source)
         if request.limit is not None or request.sample is not None:
             raise RefusedError(f"{request.source} is a run, which is used whole; leave out --limit and --sample.")
@@ -133,7 +133,7 @@ def prepare(request: JobRequest) -> Preparation:
         raise RefusedError(
             f"--out {directory.url} lies inside the source, where its files would be read as data; name a directory outside it."
         )
-    if _is_run(request.source):
+    if is_run(request.source):
         raise RefusedError(
             f"{request.source} is a run directory; decide it again with `clipfilter filter`, or export it and use the export."
         )
@@ -154,7 +154,8 @@ def stored_model(plan: Plan) -> str:
     )
 
 
-def _is_run(url: str) -> bool:
+def is_run(url: str) -> bool:
+    """Whether a run directory is at this path or URL, finished or not."""
     # Whatever is wrong with a source that cannot even be asked, opening it says in a better sentence.
     with contextlib.suppress(Exception):
         return Directory(url).exists(PLAN_FILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -13,13 +13,19 @@ from clipfilter.errors import RefusedError
 from clipfilter.models import heads as head_models
 from clipfilter.policies.load import sentence_of
 from clipfilter.policies.schema import Policy
-from clipfilter.policies.yaml_nodes import MAX_BYTES, Node, YamlRefusedError, read_yaml
+from clipfilter.policies.yaml_nodes import MAX_BYTES, Node, Place, YamlRefusedError, read_yaml
 
 
 class ScorePolicy(Policy):
     """A policy whose rules need no bands: each adds its column `cf_score.<rule>`, and nothing is decided."""
 
     decides: ClassVar[bool] = False
+
+    @classmethod
+    def from_canonical(cls, data: dict[str, Any]) -> ScorePolicy:
+        found = super().from_canonical(data)
+        assert isinstance(found, ScorePolicy)
+        return found
 
 
 def scores_of(policy: Policy) -> ScorePolicy:
@@ -46,30 +52,26 @@ def named_scores(heads: Sequence[str] = (), concepts: str | None = None) -> Scor
 
     Raises RefusedError with file, line and column.
     """
-    rules: list[dict[str, object]] = [{"id": _head_id(name), "head": name} for name in heads]
-    root = Node({}, 1, 1)
-    if concepts is not None:
-        root = _concepts(concepts)
-    nodes = [_given(rule) for rule in rules]
-    templates = root.data.pop("templates", None)
+    root = _concepts(concepts) if concepts is not None else _map({})
+    rules = [_map({"id": Node(_head_id(name), 1, 1), "head": Node(name, 1, 1)}) for name in heads]
+    whole = {"policy": Node("scores", 1, 1), "version": Node(0, 1, 1)}
+    if "templates" in root.data:
+        whole["templates"] = root.data.pop("templates")
     for name, node in root.data.items():
-        concept = Node({"any_of": node}, node.line, node.column, keys={"any_of": (node.line, node.column)})
-        wanted = concept if isinstance(node.data, list) else node
-        place = root.keys[name]
-        rule = Node({"id": Node(name, *place), "concept": wanted}, *place, keys={"id": place, "concept": place})
-        nodes.append(rule)
-    whole = Node({"policy": Node("scores", 1, 1), "version": Node(0, 1, 1), "rules": Node(nodes, 1, 1)}, 1, 1)
-    whole.keys = dict.fromkeys(whole.data, (1, 1))
-    if templates is not None:
-        whole.data["templates"], whole.keys["templates"] = templates, root.keys["templates"]
+        concept = _map({"any_of": node}) if isinstance(node.data, list) else node
+        at = root.keys[name]
+        rules.append(_map({"id": Node(name, at.line, at.column, file=at.file), "concept": concept}))
+    policy = _map({**whole, "rules": Node(rules, 1, 1)})
     try:
-        return ScorePolicy.model_validate(whole.plain())
+        return ScorePolicy.model_validate(policy.plain())
     except ValidationError as error:
-        raise RefusedError(sentence_of(error, whole, concepts or "--heads")) from None
+        raise RefusedError(sentence_of(error, policy, concepts or "--heads")) from None
 
 
-def _given(rule: dict[str, object]) -> Node:
-    return Node({key: Node(value, 1, 1) for key, value in rule.items()}, 1, 1, keys=dict.fromkeys(rule, (1, 1)))
+def _map(data: dict[str, Node]) -> Node:
+    """A map whose keys stand where their values do."""
+    first = next(iter(data.values()), Node(None, 1, 1))
+    return Node(data, first.line, first.column, keys={key: node.at for key, node in data.items()}, file=first.file)
 
 
 def _head_id(name: str) -> str:
