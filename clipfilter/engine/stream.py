@@ -1,0 +1,318 @@
+"""Any images as embedded shards, one after another, with nothing written: files, URLs, datasets, runs, pictures in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipfilter import storage
+from clipfilter.engine import ledger
+from clipfilter.engine.columns import FAILED, IDENTITY, embeddings_schema
+from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.hardware import MAX_THREADS, cpu_count
+from clipfilter.engine.job import DEFAULT_MAX_PIXELS, is_run, open_run, refuse_other_weights, stored_model
+from clipfilter.engine.shard import EmbeddedShard, embed_rows
+from clipfilter.engine.worker import local_files, read_stored
+from clipfilter.errors import RefusedError, ShardError
+from clipfilter.images.decode import Mode
+from clipfilter.models import DEFAULT_MODEL, load_encoder
+from clipfilter.sources import Source, SourceOptions, open_source
+from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, is_image_name
+from clipfilter.sources.fetch import Fetcher, fetch_images
+from clipfilter.sources.model import row_uid
+from clipfilter.sources.schema import PREFIX
+
+if TYPE_CHECKING:
+    from clipfilter.engine.plan import Plan
+    from clipfilter.models import Encoder
+
+_FETCHED_BYTES = 64 << 20
+_READ_AT_ONCE = 64
+_SHARD = 10_000
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How images are read and embedded.
+
+    batch_size: images per forward pass; a run's own size gives a run's own bits. threads: for decoding. decode_ahead:
+    batches decoded while the model works, for GPUs. text: whether captions of datasets are embedded too.
+    """
+
+    source: SourceOptions = field(default_factory=SourceOptions)
+    batch_size: int = 64
+    decode: Mode = "fast"
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    threads: int | None = None
+    decode_ahead: int = 0
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A finished run, whose embeddings are taken as they are."""
+
+    given: str
+    directory: storage.Directory
+    version: dict[str, Any]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset to read; `folder` stands before the keys of an image folder, so that they are paths one can open."""
+
+    source: Source
+    folder: str
+
+
+Named = list[Any]  # consecutive single images
+Input = Named | Dataset | StoredRun
+
+
+def open_inputs(given: Sequence[Any], options: SourceOptions | None = None) -> list[Input]:
+    """What each of the arguments is: runs and datasets opened, single images collected; nothing else is read.
+
+    given: image files, http(s) URLs of images, folders, globs, any source, run directories; or images in memory (see
+    `encode_image`), or their encoded bytes. A file that is not there, but is called like an image, is one that fails
+    later under its name.
+
+    Raises RefusedError for what is neither an image nor a dataset, and for nothing at all.
+    """
+    inputs: list[Input] = []
+    for item in given:
+        found = _open(item, options or SourceOptions())
+        if isinstance(found, list) and inputs and isinstance(inputs[-1], list):
+            inputs[-1] += found
+        else:
+            inputs.append(found)
+    if not inputs:
+        raise RefusedError("there are no images; give files, folders, URLs, a dataset or a run.")
+    return inputs
+
+
+def load_for(
+    inputs: Sequence[Input], model: str | None, *, device: str = "cpu", dtype: Any = "fp32", threads: int | None = None
+) -> Encoder:
+    """The model asked for (nano where none is); of a run, the one that embedded it and no other.
+
+    Raises RefusedError where two runs, or a run and `model`, are of different weights.
+    """
+    runs = [item for item in inputs if isinstance(item, StoredRun)]
+    if not runs:
+        return load_encoder(model or DEFAULT_MODEL, device=device, dtype=dtype, threads=threads)
+    plan = runs[0].plan
+    encoder = load_encoder(
+        model or stored_model(plan), device=device, dtype=plan.model.get("dtype", "fp32"), threads=threads
+    )
+    for run in runs:
+        refuse_other_weights(run.plan, encoder.fingerprint)
+    return encoder
+
+
+def embed_stream(
+    inputs: Sequence[Input],
+    encoder: Encoder,
+    options: StreamOptions | None = None,
+    on_rows: Callable[[int], None] | None = None,
+    failed_shards: list[dict[str, str]] | None = None,
+) -> Iterator[EmbeddedShard]:
+    """Every image once, in the order given: embedded as a run embeds it, or taken from the run that has it.
+
+    `rows` and `embeddings` are the tables of an annotated shard and its embeddings; `failed` are the images that could
+    not be used, with class and message. Memory holds one shard. on_rows is told of every batch's rows. Shards that
+    cannot be read, wholly or to their end, are appended to failed_shards ("path" and "error").
+
+    Raises ShardError for those where failed_shards is None.
+    """
+    options = options or StreamOptions()
+    told = on_rows or (lambda rows: None)
+    settings = DecodeSettings(encoder.preprocess, options.decode, options.max_pixels)
+    decoder = ThreadDecoder(settings, options.threads or min(MAX_THREADS, cpu_count()))
+    lost: list[dict[str, str]] = [] if failed_shards is None else failed_shards
+    for item in inputs:
+        if isinstance(item, StoredRun):
+            yield from _stored(item, encoder, told, lost)
+        elif isinstance(item, Dataset):
+            yield from _dataset(item, encoder, decoder, options, told, lost)
+        else:
+            # A model's batch is always full; padding three images to sixty-four would make them wait for nothing.
+            sized = replace(options, batch_size=min(options.batch_size, len(item)), text=False)
+            for start in range(0, len(item), _SHARD):
+                batches = _named(item[start : start + _SHARD], start)
+                yield _embed(batches, encoder, decoder, sized, "images", pa.schema([]), told)
+        if lost and failed_shards is None:
+            raise ShardError(f"{lost[0]['path']}: {lost[0]['error']}")
+
+
+def encode_image(image: Any) -> bytes:
+    """A picture in memory as the bytes of a file, so that it goes the way of every other: lossless.
+
+    image: Pillow image, or array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], uint8 or float from 0 to 1.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"an image is a path, a URL, bytes, a Pillow image or an array, not {type(image).__name__}")
+    buffer = io.BytesIO()
+    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _from_array(array: np.ndarray) -> Any:
+    from PIL import Image
+
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or 0 in array.shape:
+        raise ValueError(f"an image array has the shape [h, w], [h, w, 3] or [h, w, 4], not {list(array.shape)}")
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise ValueError("a floating-point image has values from 0 to 1")
+        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image array is uint8 or floating point, not {array.dtype}")
+    return Image.fromarray(array)
+
+
+def _open(item: Any, options: SourceOptions) -> Input:
+    if not isinstance(item, str | Path):
+        return [bytes(item) if isinstance(item, bytearray | memoryview) else item]
+    name = str(item)
+    if _is_image(name):
+        return [name]
+    if is_run(name):
+        directory, _, version, plan = open_run(name)
+        return StoredRun(name, directory, version, plan)
+    source = open_source(name, options)
+    pattern = source.to_plan()["pattern"]
+    folder = ""
+    if source.kind == "folder":
+        folder = name if pattern is None else name[: len(name) - len(pattern)] if name.endswith(pattern) else ""
+    return Dataset(source, folder.rstrip("/") + "/" if folder.rstrip("/") else "")
+
+
+def _is_image(name: str) -> bool:
+    lower = name.lower()
+    if lower.startswith("data:"):
+        return True
+    if lower.startswith(("http://", "https://")):
+        return not lower.split("?")[0].endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES, "/"))
+    if storage.is_local(name):
+        path = storage.local_path(name)
+        if path.is_file():
+            return not lower.endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES))
+        return is_image_name(path.name) and not path.exists() and not set("*?[{") & set(name)
+    return is_image_name(lower) and not set("*?[{") & set(name)
+
+
+def _named(items: Sequence[Any], first: int) -> Iterator[pa.RecordBatch]:
+    """Single images as the batches of a source; `first` is the row number of the first."""
+    given = (item if isinstance(item, str | bytes) else encode_image(item) for item in items)
+    with contextlib.closing(fetch_images(given, Fetcher(["."]), _FETCHED_BYTES)) as fetched:  # type: ignore[type-var]
+        for start in range(0, len(items), _READ_AT_ONCE):
+            part = items[start : start + _READ_AT_ONCE]
+            found = list(itertools.islice(fetched, len(part)))
+            rows = range(first + start, first + start + len(part))
+            keys = [item if isinstance(item, str) else f"image {row}" for row, item in zip(rows, part, strict=True)]
+            columns = {
+                "cf_row": list(rows),
+                "cf_key": keys,
+                "cf_uid": [row_uid(str(row), key) for row, key in zip(rows, keys, strict=True)],
+                "cf_image": [one.data for one in found],
+                "cf_captions": [None] * len(part),
+                "cf_error_class": [one.error_class for one in found],
+                "cf_error": [one.error for one in found],
+                "cf_source_json": [None] * len(part),
+            }
+            yield pa.RecordBatch.from_pydict(columns, schema=PREFIX)
+
+
+def _dataset(
+    item: Dataset,
+    encoder: Encoder,
+    decoder: ThreadDecoder,
+    options: StreamOptions,
+    told: Callable[[int], None],
+    lost: list[dict[str, str]],
+) -> Iterator[EmbeddedShard]:
+    if item.source.has_captions is False:
+        options = replace(options, text=False)
+    for shard in item.source.iter_shards():
+        reader = item.source.read(shard)
+        try:
+            found = _embed(reader, encoder, decoder, options, shard.id, item.source.schema, told)
+        except ShardError as error:
+            lost.append({"path": shard.path, "error": str(error)})
+            continue
+        if reader.stats.damaged:
+            lost.append({"path": shard.path, "error": "damaged; only the rows before the damage were read"})
+        yield replace(found, rows=_placed(found.rows, item.folder), failed=_placed(found.failed, item.folder))
+
+
+def _embed(
+    batches: Iterable[pa.RecordBatch],
+    encoder: Encoder,
+    decoder: ThreadDecoder,
+    options: StreamOptions,
+    shard: str,
+    schema: pa.Schema,
+    told: Callable[[int], None],
+) -> EmbeddedShard:
+    """As a run does it (docs/decisions/0002): shard by shard, in batches of one size."""
+    with contextlib.ExitStack() as stack:
+        decoded: Any = decode_batches(
+            stack.enter_context(contextlib.closing(prefetch(batches, 1))),
+            decoder,
+            encoder.preprocess.size,
+            options.batch_size,
+            StageTimes(),
+        )
+        if options.decode_ahead:
+            decoded = stack.enter_context(contextlib.closing(prefetch(decoded, options.decode_ahead)))
+        return embed_rows(
+            decoded, encoder, shard=shard, source_schema=schema, text=options.text, captions="first",
+            times=StageTimes(), on_batch=told,
+        )  # fmt: skip
+
+
+def _stored(
+    run: StoredRun, encoder: Encoder, told: Callable[[int], None], lost: list[dict[str, str]]
+) -> Iterator[EmbeddedShard]:
+    lost += [{"path": item["shard"]["path"], "error": item["error"]} for item in run.version["failed_shards"]]
+    scratch = run.directory.scratch()
+    try:
+        for _, commit in ledger.iter_commits(run.directory, run.version["commits"]):
+            with local_files(run.directory, commit["files"], scratch) as local:
+                failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
+                if "annotated" in local:
+                    rows, embeddings = read_stored(local["annotated"], local["embeddings"])
+                else:
+                    rows = IDENTITY.empty_table()
+                    embeddings = embeddings_schema(encoder.dim, run.plan.text_column).empty_table()
+                told(rows.num_rows)
+                yield EmbeddedShard(rows, embeddings, failed, commit["captions_truncated"], 0)
+    finally:
+        run.directory.clean_scratch(stale_only=False)
+
+
+def _placed(table: pa.Table, folder: str) -> pa.Table:
+    """The keys of an image folder as paths below what the user named."""
+    if not folder:
+        return table
+    keys = pa.array([folder + key for key in table["cf_key"].to_pylist()], pa.string())
+    return table.set_column(table.schema.get_field_index("cf_key"), "cf_key", keys)
