@@ -164,12 +164,12 @@ def check_rules(tests: tuple[Expectation, ...], interchange: Interchange | None,
     for position, test in enumerate(tests):
         for rule in test.rules or ():
             if rule not in known:
-                at = ("tests", position, "rules", rule)
-                fail(f"the test names {shown(rule)}, but there is no such rule" + suggest(rule, known), *at, key=True)
+                message = f"the test names {shown(rule)}, but there is no such rule" + suggest(rule, known)
+                fail(message, "tests", position, "rules", rule, key=True)
     for service in SERVICES:
         mapping: Mapping[str, tuple[str, ...]] = getattr(interchange, service, None) or {}
         for category, names in mapping.items():
             for place, rule in enumerate(names):
                 if rule not in known:
-                    at = ("interchange", service, category, place)
-                    fail(f"there is no rule {shown(rule)}" + suggest(rule, known), *at)
+                    message = f"there is no rule {shown(rule)}" + suggest(rule, known)
+                    fail(message, "interchange", service, category, place)

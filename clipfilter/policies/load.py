@@ -10,73 +10,75 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.schema import Policy, suggest
-from clipfilter.policies.yaml_nodes import MAX_BYTES, Node, YamlRefusedError, read_yaml
-
-_SUFFIXES = (".yaml", ".yml")
-_EXPECTED = {dict: "a map", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-
-
-def packs_folder() -> Path:
-    """Where the packs lie: inside the package when installed, else the repository's top-level `policies/`."""
-    inside = Path(__file__).parent / "packs"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "policies"
-
-
-def pack_names() -> list[str]:
-    """Names of the policy packs that come with clipfilter, sorted."""
-    folder = packs_folder()
-    return sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
+from clipfilter.policies.extends import KEYS, kind, read_document, refuse, resolve
+from clipfilter.policies.fields import suggest
+from clipfilter.policies.files import SUFFIXES, pack_path, read_policy_file
+from clipfilter.policies.files import pack_names as pack_names
+from clipfilter.policies.files import packs_folder as packs_folder
+from clipfilter.policies.schema import Policy, json_sha256
+from clipfilter.policies.yaml_nodes import Node, Place
 
 
 def load_policy(path_or_pack_name: str | Path) -> Policy:
-    """The policy in this file, or the pack of this name.
+    """The policy in this file, or the pack of this name, with all that it extends.
 
     Raises RefusedError with file, line, column and, where there is one, a suggestion.
     """
-    given = str(path_or_pack_name)
-    path = Path(given)
-    if path.suffix.lower() not in _SUFFIXES and len(path.parts) == 1 and not path.is_file():
-        packs = pack_names()
-        if given not in packs:
-            raise RefusedError(
-                f"there is no policy pack {given[:80]!r} (packs: {', '.join(packs) or 'none'}; "
-                f"or give the path of a .yaml file){suggest(given, packs)}"
-            )
-        path = packs_folder() / f"{given}.yaml"
+    path = policy_file(path_or_pack_name)
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        raw = read_policy_file(path)
     except FileNotFoundError:
         packs = pack_names()
         raise RefusedError(
-            f"there is no policy file {given!r} (packs that need no file: {', '.join(packs) or 'none'})"
+            f"there is no policy file {str(path_or_pack_name)!r} (packs that need no file: {', '.join(packs) or 'none'})"
             f"{suggest(path.stem, packs)}"
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RefusedError(f"the policy file {given!r} cannot be read: {reason}") from None
+        raise RefusedError(f"the policy file {str(path_or_pack_name)!r} cannot be read: {reason}") from None
     return parse_policy(raw, str(path))
 
 
+def policy_file(path_or_pack_name: str | Path) -> Path:
+    """The file that a policy argument means; it need not be there. Raises RefusedError for an unknown pack."""
+    given = str(path_or_pack_name)
+    path = Path(given)
+    is_name = path.suffix.lower() not in SUFFIXES and len(path.parts) == 1 and not path.is_file()
+    return pack_path(given) if is_name else path
+
+
 def parse_policy(raw: bytes | str, source: str = "policy") -> Policy:
-    """The policy in this YAML (or JSON, which is YAML) text; `source` is named in refusals. Raises RefusedError."""
+    """The policy in this YAML (or JSON, which is YAML) text.
+
+    source: its path, which refusals name and from whose folder other files are found. Raises RefusedError with file, line
+    and column.
+    """
     if isinstance(raw, str):
         raw = raw.encode("utf-8", "surrogatepass")
-    try:
-        root = read_yaml(raw)
-    except YamlRefusedError as error:
-        raise RefusedError(f"{source}:{error.line}:{error.column}: {error.message}") from None
-    if not isinstance(root.data, dict):
-        raise RefusedError(
-            f"{source}:{root.line}:{root.column}: a policy is a map with the keys policy, version and rules, "
-            f"not {_kind(root.data)}"
-        )
+    root = resolve(read_document(raw, source))
+    policy = _validated(root, source)
+    node = root.data.get("calibrations")
+    if node is None or all(entry.file == source for entry in node.data):
+        return policy
+    fitting = [entry for entry, fits in zip(node.data, _fitting(policy), strict=True) if fits or entry.file == source]
+    root.data["calibrations"] = Node(fitting, node.line, node.column, file=node.file)
+    return _validated(root, source)
+
+
+def _fitting(policy: Policy) -> list[bool]:
+    """Which calibrations have the policy's own prompts; an inherited one with others belongs to another policy."""
+    from clipfilter.policies.compile import rule_prompts_sha256
+
+    prompts = json_sha256(rule_prompts_sha256(policy))
+    return [entry.prompts_sha256 == prompts for entry in policy.calibrations]
+
+
+def _validated(root: Node, source: str) -> Policy:
     empty = _first_empty(root)
     if empty is not None:
-        key, line, column = empty
+        key, place = empty
         fix = "; write `alignment: {}`" if key == "alignment" else "; give it one or remove the line"
-        raise RefusedError(f"{source}:{line}:{column}: {key!r} has no value{fix}")
+        refuse(place, f"{key!r} has no value{fix}")
     try:
         # Files that the policy names lie beside it.
         return Policy.model_validate(root.plain(), context={"folder": str(Path(source).parent)})
@@ -84,11 +86,7 @@ def parse_policy(raw: bytes | str, source: str = "policy") -> Policy:
         raise RefusedError(sentence_of(error, root, source)) from None
 
 
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else _EXPECTED.get(type(value), type(value).__name__)
-
-
-def _first_empty(node: Node) -> tuple[str, int, int] | None:
+def _first_empty(node: Node) -> tuple[str, Place] | None:
     children = (
         node.data.items()
         if isinstance(node.data, dict)
@@ -96,8 +94,7 @@ def _first_empty(node: Node) -> tuple[str, int, int] | None:
     )
     for name, child in children:
         if child.data is None:
-            line, column = node.place((name,), key=True)
-            return (str(name)[:60] if isinstance(node.data, dict) else "a list item"), line, column
+            return (str(name)[:60] if isinstance(node.data, dict) else "a list item"), node.place((name,), key=True)
         found = _first_empty(child)
         if found is not None:
             return found
@@ -111,10 +108,10 @@ def sentence_of(error: ValidationError, root: Node, source: str) -> str:
         context = item.get("ctx", {})
         path = _real_path(root, (*item["loc"], *context.get("at", ())))
         rank = {"extra_forbidden": 0, "missing": 2}.get(item["type"], 1)
-        line, column = root.place(path, key=item["type"] == "extra_forbidden" or bool(context.get("at_key")))
-        found.append((rank, line, column, item, path))
-    _, line, column, item, path = min(found, key=lambda entry: entry[:3])
-    return f"{source}:{line}:{column}: {_message(item, path, root)}"
+        place = root.place(path, key=item["type"] == "extra_forbidden" or bool(context.get("at_key")))
+        found.append((rank, place, item, path))
+    _, place, item, path = min(found, key=lambda entry: entry[:2])
+    return f"{place.file or source}:{place.line}:{place.column}: {_message(item, path)}"
 
 
 def _real_path(root: Node, path: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -135,23 +132,23 @@ def _real_path(root: Node, path: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(real)
 
 
-def _message(item: Any, path: tuple[Any, ...], root: Node) -> str:
-    kind = item["type"]
-    if kind == "policy":
+def _message(item: Any, path: tuple[Any, ...]) -> str:
+    error = item["type"]
+    if error == "policy":
         return str(item["ctx"]["message"])
-    if kind == "extra_forbidden":
+    if error == "extra_forbidden":
         known = _keys_at(path[:-1])
         hint = suggest(path[-1], known) or f"; the keys here are {', '.join(known)}"
         return f"unknown key {str(path[-1])[:60]!r} in {_owner(path[:-1])}{hint}"
-    if kind == "missing":
+    if error == "missing":
         name = item["loc"][-1]
         return f"{_owner(path[:-1] if path and path[-1] == name else path)} needs the key {str(name)!r}"
     value = item.get("input")
     name = next((str(part) for part in reversed(path) if isinstance(part, str)), "the policy")
-    if kind in ("model_type", "dict_type", "model_attributes_type"):
-        return f"{name!r} must be a map of keys, not {_kind(value)}"
-    if kind in ("tuple_type", "list_type"):
-        return f"{name!r} must be a list, not {_kind(value)}"
+    if error in ("model_type", "dict_type", "model_attributes_type"):
+        return f"{name!r} must be a map of keys, not {kind(value)}"
+    if error in ("tuple_type", "list_type"):
+        return f"{name!r} must be a list, not {kind(value)}"
     return f"{name!r} is not valid: {item['msg'][:200]}"
 
 
@@ -166,6 +163,8 @@ def _owner(path: tuple[Any, ...]) -> str:
 def _keys_at(path: tuple[Any, ...]) -> list[str]:
     """The keys the language knows at `path`."""
     at: Any = Policy
+    if not path:
+        return [*Policy.model_fields, *KEYS]
     for name in path:
         if isinstance(at, type) and issubclass(at, BaseModel) and name in at.model_fields:
             at = _model_in(at.model_fields[name].annotation)

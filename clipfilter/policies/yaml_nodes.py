@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml import events as ev
@@ -45,6 +45,14 @@ class YamlRefusedError(Exception):
         self.message, self.line, self.column = message, line, column
 
 
+class Place(NamedTuple):
+    """Where a key or value stands; line and column count from 1, `file` is the name the document was read under."""
+
+    line: int
+    column: int
+    file: str = ""
+
+
 @dataclass(slots=True)
 class Node:
     """A value with its place. `data` is a scalar, a list of nodes or a dict of text key to node."""
@@ -54,8 +62,13 @@ class Node:
     column: int
     size: int = 1
     depth: int = 1
-    keys: dict[str, tuple[int, int]] = field(default_factory=dict)
+    keys: dict[str, Place] = field(default_factory=dict)
     open_key: str | None = None
+    file: str = ""
+
+    @property
+    def at(self) -> Place:
+        return Place(self.line, self.column, self.file)
 
     def plain(self) -> Any:
         """The value as Python data without places; its depth and size were limited while it was read."""
@@ -65,19 +78,19 @@ class Node:
             return [node.plain() for node in self.data]
         return self.data
 
-    def place(self, path: Path, *, key: bool = False) -> tuple[int, int]:
-        """Line and column of the value at `path` (or of its key); of its nearest existing parent if it is not there."""
-        node, place = self, (self.line, self.column)
+    def place(self, path: Path, *, key: bool = False) -> Place:
+        """Where the value at `path` (or its key) stands, or its nearest existing parent if it is not there."""
+        node, place = self, self.at
         for step, name in enumerate(path):
             if isinstance(node.data, dict) and name in node.data:
                 last = step == len(path) - 1
                 child = node.data[name]
                 # An empty value sits at the end of its key; the key is the better place to point at.
                 at_key = (key and last) or child.data is None
-                place = node.keys[str(name)] if at_key else (child.line, child.column)
+                place = node.keys[str(name)] if at_key else child.at
             elif isinstance(node.data, list) and isinstance(name, int) and name < len(node.data):
                 child = node.data[name]
-                place = (child.line, child.column)
+                place = child.at
             else:
                 break
             node = child
@@ -97,8 +110,8 @@ def scalar(text: str) -> Any:
     return text
 
 
-def read_yaml(raw: bytes) -> Node:
-    """The document in `raw` (UTF-8) as a tree of nodes.
+def read_yaml(raw: bytes, file: str = "") -> Node:
+    """The document in `raw` (UTF-8) as a tree of nodes, each of which knows that it is from `file`.
 
     Raises YamlRefusedError with a place for everything that is not one small, plain YAML document.
     """
@@ -116,7 +129,7 @@ def read_yaml(raw: bytes) -> Node:
             f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8 text", line, column
         ) from None
     try:
-        return _build(text)
+        return _build(text, file)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(str(error.problem or error.context or "it cannot be read").split())
@@ -134,7 +147,7 @@ def _place_of(text: str, position: int) -> tuple[int, int]:
     return before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
 
 
-def _build(text: str) -> Node:
+def _build(text: str, file: str) -> Node:
     stack: list[Node] = []
     anchors_open: list[str | None] = []
     anchors: dict[str, Node] = {}
@@ -175,14 +188,14 @@ def _build(text: str) -> Node:
             if event.anchor not in anchors:
                 raise YamlRefusedError(f"the alias *{event.anchor} has no finished anchor before it", line, column)
             target = anchors[event.anchor]
-            node = Node(target.data, line, column, target.size, target.depth, target.keys)
+            node = Node(target.data, line, column, target.size, target.depth, target.keys, file=file)
         elif isinstance(event, ev.ScalarEvent):
             value = scalar(event.value) if event.implicit[0] and event.style is None else event.value
-            node = Node(value, line, column)
+            node = Node(value, line, column, file=file)
             if event.anchor is not None:
                 anchors[event.anchor] = node
         else:
-            node = Node({} if isinstance(event, ev.MappingStartEvent) else [], line, column)
+            node = Node({} if isinstance(event, ev.MappingStartEvent) else [], line, column, file=file)
 
         if not stack:
             root = node
@@ -220,7 +233,7 @@ def _attach(parent: Node, node: Node, event: ev.NodeEvent) -> None:
         raise YamlRefusedError(
             f"the key {key[:60]!r} is given twice; the first one is on line {first}", node.line, node.column
         )
-    parent.keys[key] = (node.line, node.column)
+    parent.keys[key] = node.at
     parent.data[key] = node
     parent.open_key = key
 

@@ -260,7 +260,7 @@ REFUSED: list[tuple[str, str | bytes, str, str]] = [
     ("generic as yes", rule("{id: a, concept: {any_of: [x], generic: yes}, reject: {above: 0.5}}"), "3:", "true, false"),
     ("a generic list of the future", GOOD.replace("but_not:", "generic: 99\n      but_not:"), "9:16", "version of a list"),
     ("a score typo", GOOD.replace("but_not:", "score: cosin\n      but_not:"), "9:14", "did you mean 'cosine'"),
-    ("an ensemble typo", GOOD.replace("templates: photo", "templates: imagenet"), "4:12", "did you mean 'imagenet-like'"),
+    ("an ensemble typo", GOOD.replace("templates: photo", "templates: imagenet-lik"), "4:12", "did you mean 'imagenet-like'"),
     ("a template without braces", GOOD.replace("photo", "[a photo]"), "4:13", "exactly once"),
     ("a template with a format", GOOD.replace("photo", '["{0.__class__}"]'), "4:13", "exactly once"),
     ("a template with two braces", GOOD.replace("photo", '["{} {}"]'), "4:13", "exactly once"),

@@ -55,7 +55,7 @@ def calibrated_text(raw: bytes, source: str, found: Calibrated, date: str) -> by
     node = read_yaml(raw)
     lines = raw.decode("utf-8").splitlines(keepends=True)
     newline = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
-    start, stop = _block(lines, {key: line - 1 for key, (line, _) in node.keys.items()})
+    start, stop = _block(lines, {key: place.line - 1 for key, place in node.keys.items()})
     if lines[0].lstrip("\ufeff \t").startswith("{"):
         raise RefusedError(
             f"{source} is written in braces (JSON); write it in YAML's block style to have it calibrated."
