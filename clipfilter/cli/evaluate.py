@@ -125,7 +125,7 @@ def evaluate(
         label_style=label_style.value,
         templates=templates,
     )
-    with _progress() as on_rows:
+    with row_progress() as on_rows:
         result = measure(request, on_rows)
     text = json.dumps(result.to_json(), indent=1, ensure_ascii=False)
     if out is not None:
@@ -159,7 +159,7 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int], None] | None]:
+def row_progress() -> Iterator[Callable[[int], None] | None]:
     """How many rows are embedded, on a terminal."""
     from rich.console import Console
 

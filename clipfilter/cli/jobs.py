@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -120,7 +121,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Decide a dataset: embed every image, score it by a policy, write kept, review and rejected rows."""
-    _job("run", **locals())
+    run_command("run", **locals())
 
 
 def embed(
@@ -150,7 +151,7 @@ def embed(
     quiet: Quiet = False,
 ) -> None:
     """Embed a dataset once; `filter` decides it later, as often as you like, without images."""
-    _job("embed", **locals())
+    run_command("embed", **locals())
 
 
 def score(
@@ -191,7 +192,7 @@ def score(
     """Add CLIP score (image-caption similarity), heads and named concepts to every row as columns; no decisions."""
     given = locals()
     wanted = {name: given.pop(name) for name in ("heads", "concepts", "policy")}
-    _job("score", **given, policy=_score_policy(**wanted))
+    run_command("score", **given, policy=_score_policy(**wanted))
 
 
 def _score_policy(heads: str | None, concepts: str | None, policy: str | None) -> Any:
@@ -229,7 +230,7 @@ def filter_(
     quiet: Quiet = False,
 ) -> None:
     """Decide an embedded dataset again with a policy, without reading any image."""
-    _job("filter", source=run, **{name: value for name, value in locals().items() if name != "run"})
+    run_command("filter", source=run, **{name: value for name, value in locals().items() if name != "run"})
 
 
 def add_to(app: typer.Typer) -> None:
@@ -239,7 +240,11 @@ def add_to(app: typer.Typer) -> None:
     app.command("score")(score)
 
 
-def _job(job: str, **given: Any) -> None:
+def run_command(job: str, after: Callable[[str], None] | None = None, **given: Any) -> None:
+    """Run a job with the options of its command and show the result; `after` prints more of the directory for people.
+
+    Raises typer.Exit with the job's code.
+    """
     from clipfilter.cli import display
     from clipfilter.engine.job import JobRequest, run_job
     from clipfilter.sources import SourceOptions
@@ -267,6 +272,8 @@ def _job(job: str, **given: Any) -> None:
         display.print_json(result, report)
     elif not quiet:
         display.print_result(result, report)
+        if after is not None:
+            after(result.out)
     elif result.exit_code:
         print(*result.messages, sep="\n", file=sys.stderr)
     raise typer.Exit(result.exit_code)

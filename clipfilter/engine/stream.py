@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,16 @@ from clipfilter import storage
 from clipfilter.engine import ledger
 from clipfilter.engine.columns import FAILED, IDENTITY, embeddings_schema
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
-from clipfilter.engine.hardware import MAX_THREADS, cpu_count
-from clipfilter.engine.job import DEFAULT_MAX_PIXELS, is_run, open_run, refuse_other_weights, stored_model
+from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
+from clipfilter.engine.job import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_DTYPE,
+    DEFAULT_MAX_PIXELS,
+    is_run,
+    open_run,
+    refuse_other_weights,
+    stored_model,
+)
 from clipfilter.engine.shard import EmbeddedShard, embed_rows
 from clipfilter.engine.worker import local_files, read_stored
 from clipfilter.errors import RefusedError, ShardError
@@ -32,6 +40,7 @@ from clipfilter.sources.model import row_uid
 from clipfilter.sources.schema import PREFIX
 
 if TYPE_CHECKING:
+    from clipfilter.engine.job import Dtype
     from clipfilter.engine.plan import Plan
     from clipfilter.models import Encoder
 
@@ -49,7 +58,6 @@ class StreamOptions:
     batches decoded while the model works, for GPUs. text: whether captions of datasets are embedded too.
     """
 
-    source: SourceOptions = field(default_factory=SourceOptions)
     batch_size: int = 64
     decode: Mode = "fast"
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -102,7 +110,12 @@ def open_inputs(given: Sequence[Any], options: SourceOptions | None = None) -> l
 
 
 def load_for(
-    inputs: Sequence[Input], model: str | None, *, device: str = "cpu", dtype: Any = "fp32", threads: int | None = None
+    inputs: Sequence[Input],
+    model: str | None,
+    *,
+    device: str = "cpu",
+    dtype: Dtype = "fp32",
+    threads: int | None = None,
 ) -> Encoder:
     """The model asked for (nano where none is); of a run, the one that embedded it and no other.
 
@@ -118,6 +131,30 @@ def load_for(
     for run in runs:
         refuse_other_weights(run.plan, encoder.fingerprint)
     return encoder
+
+
+def stream_options(
+    inputs: Sequence[Input],
+    model: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: Dtype | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    decode: str = "fast",
+    text: bool = False,
+) -> tuple[Encoder, StreamOptions]:
+    """The model and the options for some inputs, with the defaults of a job on this device where None is given."""
+    wanted = "cuda" if device == "auto" and gpu_count() else "cpu" if device == "auto" else device
+    kind = wanted.split(":")[0]
+    encoder = load_for(inputs, model, device=wanted, dtype=dtype or DEFAULT_DTYPE.get(kind, "fp32"), threads=threads)
+    return encoder, StreamOptions(
+        batch_size=batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
+        decode="exact" if decode == "exact" else "fast",
+        threads=threads,
+        decode_ahead=0 if kind == "cpu" else 2,
+        text=text,
+    )
 
 
 def embed_stream(
