@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -187,6 +187,8 @@ class StageRun:
             and commit.get("base_generation", unit.inputs["generation"]) != unit.inputs["generation"]
         ):
             return int(commit["generation"]) + 1
+        if commit.get("thresholds", self.thresholds) != self.thresholds:
+            return int(commit["generation"]) + 1
         if self.retry_failed and (commit.get("damaged") or TRANSIENT & set(commit["failed_by_class"])):
             return int(commit["generation"]) + 1
         return None
@@ -280,20 +282,23 @@ def run_units(run: Directory, names: list[str], commits: list[dict[str, Any]]) -
         yield Unit(Shard.from_json(commit["shard"]), inputs)
 
 
-def fix_thresholds(directory: Directory, policy: Policy, commits: list[dict[str, Any]]) -> dict[str, float | None]:
+def fix_thresholds(
+    directory: Directory, policy: Policy, commits: Iterable[dict[str, Any]], number: int = 1
+) -> dict[str, float | None]:
     """The numbers of the policy's dataset-level rules, computed once over all scored shards and then fixed (create-only).
 
-    Returns them by key; None where no row had a score.
+    commits: gone through several times. number: of the file in `thresholds/`; above 1 after a refit. Returns the numbers
+    by key; None where no row had a score.
     """
-    fixed = "thresholds/000001.json"
+    fixed = f"thresholds/{number:06d}.json"
     if not directory.exists(fixed):
         numbers, evidence = dataset_thresholds(policy, lambda rule: _scores(directory, commits, rule))
-        content = {"shards": len(commits), "thresholds": numbers, "evidence": evidence}
+        content = {"shards": sum(1 for _ in commits), "thresholds": numbers, "evidence": evidence}
         directory.create(fixed, (json.dumps(content, indent=1) + "\n").encode())
     return dict(directory.read_json(fixed)["thresholds"])
 
 
-def _scores(directory: Directory, commits: list[dict[str, Any]], rule: str) -> Iterator[np.ndarray]:
+def _scores(directory: Directory, commits: Iterable[dict[str, Any]], rule: str) -> Iterator[np.ndarray]:
     for commit in commits:
         if "scored" in commit["files"]:
             with directory.open(commit["files"]["scored"]["name"]) as handle:

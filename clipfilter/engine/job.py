@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from clipfilter.engine import ledger
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
@@ -92,6 +92,19 @@ class JobResult:
     messages: list[str]
 
 
+class Growth(Protocol):
+    """How a job adds to the dataset in its directory instead of making it anew (clipfilter/nightly)."""
+
+    def units(self, source: Source) -> Iterator[Unit]:
+        """The shards to embed."""
+
+    def scored(self, policy: Policy, scored: StageResult) -> tuple[dict[str, float | None], Iterator[Unit]]:
+        """The numbers of dataset-level rules, and the shards to decide with them."""
+
+    def version(self, content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Write the version that these shards lead to; its name and content."""
+
+
 @dataclass
 class Preparation:
     """A request checked against its source, policy and output directory, before anything is started."""
@@ -105,6 +118,7 @@ class Preparation:
     source_plan: dict[str, Any]
     text: bool
     model: str
+    growth: Growth | None = None
 
 
 def prepare(request: JobRequest) -> Preparation:
@@ -168,7 +182,8 @@ def _refuse_foreign_directory(directory: Directory) -> None:
         if directory.local:
             Path(directory.root).mkdir(parents=True, exist_ok=True)
             directory.scratch()
-        found = [] if directory.exists(PLAN_FILE) else [n for n in directory.names("") if n != "run.log"]
+        harmless = ("run.log", "nights")
+        found = [] if directory.exists(PLAN_FILE) else [n for n in directory.names("") if n not in harmless]
     except (OSError, ImportError) as error:
         raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
     if found:
@@ -284,6 +299,12 @@ def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], Dtype]
     return options, dtype
 
 
+def refuse_other_work(prepared: Preparation) -> None:
+    """Raise RefusedError where OUT holds another plan or no run, as far as that goes without loading the model."""
+    _refuse_other_plan(prepared)
+    _refuse_foreign_directory(prepared.directory)
+
+
 def _refuse_other_plan(prepared: Preparation) -> None:
     """Compare with the plan in OUT as far as that goes without loading the model."""
     existing = prepared.existing
@@ -377,7 +398,7 @@ def _stages(
 
     def units() -> Iterator[Unit]:
         if prepared.source is not None:
-            return source_units(prepared.source)
+            return prepared.growth.units(prepared.source) if prepared.growth else source_units(prepared.source)
         assert prepared.base is not None
         run, _, version, _ = prepared.base
         return run_units(run, version["commits"], ledger.read_commits(run, version["commits"]))
@@ -397,8 +418,11 @@ def _stages(
         return result, {}, done
     first_op = "embed" if prepared.source is not None else "score"
     scored, done = stage(first_op, "scored", units(), **retry)
-    thresholds = fix_thresholds(directory, policy, scored.commits)
-    again = units() if prepared.source is None else run_units(directory, scored.names, scored.commits)
+    if prepared.growth is not None:
+        thresholds, again = prepared.growth.scored(policy, scored)
+    else:
+        thresholds = fix_thresholds(directory, policy, scored.commits)
+        again = units() if prepared.source is None else run_units(directory, scored.names, scored.commits)
     decided, done_again = stage("decide", final, again, thresholds=thresholds)
     decided.failed = scored.failed + decided.failed
     return decided, thresholds, max(done, done_again)
@@ -430,6 +454,9 @@ def _write_version(
         "thresholds": thresholds,
         "totals": totals,
     }
+    if prepared.growth is not None:
+        name, grown = prepared.growth.version(content)
+        return name, grown["totals"], grown["failed_shards"]
     name, _ = ledger.write_version(prepared.directory, content)
     return name, totals, failed_shards
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,22 +76,29 @@ def iter_commits(directory: Directory, names: list[str]) -> Iterator[tuple[str, 
 COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "not_downloaded", "duplicate_keys")
 
 
-def totals_of(commits: list[dict[str, Any]], failed_shards: list[dict[str, Any]]) -> dict[str, Any]:
+def totals_of(commits: Iterable[dict[str, Any]], failed_shards: list[dict[str, Any]]) -> dict[str, Any]:
     """The sums over commits that a version records; every field is derived, so `verify` can repeat it."""
-    totals: dict[str, Any] = {name: sum(commit["counts"].get(name, 0) for commit in commits) for name in COUNTS}
+    totals: dict[str, Any] = dict.fromkeys(COUNTS, 0)
     classes: Counter[str] = Counter()
     rules: dict[str, Counter[str]] = {}
+    sums: Counter[str] = Counter()
     for commit in commits:
+        for name in COUNTS:
+            totals[name] += commit["counts"].get(name, 0)
         classes.update(commit.get("failed_by_class", {}))
         for rule, bands in commit.get("rules", {}).items():
             rules.setdefault(rule, Counter()).update(bands)
+        sums["shards"] += 1
+        sums["damaged_shards"] += bool(commit.get("damaged"))
+        sums["bytes_unread"] += commit.get("bytes_unread", 0)
+        sums["captions_truncated"] += commit.get("captions_truncated", 0)
     totals["failed_by_class"] = dict(sorted(classes.items()))
     totals["rules"] = {rule: dict(sorted(bands.items())) for rule, bands in rules.items()}
-    totals["shards"] = len(commits)
+    totals["shards"] = sums["shards"]
     totals["failed_shards"] = len(failed_shards)
-    totals["damaged_shards"] = sum(bool(commit.get("damaged")) for commit in commits)
-    totals["bytes_unread"] = sum(commit.get("bytes_unread", 0) for commit in commits)
-    totals["captions_truncated"] = sum(commit.get("captions_truncated", 0) for commit in commits)
+    totals["damaged_shards"] = sums["damaged_shards"]
+    totals["bytes_unread"] = sums["bytes_unread"]
+    totals["captions_truncated"] = sums["captions_truncated"]
     return totals
 
 
@@ -105,8 +112,20 @@ def latest_version(directory: Directory) -> tuple[str, dict[str, Any]] | None:
 
 def write_version(directory: Directory, content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Append a version unless the newest one already says the same; first writer of a number wins."""
+    return update_version(directory, lambda newest: content)
+
+
+def update_version(
+    directory: Directory, change: Callable[[tuple[str, dict[str, Any]] | None], dict[str, Any]]
+) -> tuple[str, dict[str, Any]]:
+    """Append what `change` makes of the newest version (None before the first); its name and content.
+
+    When another process appends a version meanwhile, `change` is asked again with that one. Nothing is written when the
+    newest version already says the same.
+    """
     while True:
         newest = latest_version(directory)
+        content = change(newest)
         if newest is not None and all(newest[1].get(key) == value for key, value in content.items()):
             return newest
         number = int(newest[0]) + 1 if newest else 1

@@ -271,6 +271,8 @@ class Worker:
             "files": carried,
             "base_generation": task.inputs["generation"],
         }
+        if task.thresholds:
+            extra["thresholds"] = task.thresholds
         if not same_run:
             extra["base"] = {"run": origin.url, "commit": task.inputs["name"]}
         return report, extra
