@@ -81,8 +81,8 @@ def _fill(example: Example, data: bytes, mode: str) -> None:
     example.image = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
 
 
-def thumbnail(rgb: np.ndarray, *, blurred: bool) -> bytes:
-    """A JPEG of at most `SIDE` x `SIDE` pixels and `MAX_BYTES` bytes from uint8 [h, w, 3].
+def thumbnail(rgb: np.ndarray, *, blurred: bool, side: int = SIDE, max_bytes: int = MAX_BYTES) -> bytes:
+    """A JPEG of at most `side` x `side` pixels and (as far as quality 15 reaches) `max_bytes` bytes from uint8 [h, w, 3].
 
     Blurred, it holds only `CELLS` averages along its longer side, so there is nothing in the file to recover.
     """
@@ -95,7 +95,7 @@ def thumbnail(rgb: np.ndarray, *, blurred: bool) -> bytes:
     if max(width, height) > longest:
         left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
         image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
-    size = _within(image.size, SIDE)
+    size = _within(image.size, side)
     if blurred:
         image = image.resize(_within(image.size, CELLS), Image.Resampling.BOX)
         image = image.resize(size, Image.Resampling.BICUBIC)
@@ -104,7 +104,7 @@ def thumbnail(rgb: np.ndarray, *, blurred: bool) -> bytes:
     for quality in (82, 74, 66, 56, 44, 30, 15):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality, optimize=True)
-        if buffer.tell() <= MAX_BYTES:
+        if buffer.tell() <= max_bytes:
             break
     return buffer.getvalue()
 
