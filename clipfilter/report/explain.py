@@ -119,7 +119,7 @@ def _explanation(
 ) -> Explanation:
     policy = plan.policy
     rules = (
-        [] if failed or row.get("cf_decision") is None else [_verdict(rule, row) for rule in rules_of(plan, content)]
+        [] if failed or row.get("cf_decision") is None else [verdict(rule, row) for rule in rules_of(plan, content)]
     )
     image = {key.removeprefix("cf_"): row[key] for key in _ROW[3:7] if row.get(key) is not None}
     notes = []
@@ -150,7 +150,8 @@ def _explanation(
     )
 
 
-def _verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
+def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
+    """What the rule said about an annotated row (its columns by name)."""
     value = row.get(f"cf_score.{rule.id}")
     fired = next((reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id), None)
     return RuleVerdict(
