@@ -62,8 +62,20 @@ class Nearest:
             scores[~mask] = -np.inf
         rows = self._candidates(scores)
         if len(rows):
-            exact = np.vecdot(block[rows].astype(np.float64), self._query.astype(np.float64))
-            self._merge(start + (rows if chosen is None else chosen[rows]), exact)
+            self.add_rows(start + (rows if chosen is None else chosen[rows]), block[rows])
+
+    def add_rows(self, positions: np.ndarray, rows: np.ndarray) -> None:
+        """Consider single rows: their positions int64 [n] and vectors float16 [n, dim]."""
+        self.add_cosines(positions, np.vecdot(rows.astype(np.float64), self._query.astype(np.float64)))
+
+    def add_cosines(self, positions: np.ndarray, cosines: np.ndarray) -> None:
+        """Consider rows by position int64 [n] whose cosines are known."""
+        positions = np.concatenate([self._positions, positions])
+        cosines = np.concatenate([self._cosines, cosines])
+        order = np.lexsort((positions, -cosines))[: self._k]
+        self._positions, self._cosines = positions[order], cosines[order]
+        if len(order) == self._k:
+            self._floor = float(self._cosines[-1])
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """(positions int64, cosines float32), best first, equal ones by position."""
@@ -87,11 +99,3 @@ class Nearest:
             kth = np.partition(scores, len(scores) - self._k)[len(scores) - self._k]
             floor = max(floor, float(kth) - 2 * _SLACK)
         return np.flatnonzero((scores >= floor) & (scores > -np.inf))
-
-    def _merge(self, positions: np.ndarray, cosines: np.ndarray) -> None:
-        positions = np.concatenate([self._positions, positions])
-        cosines = np.concatenate([self._cosines, cosines])
-        order = np.lexsort((positions, -cosines))[: self._k]
-        self._positions, self._cosines = positions[order], cosines[order]
-        if len(order) == self._k:
-            self._floor = float(self._cosines[-1])

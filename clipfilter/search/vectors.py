@@ -26,7 +26,7 @@ from clipfilter.storage import Directory
 T = TypeVar("T")
 
 #: Embedding files that stay open (each costs a file descriptor).
-_OPEN_FILES = 128
+_OPEN_FILES = 512
 _COMMITS_AT_ONCE = 64
 
 
@@ -47,6 +47,14 @@ class RunShard:
     origin: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A shard's memory-mapped file: its vectors as `shard_blocks` gives them, and its uids."""
+
+    blocks: list[tuple[int, np.ndarray]]
+    uids: pa.ChunkedArray
+
+
 class RunVectors:
     """The rows of one version of a run in the order of its commits: position 0 is the first row of the first shard.
 
@@ -63,9 +71,9 @@ class RunVectors:
         self.rows = shards[-1].start + shards[-1].rows
         self._starts = np.array([shard.start for shard in shards], np.int64)
         self._origins: dict[str, Directory] = {directory.url: directory}
-        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._open: OrderedDict[int, _Opened] = OrderedDict()
         self._lock = threading.Lock()
-        self.dim = self._table(0).schema.field("image_emb").type.list_size
+        self.dim: int = _dim(self._local(shards[0]))
         self.schema: pa.Schema = self._annotated_schema()
 
     @classmethod
@@ -98,11 +106,7 @@ class RunVectors:
 
     def shard_blocks(self, number: int) -> Iterator[tuple[int, np.ndarray]]:
         """The blocks of one shard."""
-        start = self.shards[number].start
-        for chunk in self._table(number)["image_emb"].chunks:
-            if len(chunk):
-                yield start, as_matrix(chunk, self.dim)
-                start += len(chunk)
+        yield from self._opened(number).blocks
 
     def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number in `shards`, row in that shard's files), int64 [n] each. Raises IndexError beyond the last row."""
@@ -118,8 +122,10 @@ class RunVectors:
         out = np.empty((len(number), self.dim), np.float16)
         for shard in np.unique(number):
             mine = np.flatnonzero(number == shard)
-            column = self._table(int(shard))["image_emb"]
-            out[mine] = as_matrix(column.take(pa.array(row[mine])), self.dim)
+            start = self.shards[shard].start
+            for first, block in self.shard_blocks(int(shard)):
+                here = mine[(row[mine] >= first - start) & (row[mine] < first - start + len(block))]
+                out[here] = block[row[here] - (first - start)]
         return out
 
     def rows_at(self, positions: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
@@ -148,7 +154,7 @@ class RunVectors:
         """The position of the first row with this cf_uid, None when no row has it; reads the uids shard by shard."""
         wanted = pa.scalar(uid, pa.string())
         for number, shard in enumerate(self.shards):
-            found = pc.index(self._table(number)["cf_uid"], wanted).as_py()
+            found = pc.index(self._opened(number).uids, wanted).as_py()
             if found >= 0:
                 return shard.start + int(found)
         return None
@@ -172,7 +178,7 @@ class RunVectors:
     def close(self) -> None:
         """Unmap the files and remove local copies of remote ones."""
         with self._lock:
-            self._tables.clear()
+            self._open.clear()
             for origin in self._origins.values():
                 origin.clean_scratch(stale_only=False)
 
@@ -184,11 +190,11 @@ class RunVectors:
     ) -> None:
         self.close()
 
-    def _table(self, number: int) -> pa.Table:
+    def _opened(self, number: int) -> _Opened:
         with self._lock:
-            if number in self._tables:
-                self._tables.move_to_end(number)
-                return self._tables[number]
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
             shard = self.shards[number]
             table = pa.ipc.open_file(pa.memory_map(str(self._local(shard)))).read_all()
             if table.num_rows != shard.rows:
@@ -196,10 +202,15 @@ class RunVectors:
                     f"{shard.embeddings['name']} has {table.num_rows} rows where its commit says {shard.rows}; "
                     f"`clipfilter verify {shard.origin}` tells what is damaged."
                 )
-            self._tables[number] = table
-            while len(self._tables) > _OPEN_FILES:
-                self._tables.popitem(last=False)
-            return table
+            blocks, start = [], shard.start
+            for chunk in table["image_emb"].chunks:
+                if len(chunk):
+                    blocks.append((start, as_matrix(chunk, self.dim)))
+                    start += len(chunk)
+            self._open[number] = _Opened(blocks, table["cf_uid"])
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+            return self._open[number]
 
     def _local(self, shard: RunShard) -> Path:
         """The embeddings file on a local disk."""
@@ -225,6 +236,11 @@ class RunVectors:
     def _annotated_schema(self) -> pa.Schema:
         with self.directory.open(self.shards[0].annotated["name"]) as handle:
             return pq.read_schema(handle).remove_metadata()
+
+
+def _dim(path: Path) -> int:
+    with pa.memory_map(str(path)) as handle:
+        return int(pa.ipc.open_file(handle).schema.field("image_emb").type.list_size)
 
 
 def _version(directory: Directory, run: str, version: str | int | None) -> tuple[str, dict[str, Any]]:
