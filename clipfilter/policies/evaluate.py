@@ -4,7 +4,8 @@ What makes results reproducible: rows are scored in zero-padded blocks of 1024, 
 score never depends on how many rows follow. A score within 1e-5 of one of its thresholds (for linear heads: times
 the length of the weights) is computed again in float64 from the same float16 embedding and compared with the exact
 threshold; the float32 that is stored is then moved, by at most one unit in the last place, to the side of the
-float32 threshold where the float64 value lies. Heads that are not linear are computed in float64 from the start.
+float32 threshold where the float64 value lies. Of heads of several layers the first is part of the product, the others are
+float64, and how close is close follows from the layers' norms; where that says too little, all is float64 from the start.
 `decide` compares nothing but stored float32 scores with float32 thresholds, so record and
 decision cannot contradict each other.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter.models.heads.network import Layers
 from clipfilter.policies.columns import metadata_values
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1024
 RECHECK = 1e-5
+_OPENED_NEAR = 0.02  # where an error could move a score further than this, too many rows would be computed twice
+_VANISHING = 1e-30  # a sum of exponentials below this has lost digits
 KEEP, REVIEW, REJECT = 0, 1, 2
 DECISIONS = ("keep", "review", "reject")
 BANDS = ("review", "reject", "missing")
@@ -50,12 +54,14 @@ class ConceptPlan:
     """The concept rules of a policy as arrays: k phrase columns in G groups of neighbours, R rules that read
     groups.
 
-    A group index of G means "no such group".
+    Groups lie in order of their size, so that all of one size are reduced at once. A group index of G means "no such
+    group".
     """
 
-    weights: np.ndarray  # float32 [k + h, dim]: unit rows of the phrases, then those of linear heads
+    weights: np.ndarray  # float32 [k + h, dim]: unit rows of the phrases, then those of the heads
     phrases: tuple[str, ...]  # of every column
     bounds: tuple[tuple[int, int], ...]  # columns of every group
+    sizes: tuple[tuple[int, int, int], ...]  # first and last + 1 of the groups of one size, and that size
     group_of: np.ndarray  # intp [k]
     rules: tuple[str, ...]
     positives: np.ndarray  # intp [R] group
@@ -69,6 +75,8 @@ class ConceptPlan:
     logit_scale: float
     logit_bias: float
     sigmoid: bool
+    positive_columns: np.ndarray  # intp [R, P] columns of the positives, the first repeated to fill a row up
+    negative_columns: np.ndarray  # intp [R, N] columns of near misses and generics; -1 where a rule has none
 
     @classmethod
     def build(
@@ -85,15 +93,26 @@ class ConceptPlan:
         sigmoid: bool,
     ) -> ConceptPlan:
         stops = [*starts[1:], len(phrases)] if starts else []
-        bounds = tuple(zip(starts, stops, strict=True))
-        sizes = np.array([stop - start for start, stop in bounds] + [0], dtype=np.float64)
-        groups = np.array([member[1:4] for member in members], dtype=np.intp).reshape(-1, 3)
-        groups[groups < 0] = len(bounds)
+        given = list(zip(starts, stops, strict=True))
+        by_size = sorted(range(len(given)), key=lambda group: given[group][1] - given[group][0])
+        columns = [column for group in by_size for column in range(*given[group])]
+        sizes = np.array([given[group][1] - given[group][0] for group in by_size] + [0], dtype=np.float64)
+        ends = np.cumsum(sizes[:-1]).astype(int).tolist()
+        bounds = tuple(zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
+        renumbered = np.full(len(given) + 1, len(given), dtype=np.intp)
+        renumbered[by_size] = np.arange(len(given))
+        groups = renumbered[np.array([member[1:4] for member in members], dtype=np.intp).reshape(-1, 3)]
         positives, near, generic = groups.T.copy()
         return cls(
-            weights=np.ascontiguousarray(weights, dtype=np.float32),
-            phrases=phrases,
+            weights=np.ascontiguousarray(np.concatenate([weights[columns], weights[len(phrases) :]]), dtype=np.float32),
+            phrases=tuple(phrases[column] for column in columns),
             bounds=bounds,
+            sizes=tuple(
+                (int(first), int(first + count), int(size))
+                for size, first, count in zip(
+                    *np.unique(sizes[:-1], return_index=True, return_counts=True), strict=True
+                )
+            ),
             group_of=np.repeat(np.arange(len(bounds)), sizes[:-1].astype(np.intp)),
             rules=tuple(member[0] for member in members),
             positives=positives,
@@ -107,25 +126,70 @@ class ConceptPlan:
             logit_scale=logit_scale,
             logit_bias=logit_bias,
             sigmoid=sigmoid,
+            positive_columns=_rectangle([(group,) for group in positives], bounds),
+            negative_columns=_rectangle(list(zip(near, generic, strict=True)), bounds),
         )
+
+
+def _rectangle(groups: Sequence[tuple[int, ...]], bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The columns of each rule's groups, intp [R, widest]; the first is repeated to fill a row up, -1 where none are."""
+    lists = [[c for group in own if group < len(bounds) for c in range(*bounds[group])] for own in groups]
+    width = max((len(own) for own in lists), default=0)
+    filled = [own + [own[0] if own else -1] * (width - len(own)) for own in lists]
+    return np.array(filled, dtype=np.intp).reshape(len(lists), width)
+
+
+@dataclass(frozen=True)
+class OpenedHead:
+    """A head of several layers whose first one is part of the concepts' matrix.
+
+    columns: of its hidden units among the heads' columns. near: how far an error in that product can move its score.
+    """
+
+    rule: str
+    network: Layers
+    columns: slice
+    near: float
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """The head rules of a policy: linear heads as further columns of the concepts' matrix, the others as they are."""
+    """The head rules of a policy: linear heads and first layers as further columns of the concepts' matrix, the others
+    as they are."""
 
     linear: tuple[tuple[str, Head], ...]  # rule and head, in the order of the columns
+    opened: tuple[OpenedHead, ...]
     curved: tuple[tuple[str, Head], ...]
     weights: np.ndarray  # float32 [h, dim]
 
     @classmethod
     def build(cls, members: Sequence[tuple[str, Head]], dim: int) -> HeadPlan:
         linear = tuple(member for member in members if member[1].linear is not None)
-        rows = [head.linear[0] for _, head in linear if head.linear is not None]
-        return cls(
-            linear=linear,
-            curved=tuple(member for member in members if member[1].linear is None),
-            weights=np.stack(rows) if rows else np.zeros((0, dim), dtype=np.float32),
+        rows = [head.linear[0][None] for _, head in linear if head.linear is not None]
+        opened: list[OpenedHead] = []
+        curved: list[tuple[str, Head]] = []
+        start = len(linear)
+        for rule, head in members:
+            if head.linear is not None:
+                continue
+            if isinstance(head.network, Layers):
+                weight = head.network.first[0]
+                lengths = np.maximum(1.0, np.linalg.norm(weight, axis=1))
+                near = RECHECK * float(np.linalg.norm(lengths)) * head.network.steepest
+                if near <= _OPENED_NEAR:
+                    opened.append(OpenedHead(rule, head.network, slice(start, start + len(weight)), near))
+                    rows.append(weight.astype(np.float32))
+                    start += len(weight)
+                    continue
+            curved.append((rule, head))
+        weights = np.concatenate(rows) if rows else np.zeros((0, dim), dtype=np.float32)
+        return cls(linear, tuple(opened), tuple(curved), weights)
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Ids of the rules that are heads."""
+        return tuple(
+            [rule for rule, _ in self.linear] + [head.rule for head in self.opened] + [rule for rule, _ in self.curved]
         )
 
 
@@ -197,28 +261,41 @@ def score(
     concept = np.full((len(plan.rules), n), np.nan, dtype=np.float32)
     nearest = np.full((len(plan.rules), n), -1, dtype=np.int32)
     contrast = np.full((len(plan.rules), n), -1, dtype=np.int32)
-    cosine = similarity(image_emb, text_emb, has_text)
+    cosine = np.full(n, np.nan, dtype=np.float32)
+    heads = {name: np.full(n, np.nan, dtype=np.float32) for name in compiled.heads.rules}
+    block = np.zeros((BLOCK, image_emb.shape[1]), dtype=np.float32)
+    texts = np.zeros_like(block)
+    products = np.empty((len(plan.weights), BLOCK), dtype=np.float32)
+    with _one_blas_thread():
+        for start in range(0, n, BLOCK):
+            rows = slice(start, min(start + BLOCK, n))
+            half = image_emb[rows]
+            _upcast(half, block)
+            usable = _usable(block)
+            if text_emb is not None:
+                _upcast(text_emb[rows], texts)
+                cosine[rows] = _cosines(block, texts, usable)[: len(half)]
+            if not len(products):
+                continue
+            valid = usable[: len(half)]
+            with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN
+                np.matmul(plan.weights, block.T, out=products)
+            if plan.rules:
+                cosines = products[: len(plan.phrases)]
+                target = (concept[:, rows], nearest[:, rows], contrast[:, rows])
+                _score_concepts(plan, concept_rules, cosines, half, valid, *target)
+            of_heads = products[len(plan.phrases) :]
+            for (name, head), product in zip(compiled.heads.linear, of_heads, strict=False):
+                heads[name][rows] = _linear_scores(head, product, half, valid, rules[name].thresholds)
+            for opened in compiled.heads.opened:
+                hidden = of_heads[opened.columns]
+                heads[opened.rule][rows] = _opened_scores(opened, hidden, half, valid, rules[opened.rule].thresholds)
+            for name, head in compiled.heads.curved:
+                heads[name][rows] = _curved_scores(head, block, valid, rules[name].thresholds)
+    if has_text is not None:
+        cosine[~np.asarray(has_text, dtype=bool)] = np.nan
     if text_emb is None and "cf_similarity" in columns.column_names:
         cosine[:] = metadata_values("cf_similarity", columns)
-    heads = {name: np.full(n, np.nan, dtype=np.float32) for name, _ in (*compiled.heads.linear, *compiled.heads.curved)}
-    if plan.rules or heads:
-        block = np.zeros((BLOCK, plan.weights.shape[1]), dtype=np.float32)
-        with _one_blas_thread():
-            for start in range(0, n, BLOCK):
-                rows = slice(start, min(start + BLOCK, n))
-                half = image_emb[rows]
-                _upcast(half, block)
-                valid = _usable(block)[: len(half)]
-                with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN
-                    products = np.matmul(plan.weights, block.T)
-                if plan.rules:
-                    cosines = products[: len(plan.phrases)]
-                    target = (concept[:, rows], nearest[:, rows], contrast[:, rows])
-                    _score_concepts(plan, concept_rules, cosines, half, valid, *target)
-                for (name, head), product in zip(compiled.heads.linear, products[len(plan.phrases) :], strict=True):
-                    heads[name][rows] = _linear_scores(head, product, half, valid, rules[name].thresholds)
-                for name, head in compiled.heads.curved:
-                    heads[name][rows] = _curved_scores(head, block, valid, rules[name].thresholds)
 
     for position, name in enumerate(plan.rules):
         values[name] = concept[position]
@@ -255,15 +332,15 @@ def similarity(image_emb: np.ndarray, text_emb: np.ndarray | None, has_text: np.
         stop = min(start + BLOCK, n)
         _upcast(image_emb[start:stop], images)
         _upcast(text_emb[start:stop], texts)
-        result[start:stop] = _cosines(images, texts)[: stop - start]
+        result[start:stop] = _cosines(images, texts, _usable(images))[: stop - start]
     if has_text is not None:
         result[~np.asarray(has_text, dtype=bool)] = np.nan
     return result
 
 
-def _cosines(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Row-wise product of two blocks, NaN where either row is no embedding."""
-    return np.where(_usable(images) & _usable(texts), np.vecdot(images, texts), np.float32(np.nan))
+def _cosines(images: np.ndarray, texts: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Row-wise product of two blocks, NaN where either row is no embedding (usable says it of the images)."""
+    return np.where(usable & _usable(texts), np.vecdot(images, texts), np.float32(np.nan))
 
 
 def settle(exact: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
@@ -326,12 +403,9 @@ def _score_concepts(
             chosen = doubtful[plan.threshold_rule == position].any(axis=0)[picked]
             out[position, picked[chosen]] = settle(exact[position, chosen], rule.thresholds)
 
-    for position, rule in enumerate(rules):
-        rows = np.flatnonzero(_concerned(plan, rule, out[position], valid))
-        if len(rows):
-            groups = [g for g in (plan.near[position], plan.generic[position]) if g < len(plan.bounds)]
-            nearest[position, rows] = _strongest(plan, cosines, rows, [plan.positives[position]])
-            contrast[position, rows] = _strongest(plan, cosines, rows, groups)
+    of_rule, at = np.nonzero(_concerned(plan, rules, out, valid))
+    nearest[of_rule, at] = _strongest(plan.positive_columns, cosines, of_rule, at)
+    contrast[of_rule, at] = _strongest(plan.negative_columns, cosines, of_rule, at)
 
 
 def _linear_scores(
@@ -351,6 +425,25 @@ def _linear_scores(
     return values
 
 
+def _opened_scores(
+    opened: OpenedHead, product: np.ndarray, half: np.ndarray, valid: np.ndarray, thresholds: Sequence[float]
+) -> np.ndarray:
+    """One block of a head of several layers from the product [hidden, BLOCK] of its first, float32 [m]; close ones
+    settled in float64 from the embedding."""
+    network = opened.network
+    with np.errstate(invalid="ignore", over="ignore"):
+        hidden = product[:, : len(half)].T.astype(np.float64) + network.first[1]
+        values = network.rest(hidden + network.words(half)).astype(np.float32)
+    values[~valid] = np.nan
+    close = np.abs(values - np.array(thresholds, dtype=np.float32)[:, None]) <= opened.near
+    picked = np.flatnonzero(close.any(axis=0))
+    if len(picked):
+        # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are close.
+        exact = np.concatenate([network.exact(half[row][None].astype(np.float64)) for row in picked])
+        values[picked] = settle(exact, thresholds)
+    return values
+
+
 def _curved_scores(head: Head, block: np.ndarray, valid: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
     """One block of any other head, float32 [m]: computed in float64 from the start, since an error in float32 would
     grow through its layers by a factor that nobody knows."""
@@ -362,29 +455,35 @@ def _curved_scores(head: Head, block: np.ndarray, valid: np.ndarray, thresholds:
     return values
 
 
-def _concerned(plan: ConceptPlan, rule: CompiledRule, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Rows whose nearest phrases may be asked for: those in a band, or all where the dataset ranks the rule."""
-    if rule.id in plan.always_explained:
-        return valid
-    if rule.direction == "below":
-        return np.asarray(values < np.float32(max(rule.thresholds)))
-    if rule.direction == "above":
-        return np.asarray(values > np.float32(min(rule.thresholds)))
-    return np.zeros(len(values), dtype=bool)
+def _concerned(plan: ConceptPlan, rules: Sequence[CompiledRule], values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Which nearest phrases may be asked for, bool [R, m]: rows in a band, or all where the dataset ranks the rule."""
+    above = np.full(len(rules), np.inf, dtype=np.float32)
+    below = np.full(len(rules), -np.inf, dtype=np.float32)
+    ranked = np.zeros(len(rules), dtype=bool)
+    for position, rule in enumerate(rules):
+        if rule.id in plan.always_explained:
+            ranked[position] = True
+        elif rule.direction == "below":
+            below[position] = max(rule.thresholds)
+        elif rule.direction == "above":
+            above[position] = min(rule.thresholds)
+    concerned = values > above[:, None]
+    if np.isfinite(below).any():
+        concerned |= values < below[:, None]
+    concerned[ranked] = valid
+    return np.asarray(concerned)
 
 
-def _strongest(plan: ConceptPlan, cosines: np.ndarray, rows: np.ndarray, groups: Sequence[int]) -> np.ndarray:
-    """Column with the highest cosine in these groups for each of the rows, int32; -1 where there are no groups."""
-    if not groups:
-        return np.full(len(rows), -1, dtype=np.int32)
-    parts = [cosines[slice(*plan.bounds[group])].take(rows, axis=1) for group in groups]
-    best = (parts[0] if len(parts) == 1 else np.concatenate(parts)).argmax(axis=0)
-    start = plan.bounds[groups[0]][0]
-    column = best + start
-    if len(groups) == 2:
-        first = len(parts[0])
-        column[best >= first] += plan.bounds[groups[1]][0] - start - first
-    return np.asarray(column, dtype=np.int32)
+def _strongest(columns: np.ndarray, cosines: np.ndarray, of_rule: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Of each pair (rule, row) the rule's column with the highest cosine, int32 [pairs]; -1 where it has no columns.
+
+    columns: intp [R, c]; cosines: [k, m]; of_rule, at: intp [pairs].
+    """
+    if not len(at) or not columns.shape[1]:
+        return np.full(len(at), -1, dtype=np.int32)
+    own = columns[of_rule]
+    best = cosines[own, at[:, None]].argmax(axis=1)
+    return np.asarray(own[np.arange(len(at)), best], dtype=np.int32)
 
 
 def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
@@ -396,31 +495,17 @@ def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
     Sigmoid models: max over positives minus max over negatives of sigmoid(s * cosine + bias). margin: the
     same difference in cosines. cosine: the highest positive alone.
     """
-    dtype = cosines.dtype
-    groups, width = len(plan.bounds), cosines.shape[1]
-    scale, bias = dtype.type(plan.logit_scale), dtype.type(plan.logit_bias)
-    top = np.full((groups + 1, width), -np.inf, dtype=dtype)  # highest cosine of each group; the last is "none"
-    for group, (start, stop) in enumerate(plan.bounds):
-        np.maximum.reduce(cosines[start:stop], axis=0, out=top[group])
-    positive, near, generic = top[plan.positives], top[plan.near], top[plan.generic]
-    negative = np.maximum(near, generic)
-
     kinds = np.array(plan.score_kinds)
     soft = (kinds == "probability") & (not plan.sigmoid)
-    result = np.empty((len(plan.rules), width), dtype=dtype)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        if soft.any():
-            spread = cosines - top[plan.group_of]
-            spread *= scale
-            np.exp(spread, out=spread)
-            total = np.zeros((groups + 1, width), dtype=dtype)  # sum of exp, relative to the highest of the group
-            for group, (start, stop) in enumerate(plan.bounds):
-                np.add.reduce(spread[start:stop], axis=0, out=total[group])
-            against = total[plan.near] * np.exp(scale * (near - negative))
-            against += total[plan.generic] * np.exp(scale * (generic - negative))
-            ratio = plan.counts[0].astype(dtype) / plan.counts[1].astype(dtype)
-            odds = against / total[plan.positives] * ratio[:, None] * np.exp(scale * (negative - positive))
-            np.divide(dtype.type(1), odds + dtype.type(1), out=result)
+    result = np.empty((len(plan.rules), cosines.shape[1]), dtype=cosines.dtype)
+    if soft.any():
+        result[:] = _probabilities(plan, cosines)
+    if soft.all():
+        return result
+    scale, bias = cosines.dtype.type(plan.logit_scale), cosines.dtype.type(plan.logit_bias)
+    top = _by_group(plan, np.maximum, cosines, -np.inf)
+    positive, negative = top[plan.positives], np.maximum(top[plan.near], top[plan.generic])
+    with np.errstate(invalid="ignore", over="ignore"):
         for row, kind in enumerate(plan.score_kinds):
             if soft[row]:
                 continue
@@ -430,6 +515,52 @@ def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
                 result[row] = positive[row] - negative[row]
             else:
                 result[row] = _sigmoid(scale * positive[row] + bias) - _sigmoid(scale * negative[row] + bias)
+    return result
+
+
+def _probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
+    """The softmax of every rule [R, m]: mean exponential of the positives against that of all it is contrasted with."""
+    dtype = cosines.dtype
+    scale = dtype.type(plan.logit_scale)
+    count = plan.counts.astype(dtype)[:, :, None]
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
+        powers = cosines - np.maximum.reduce(cosines, axis=0)
+        powers *= scale
+        np.exp(powers, out=powers)
+        total = _by_group(plan, np.add, powers, 0.0)
+        positive = total[plan.positives] / count[0]
+        both = (total[plan.near] + total[plan.generic]) / count[1]
+        both += positive
+        result = np.divide(positive, both, out=positive)
+        # Where a rule's phrases all lie far below the row's highest, their exponentials vanish beside it.
+        lost = np.flatnonzero((both < dtype.type(_VANISHING)).any(axis=0))
+        if len(lost):
+            result[:, lost] = _distant_probabilities(plan, cosines[:, lost])
+    return np.asarray(result)
+
+
+def _distant_probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
+    """`_probabilities` with exponentials relative to the highest of each group, in which nothing vanishes."""
+    dtype = cosines.dtype
+    scale = dtype.type(plan.logit_scale)
+    top = _by_group(plan, np.maximum, cosines, -np.inf)
+    positive, near, generic = top[plan.positives], top[plan.near], top[plan.generic]
+    negative = np.maximum(near, generic)
+    total = _by_group(plan, np.add, np.exp((cosines - top[plan.group_of]) * scale), 0.0)
+    against = total[plan.near] * np.exp(scale * (near - negative))
+    against += total[plan.generic] * np.exp(scale * (generic - negative))
+    ratio = (plan.counts[0] / plan.counts[1]).astype(dtype)[:, None]
+    odds = against / total[plan.positives] * ratio * np.exp(scale * (negative - positive))
+    return np.asarray(dtype.type(1) / (odds + dtype.type(1)))
+
+
+def _by_group(plan: ConceptPlan, reduce: np.ufunc, columns: np.ndarray, none: float) -> np.ndarray:
+    """`columns` [k, m] reduced over each group, [G + 1, m]; the last row, of the group that is none, holds `none`."""
+    width = columns.shape[1]
+    result = np.full((len(plan.bounds) + 1, width), none, dtype=columns.dtype)
+    for first, last, size in plan.sizes:
+        members = columns[plan.bounds[first][0] : plan.bounds[last - 1][1]]
+        reduce.reduce(members.reshape(last - first, size, width), axis=1, out=result[first:last])
     return result
 
 

@@ -143,10 +143,10 @@ def test_scores_are_the_heads_own_and_linear_ones_are_columns_of_the_one_product
     alone = compiled(CONCEPT)
     rows = embeddings(3000)
     found = score(both, rows)
-    assert both.matrix.shape == (DIM, alone.matrix.shape[1] + 2)  # the perceptron is none
+    hidden = len(both.heads.opened[0].network.weights[0])
+    assert both.matrix.shape == (DIM, alone.matrix.shape[1] + 2 + hidden)  # of the perceptron its first layer
     for name, path in three.items():
         np.testing.assert_allclose(found.values[name], exact(path, rows), atol=2e-5)
-    np.testing.assert_array_equal(found.values["mlp"], exact(three["mlp"], rows).astype(np.float32))
     np.testing.assert_allclose(found.values["cats"], score(alone, rows).values["cats"], atol=1e-6)
     np.testing.assert_array_equal(found.nearest["cats"], score(alone, rows).nearest["cats"])
 
@@ -159,6 +159,21 @@ def test_rows_do_not_depend_on_how_many_follow(three: dict[str, Path]) -> None:
         some = score(plan, rows[part])
         for name in whole.values:
             np.testing.assert_array_equal(some.values[name], whole.values[name][part])
+
+
+@pytest.mark.parametrize(("size", "opened"), [(0.05, True), (1.0, True), (4.0, False)])
+def test_heads_of_layers_decide_as_float64_does(tmp_path: Path, size: float, opened: bool) -> None:
+    """Every row's own exact score once as the threshold: none lands on the wrong side, however it was computed."""
+    path = head(tmp_path / "h.safetensors", (16, 8, 1), size=size)
+    rows = embeddings(300)
+    truth = exact(path, rows)
+    for threshold in np.sort(truth)[::25].tolist():
+        plan = compiled(f"{{id: mlp, head: 'file:{path}', reject: {{above: {threshold!r}}}}}")
+        assert bool(plan.heads.opened) is opened
+        assert bool(plan.heads.curved) is not opened
+        values = score(plan, rows).values["mlp"]
+        np.testing.assert_array_equal(values > np.float32(threshold), truth > threshold)
+        np.testing.assert_allclose(values, truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])

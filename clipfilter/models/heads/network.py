@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -56,21 +58,47 @@ class Layers:
     def dim(self) -> int:
         return int(self.weights[0].shape[1])
 
-    def exact(self, embeddings: np.ndarray) -> np.ndarray:
-        """float64 [n, d] -> float64 [n]."""
-        x = embeddings
-        if self.vocabularies:
-            x = x.copy()
-            for position, vocabulary in self.vocabularies.items():
-                x[:, position] = vocabulary(embeddings[:, position])
+    @cached_property
+    def first(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first layer as one affine map of the embedding, (float64 [h, d], float64 [h]): standardised within, and
+        blind to the inputs that are read as words."""
+        weight, bias = self.weights[0], self.biases[0]
         if self.mean is not None and self.scale is not None:
-            x = (x - self.mean) / self.scale
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = x @ weight.T + bias
-            if number < len(self.weights) - 1:
-                x = _activate(x, self.activation)
+            weight = weight / self.scale
+            bias = bias - weight @ self.mean
+        if self.vocabularies:
+            weight = weight.copy()
+            weight[:, list(self.vocabularies)] = 0.0
+        return weight, bias
+
+    def words(self, embeddings: np.ndarray) -> np.ndarray:
+        """What the inputs that are read as words add to the first layer: any float [n, d] -> float64 [n, h]."""
+        positions = list(self.vocabularies)
+        weight = self.weights[0][:, positions]
+        if self.scale is not None:
+            weight = weight / self.scale[positions]
+        values = [self.vocabularies[position](embeddings[:, position].astype(np.float64)) for position in positions]
+        return np.asarray(np.stack(values, axis=1) @ weight.T if values else np.zeros((len(embeddings), len(weight))))
+
+    def rest(self, hidden: np.ndarray) -> np.ndarray:
+        """Scores float64 [n] from the first layer's sums, float64 [n, h]."""
+        x = hidden
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            x = _activate(x, self.activation) @ weight.T + bias
         score = x[:, 0]
         return np.asarray(1.0 / (1.0 + np.exp(-np.clip(score, -700, 700))) if self.final == "sigmoid" else score)
+
+    @cached_property
+    def steepest(self) -> float:
+        """A Lipschitz bound of `rest`: spectral norms multiplied; no activation here is steeper than 1, the final sigmoid
+        1/4."""
+        norms = [float(np.linalg.norm(weight, 2)) for weight in self.weights[1:]]
+        return math.prod(norms) * (0.25 if self.final == "sigmoid" else 1.0)
+
+    def exact(self, embeddings: np.ndarray) -> np.ndarray:
+        """float64 [n, d] -> float64 [n]."""
+        weight, bias = self.first
+        return self.rest(embeddings @ weight.T + bias + self.words(embeddings))
 
     def folded(self) -> tuple[np.ndarray, float] | None:
         """The whole as one affine map, (float64 [d], bias), where nothing in it is curved; else None."""
