@@ -264,11 +264,14 @@ def run_job(request: JobRequest, display: Display | None = None, executor: Execu
     executor: where the work runs, instead of what the request's `engine` says. Raises RefusedError before any work when
     the request cannot be done.
     """
+    return run_prepared(prepare(request), display, executor)
+
+
+def run_prepared(prepared: Preparation, display: Display | None = None, executor: Executor | None = None) -> JobResult:
+    """`run_job` for a request that `prepare` has checked."""
     began = time.monotonic()
-    prepared = prepare(request)
-    _refuse_other_plan(prepared)
-    _refuse_foreign_directory(prepared.directory)
-    executor = executor or choose_executor(request)
+    refuse_other_work(prepared)
+    executor = executor or choose_executor(prepared.request)
     try:
         return _run(prepared, executor, display, began)
     finally:
