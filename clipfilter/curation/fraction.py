@@ -117,28 +117,14 @@ def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> 
     fractions; memory is one slice of scores and one histogram per fraction. Raises RefusedError for a
     fraction outside (0, 1].
     """
-    for fraction, tail in wanted:
-        if not 0.0 < fraction <= 1.0:
-            raise RefusedError(
-                f"a fraction of {fraction} keeps nothing or makes no sense; it must be above 0 and at most 1"
-            )
-        if tail not in ("top", "bottom"):
-            raise ValueError(f"tail is {tail!r}, not 'top' or 'bottom'")
-    high = np.zeros(BUCKETS, dtype=np.int64)
-    for chunk in chunks():
-        high += high_histogram(chunk)
+    _check(wanted)
+    high = _high(chunks)
     ranked = int(high.sum())
     if ranked == 0:
         return [Threshold(None, fraction, tail, 0, 0) for fraction, tail in wanted]
 
     places = [locate(high, wanted_rank(ranked, fraction, tail)) for fraction, tail in wanted]
-    lows = {bucket: np.zeros(BUCKETS, dtype=np.int64) for bucket, _ in places}
-    for chunk in chunks():
-        for part in _slices(chunk):
-            keys = sort_keys(part)
-            upper = keys >> 16
-            for bucket, counts in lows.items():
-                counts += np.bincount(keys[upper == bucket] & 0xFFFF, minlength=BUCKETS)
+    lows = _lows(chunks, {bucket for bucket, _ in places})
     result = []
     for (fraction, tail), (bucket, inside) in zip(wanted, places, strict=True):
         low = lows[bucket]
@@ -149,6 +135,51 @@ def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> 
         kept = ranked - below if tail == "top" else below + int(low[last])
         result.append(Threshold(key_score(bucket << 16 | last), fraction, tail, ranked, kept))
     return result
+
+
+def float16_thresholds(chunks: Iterable[np.ndarray], wanted: Sequence[tuple[float, str]]) -> list[Threshold]:
+    """As `fraction_thresholds`, of float16 scores, in one pass: a float16 has no more than 65 536 values.
+
+    chunks: all scores, read once. Raises ValueError for another dtype.
+    """
+    _check(wanted)
+    counts = np.zeros(BUCKETS, dtype=np.int64)
+    for chunk in chunks:
+        if chunk.dtype != np.float16:
+            raise ValueError(f"one pass is enough for float16 scores only, not for {chunk.dtype}")
+        for part in _slices(chunk):
+            bits = (part[~np.isnan(part)] + np.float16(0.0)).view(np.uint16)
+            counts += np.bincount(np.where(bits & 0x8000, ~bits, bits | 0x8000).astype(np.uint16), minlength=BUCKETS)
+    ranked = int(counts.sum())
+    if ranked == 0:
+        return [Threshold(None, fraction, tail, 0, 0) for fraction, tail in wanted]
+    result = []
+    for fraction, tail in wanted:
+        key, _ = locate(counts, wanted_rank(ranked, fraction, tail))
+        bits = key ^ 0x8000 if key & 0x8000 else key ^ 0xFFFF
+        value = float(np.array([bits], dtype=np.uint16).view(np.float16)[0])
+        below = int(counts[:key].sum())
+        result.append(
+            Threshold(value, fraction, tail, ranked, ranked - below if tail == "top" else below + int(counts[key]))
+        )
+    return result
+
+
+def quantiles(chunks: Chunks, wanted: Sequence[float]) -> list[float | None]:
+    """Exact quantiles of float32 scores by the nearest lower rank, floor(q (n - 1)); None where there is no score.
+
+    chunks: as in `fraction_thresholds`. Raises RefusedError for a quantile outside [0, 1].
+    """
+    for q in wanted:
+        if not 0.0 <= q <= 1.0:
+            raise RefusedError(f"{q} is no quantile; it must be between 0 and 1")
+    high = _high(chunks)
+    ranked = int(high.sum())
+    if ranked == 0:
+        return [None] * len(wanted)
+    places = [locate(high, int(q * (ranked - 1))) for q in wanted]
+    lows = _lows(chunks, {bucket for bucket, _ in places})
+    return [key_score(bucket << 16 | locate(lows[bucket], inside)[0]) for bucket, inside in places]
 
 
 def dataset_thresholds(
@@ -168,6 +199,36 @@ def dataset_thresholds(
             numbers[entry.key] = threshold.value
             evidence[entry.key] = {"of": of, **asdict(threshold)}
     return numbers, evidence
+
+
+def _check(wanted: Sequence[tuple[float, str]]) -> None:
+    for fraction, tail in wanted:
+        if not 0.0 < fraction <= 1.0:
+            raise RefusedError(
+                f"a fraction of {fraction} keeps nothing or makes no sense; it must be above 0 and at most 1"
+            )
+        if tail not in ("top", "bottom"):
+            raise ValueError(f"tail is {tail!r}, not 'top' or 'bottom'")
+
+
+def _high(chunks: Chunks) -> np.ndarray:
+    """The first pass over all scores."""
+    high = np.zeros(BUCKETS, dtype=np.int64)
+    for chunk in chunks():
+        high += high_histogram(chunk)
+    return high
+
+
+def _lows(chunks: Chunks, buckets: set[int]) -> dict[int, np.ndarray]:
+    """The second pass: a histogram of the lower 16 bits for each of these upper buckets."""
+    lows = {bucket: np.zeros(BUCKETS, dtype=np.int64) for bucket in buckets}
+    for chunk in chunks():
+        for part in _slices(chunk):
+            keys = sort_keys(part)
+            upper = keys >> 16
+            for bucket, counts in lows.items():
+                counts += np.bincount(keys[upper == bucket] & 0xFFFF, minlength=BUCKETS)
+    return lows
 
 
 def _slices(scores: np.ndarray) -> Iterable[np.ndarray]:

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from clipfilter.curation.fraction import (
     dataset_thresholds,
+    float16_thresholds,
     fraction_threshold,
     fraction_thresholds,
     high_histogram,
     key_score,
     locate,
     low_histogram,
+    quantiles,
     sort_keys,
     wanted_rank,
 )
@@ -153,3 +155,71 @@ def test_a_policy_gets_its_numbers_with_evidence() -> None:
     assert evidence["top.reject"] == {
         "of": "sim", "value": 49.0, "fraction": 0.5, "tail": "top", "ranked": 100, "kept": 51,
     }  # fmt: skip
+
+
+_BIG = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from clipfilter.curation.fraction import fraction_thresholds
+
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+files = sorted(folder.glob("*.npy"))
+
+def chunks():
+    return (np.load(path, allow_pickle=False) for path in files)
+
+found = fraction_thresholds(chunks, [(0.3, "top"), (1.0, "top"), (0.05, "bottom")])
+print([threshold.value for threshold in found], [threshold.kept for threshold in found])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_ten_million_scores_with_ties_stay_within_500_mb(tmp_path: object, kind: type) -> None:
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    folder = Path(str(tmp_path))
+    # A quarter of a million different values in ten million rows: about forty ties each.
+    scores = (np.random.default_rng(8).integers(0, 250_000, 10_000_000, dtype=np.int32) / np.float32(250_000)).astype(
+        kind
+    )
+    for number, part in enumerate(np.array_split(scores, 7)):
+        np.save(folder / f"{number}.npy", part)
+    done = subprocess.run(
+        [sys.executable, "-c", _BIG, str(folder), str(kind)], capture_output=True, text=True, check=True
+    )
+    ordered = np.sort(scores.astype(np.float32))
+    top, lowest, bottom = ordered[-3_000_001], ordered[0], ordered[500_000]
+    kept = [int((scores >= top).sum()), 10_000_000, int((scores <= bottom).sum())]
+    printed, memory = done.stdout.splitlines()
+    assert printed == f"{[float(top), float(lowest), float(bottom)]} {kept}"
+    assert int(memory) < 500e6, f"{int(memory):,} bytes"
+    print(f"peak memory {int(memory):,} bytes")
+
+
+def test_float16_scores_need_one_pass() -> None:
+    scores = np.random.default_rng(9).normal(0.2, 0.1, 50_000).astype(np.float16)
+    scores[::7] = np.nan
+    scores[1::7] = -0.0
+    passes = []
+
+    def chunks() -> list[np.ndarray]:
+        passes.append(1)
+        return np.array_split(scores, 5)
+
+    found = float16_thresholds(chunks(), [(0.3, "top"), (1.0, "top"), (0.2, "bottom")])
+    assert passes == [1]
+    assert found == fraction_thresholds(chunks, [(0.3, "top"), (1.0, "top"), (0.2, "bottom")])
+    with pytest.raises(ValueError, match="float16"):
+        float16_thresholds([np.array([0.1], np.float32)], [(0.5, "top")])
+
+
+def test_quantiles_are_those_of_a_plain_sort() -> None:
+    scores = np.random.default_rng(10).normal(0, 1, 9_999).astype(np.float32)
+    wanted = [0.0, 0.001, 0.25, 0.5, 0.99, 1.0]
+    found = quantiles(lambda: np.array_split(scores, 4), wanted)
+    assert found == np.quantile(scores, wanted, method="lower").astype(float).tolist()
+    assert quantiles(lambda: [np.full(3, np.nan, np.float32)], [0.5]) == [None]
