@@ -121,7 +121,7 @@ def _names(root: Node) -> list[Node]:
         if not isinstance(entry.data, str) or not entry.data.strip():
             refuse(
                 entry.at if entry.data is not None else root.keys["extends"],
-                f"extends is the name of a pack, the path of a .yaml file, or a list of these, not {kind(entry.data)}",
+                f"extends is the name of a pack, the path of a .yaml file, or a list of these, not {kind(entry.data or None)}",
             )
     if not entries:
         refuse(node.at, "extends is an empty list; name a pack or a file, or remove the line")

@@ -138,7 +138,7 @@ def _message(item: Any, path: tuple[Any, ...]) -> str:
         return str(item["ctx"]["message"])
     if error == "extra_forbidden":
         known = _keys_at(path[:-1])
-        hint = suggest(path[-1], known) or f"; the keys here are {', '.join(known)}"
+        hint = suggest(path[-1], known) or f"; the keys here are {', '.join(known) or 'none'}"
         return f"unknown key {str(path[-1])[:60]!r} in {_owner(path[:-1])}{hint}"
     if error == "missing":
         name = item["loc"][-1]
