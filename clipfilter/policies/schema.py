@@ -9,257 +9,103 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ValidationError, model_validator
+from pydantic import BeforeValidator, ValidationError, ValidationInfo, model_serializer, model_validator
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads
+from clipfilter.policies import overrides as override_lists
 from clipfilter.policies.about import Card, Expectation, Interchange, check_rules
+from clipfilter.policies.attachments import Attachment, Attachments, attach
+from clipfilter.policies.bands import Band, Tighten, check_order, moved
+from clipfilter.policies.calibrated import CalibratedBand, Calibration
+from clipfilter.policies.conditions import Condition
 from clipfilter.policies.fields import Model as _Model
-from clipfilter.policies.fields import choice as _choice
-from clipfilter.policies.fields import fail
+from clipfilter.policies.fields import fail, suggest
 from clipfilter.policies.fields import identifier as _identifier
-from clipfilter.policies.fields import number as _number
 from clipfilter.policies.fields import shown as _shown
-from clipfilter.policies.fields import suggest as suggest
 from clipfilter.policies.fields import text as _text
-from clipfilter.policies.prompts import DEFAULT_TEMPLATES, GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
+from clipfilter.policies.kinds import (
+    PIXELS,
+    Alignment,
+    Combine,
+    Concept,
+    Fraction,
+    Head,
+    Known,
+    Safety,
+    Text,
+    empty_map,
+    read_head,
+)
+from clipfilter.policies.overrides import Override
+from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
+from clipfilter.policies.values import Identifier, Missing, Templates, Whole
 
-MAX_PHRASES = 256
+__all__ = [
+    "KINDS", "MODEL_KINDS", "Band", "CalibratedBand", "Calibration", "Concept", "DatasetThreshold", "Policy", "Rule",
+    "Tighten", "check_band", "check_order", "json_sha256", "suggest",
+]  # fmt: skip
+
 MAX_TOTAL_PHRASES = 4096
-MAX_PHRASE_CHARS = 300
-MAX_TEMPLATES = 100
 MAX_RULES = 200
+MAX_SEVERITY = 100
 
-OnMissing = Literal["review", "reject", "keep"]
-DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
-KINDS = ("concept", "alignment", "head", "metadata", "fraction")
+KINDS = ("concept", "alignment", "head", "safety", "metadata", "pixels", "text", "known", "combine", "fraction")
+#: Kinds whose score depends on the model, and so their thresholds.
+MODEL_KINDS = ("concept", "alignment", "head", "safety")
+ESCALATE = "escalate"
+#: What may happen to a picture that is on a list of known ones.
+KNOWN_ACTIONS = (ESCALATE, "reject", "review")
 
-_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 2_000_000_000:
-        fail(f"{_shown(value)} is not a whole number")
+def _pixels(value: Any) -> Any:
+    if value not in PIXELS:
+        fail(f"{_shown(value)} is no pixel quality (there are {', '.join(PIXELS)})" + suggest(value, PIXELS))
     return value
 
 
-def _sha256(value: Any) -> Any:
-    if not isinstance(value, str) or not _SHA256.match(value):
-        fail(f"{_shown(value)} is not a sha256 (64 lower-case hex digits)")
+def _severity(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEVERITY:
+        fail(f"severity is {_shown(value)}, but must be a whole number from 0 to {MAX_SEVERITY}")
     return value
-
-
-def _phrases(value: Any) -> Any:
-    if isinstance(value, str):
-        fail(f'this must be a list of phrases; write ["{value[:40]}"]')
-    if not isinstance(value, list | tuple):
-        fail(f"this must be a list of phrases, not {_shown(value)}")
-    if not value:
-        fail("the list of phrases is empty")
-    if len(value) > MAX_PHRASES:
-        fail(f"there are {len(value)} phrases, more than the {MAX_PHRASES} allowed", MAX_PHRASES)
-    seen: dict[str, int] = {}
-    for position, phrase in enumerate(value):
-        if not isinstance(phrase, str):
-            fail(f"a phrase must be text, not {_shown(phrase)}; put it in quotes if it is meant as text", position)
-        if not phrase.strip():
-            fail("a phrase is empty", position)
-        if len(phrase) > MAX_PHRASE_CHARS:
-            fail(f"a phrase has {len(phrase):,} characters, more than the {MAX_PHRASE_CHARS} allowed", position)
-        folded = same_phrase(phrase)
-        if folded in seen:
-            fail(f"the phrase {_shown(phrase)} is in the list twice", position)
-        seen[folded] = position
-    return tuple(" ".join(phrase.split()) for phrase in value)
-
-
-def same_phrase(phrase: str) -> str:
-    """What two phrases are compared by: case and spacing make no difference to a text encoder worth the name."""
-    return " ".join(phrase.split()).casefold()
-
-
-def _templates(value: Any) -> Any:
-    if isinstance(value, str):
-        if value not in TEMPLATES:
-            names = ", ".join(TEMPLATES)
-            fail(
-                f"{_shown(value)} is no prompt ensemble (there are {names}; or give a list)" + suggest(value, TEMPLATES)
-            )
-        return TEMPLATES[value]
-    if not isinstance(value, list | tuple) or not value:
-        fail(f"templates must be one of {', '.join(TEMPLATES)}, or a list of texts that hold {{}}")
-    if len(value) > MAX_TEMPLATES:
-        fail(f"there are {len(value)} templates, more than the {MAX_TEMPLATES} allowed", MAX_TEMPLATES)
-    for position, template in enumerate(value):
-        if not isinstance(template, str):
-            fail(f"a template must be text, not {_shown(template)}", position)
-        if len(template) > MAX_PHRASE_CHARS:
-            fail(f"a template has {len(template):,} characters, more than the {MAX_PHRASE_CHARS} allowed", position)
-        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
-            fail(f"the template {_shown(template)} must hold {{}} exactly once, and no other braces", position)
-    if len(set(value)) != len(value):
-        fail("the same template is in the list twice")
-    return tuple(value)
-
-
-def _generic(value: Any) -> Any:
-    if value is True:
-        return GENERIC_VERSION
-    if value is False:
-        return 0
-    if not isinstance(value, int) or value not in GENERIC_NEGATIVES:
-        versions = ", ".join(str(version) for version in GENERIC_NEGATIVES)
-        fail(f"generic is {_shown(value)}, but must be true, false or the version of a list ({versions})")
-    return value
-
-
-def _numbers(value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        fail(f"this must be a list of numbers, not {_shown(value)}")
-    return tuple(_number(item) for item in value)
-
-
-def _head(value: Any) -> Any:
-    """A name, or {name, sha256}; a head of one's own is read here once, so that the policy holds what it must be."""
-    if not isinstance(value, str | dict):
-        fail(f"head must be the name of a head, not {_shown(value)}")
-    named = {"name": value} if isinstance(value, str) else dict(value)
-    name = named.get("name")
-    if not isinstance(name, str):
-        fail("head needs a name; write for example `head: laion-aesthetic-v2`")
-    try:
-        heads.check_name(name)
-        if name.startswith(heads.FILE):
-            path = heads.file_path(name)
-            named["name"] = f"{heads.FILE}{path}"
-            if named.get("sha256") is None:
-                named["sha256"] = heads.check_file(path)
-    except RefusedError as error:
-        fail(str(error))
-    return named
-
-
-def _empty_map(value: Any) -> Any:
-    if not isinstance(value, dict):
-        fail("alignment takes no value; write `alignment: {}`")
-    return value
-
-
-Identifier = Annotated[str, BeforeValidator(_identifier)]
-Number = Annotated[float, BeforeValidator(_number)]
-Whole = Annotated[int, BeforeValidator(_whole)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
-Sha256 = Annotated[str, BeforeValidator(_sha256)]
-Phrases = Annotated[tuple[str, ...], BeforeValidator(_phrases)]
-Templates = Annotated[tuple[str, ...], BeforeValidator(_templates)]
-Generic = Annotated[int, BeforeValidator(_generic)]
-Missing = Annotated[OnMissing, BeforeValidator(_choice("on_missing", "review", "reject", "keep"))]
-Score = Annotated[
-    Literal["probability", "margin", "cosine"], BeforeValidator(_choice("score", "probability", "margin", "cosine"))
-]
-
-
-class Band(_Model):
-    """One threshold with its direction: the band holds the rows strictly above or below it.
-
-    `outside_top: f` and `outside_bottom: f` (fraction rules) hold the rows outside the best or worst fraction
-    f.
-    """
-
-    above: Number | None = None
-    below: Number | None = None
-    outside_top: Number | None = None
-    outside_bottom: Number | None = None
-
-    @model_validator(mode="after")
-    def _one_direction(self) -> Band:
-        given = [name for name in DIRECTIONS if getattr(self, name) is not None]
-        if not given:
-            fail("this band has no threshold; write for example {above: 0.85} or {below: 200}")
-        if len(given) > 1:
-            fail(f"this band has {' and '.join(given)}, but a band has exactly one direction", given[1], key=True)
-        return self
-
-    @property
-    def direction(self) -> str:
-        return next(name for name in DIRECTIONS if getattr(self, name) is not None)
-
-    @property
-    def value(self) -> float:
-        return float(getattr(self, self.direction))
-
-
-class Concept(_Model):
-    """A concept told in words: positives, near misses (`but_not`), and the versioned generic negatives."""
-
-    any_of: Phrases
-    but_not: Phrases = ()
-    generic: Generic = GENERIC_VERSION
-    score: Score = "probability"
-
-    @model_validator(mode="after")
-    def _contrast(self) -> Concept:
-        positives = {same_phrase(phrase) for phrase in self.any_of}
-        for position, phrase in enumerate(self.but_not):
-            if same_phrase(phrase) in positives:
-                fail(f"the phrase {_shown(phrase)} is in any_of and in but_not", "but_not", position)
-        if self.score != "cosine" and not self.but_not and not self.generic:
-            fail(
-                f"a {self.score} needs something to compare with: give but_not, leave generic on, or use score: cosine",
-                "generic",
-                key=True,
-            )
-        return self
-
-    @property
-    def generic_phrases(self) -> tuple[str, ...]:
-        """The generic negatives in use: those of the version that the rule does not name itself."""
-        named = {same_phrase(phrase) for phrase in (*self.any_of, *self.but_not)}
-        return tuple(phrase for phrase in GENERIC_NEGATIVES.get(self.generic, ()) if same_phrase(phrase) not in named)
-
-
-class Alignment(_Model):
-    """Cosine of image and caption."""
-
-
-class Head(_Model):
-    """A small model on the image embedding: a published one by name, or `file:/path` with the sha256 of that file."""
-
-    name: Annotated[str, BeforeValidator(_text("name", 1000))]
-    sha256: Sha256 | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the score besides the embedding: the hash of a head's own file, or those behind a name."""
-        if self.name in heads.HEADS:
-            originals = heads.HEADS[self.name].originals
-            return {"head": self.name, "files": {model: original.sha256 for model, original in originals.items()}}
-        return {"head": heads.FILE, "sha256": self.sha256}
-
-
-class Fraction(_Model):
-    """Ranks all rows of the dataset that have the score of an earlier rule."""
-
-    of: Identifier
 
 
 class Rule(_Model):
-    """One rule: an id, one kind, its bands."""
+    """One rule: an id, one kind, its bands, and to which rows it applies."""
 
     id: Identifier
     concept: Concept | None = None
-    alignment: Annotated[Alignment, BeforeValidator(_empty_map)] | None = None
-    head: Annotated[Head, BeforeValidator(_head)] | None = None
+    alignment: Annotated[Alignment, BeforeValidator(empty_map)] | None = None
+    head: Annotated[Head, BeforeValidator(read_head)] | None = None
+    safety: Safety | None = None
     metadata: Annotated[str, BeforeValidator(_text("metadata", 200))] | None = None
+    pixels: Annotated[str, BeforeValidator(_pixels)] | None = None
+    text: Text | None = None
+    known: Known | None = None
+    combine: Combine | None = None
     fraction: Fraction | None = None
     templates: Templates | None = None
+    when: Condition | None = None
     review: Band | None = None
     reject: Band | None = None
+    tighten: Tighten | None = None
+    severity: Annotated[int, BeforeValidator(_severity)] | None = None
+    action: Annotated[str, BeforeValidator(_identifier)] | None = None
     on_missing: Missing | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_band(cls, data: Any) -> Any:
+        """A pixel quality without bands rejects from its documented threshold on."""
+        if isinstance(data, dict) and data.get("review") is None and data.get("reject") is None:
+            quality = PIXELS.get(data["pixels"]) if isinstance(data.get("pixels"), str) else None
+            if quality is not None and data.get("tighten") is None:
+                return {**data, "reject": {quality.direction: quality.threshold}}
+        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Rule:
@@ -272,24 +118,71 @@ class Rule(_Model):
                 kinds[1],
                 key=True,
             )
-        if self.templates is not None and self.concept is None:
+        if self.id == override_lists.RULE:
+            fail(f"the name {self.id!r} is taken by human decisions; give the rule another", "id")
+        if (
+            self.templates is not None
+            and self.concept is None
+            and (self.safety is None or self.safety.file is not None)
+        ):
             fail(f"templates belong to concept rules, and {self.id!r} is of kind {self.kind}", "templates", key=True)
         for name, band in (("review", self.review), ("reject", self.reject)):
             if band is not None:
                 check_band(self, name, band)
         if self.review is not None and self.reject is not None:
             check_order(self.id, self.review, self.reject)
+        if self.tighten is not None:
+            check_band(self, "tighten", self.tighten.band)
         if self.fraction is not None and self.review is None and self.reject is None:
             fail(
                 f"the fraction rule {self.id!r} needs a band, for example reject: {{outside_top: 0.30}}",
                 "fraction",
                 key=True,
             )
+        if self.fraction is not None and self.when is not None:
+            fail("a fraction ranks the rows of its rule; put the condition into that rule", "when", key=True)
+        self._check_action()
         return self
+
+    def _check_action(self) -> None:
+        if self.known is not None:
+            if self.action is not None and self.action not in KNOWN_ACTIONS:
+                fail(
+                    f"the action of a known rule is one of {', '.join(KNOWN_ACTIONS)}, not {_shown(self.action)}"
+                    + suggest(self.action, KNOWN_ACTIONS),
+                    "action",
+                )
+        elif self.action == ESCALATE:
+            fail(
+                "escalate belongs to known rules: only a picture on a list of hashes is escalated, never one that "
+                "resembles words",
+                "action",
+            )
+        elif self.action in ("keep", *KNOWN_ACTIONS):
+            fail(
+                f"the bands decide what is {self.action}ed or kept; action is a name for what to do beyond that",
+                "action",
+            )
 
     @property
     def kind(self) -> str:
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def number(self) -> str | None:
+        """The metadata name whose number is the rule's score, if it is one."""
+        return PIXELS[self.pixels].metadata if self.pixels is not None else self.metadata
+
+    @property
+    def attachments(self) -> Iterator[Attachment]:
+        """The files that belong to the rule."""
+        if self.concept is not None and self.concept.vectors is not None:
+            yield self.concept.vectors
+        if self.safety is not None and self.safety.file is not None:
+            yield self.safety.file
+        for listed in (self.text.block_list if self.text else None, self.known.listed if self.known else None):
+            if listed is not None and listed.source is not None:
+                yield listed.source
 
 
 def check_band(rule: Rule, name: str, band: Band, at: tuple[str | int, ...] | None = None) -> None:
@@ -308,6 +201,8 @@ def check_band(rule: Rule, name: str, band: Band, at: tuple[str | int, ...] | No
         if not 0.0 < value <= 1.0:
             hint = f"; did you mean {value / 100:g}?" if 1.0 < value <= 100.0 else ""
             fail(f"{direction} is {value:g}, but a fraction is above 0 and at most 1{hint}", *where, direction)
+    elif rule.known is not None:
+        fail(f"a known rule has no bands; its action is one of {', '.join(KNOWN_ACTIONS)}", *where, key=True)
     elif ranked:
         fail(
             f"{direction} belongs to fraction rules; a {rule.kind} rule takes above or below",
@@ -315,6 +210,14 @@ def check_band(rule: Rule, name: str, band: Band, at: tuple[str | int, ...] | No
             direction,
             key=True,
         )
+    elif rule.pixels is not None:
+        if direction != PIXELS[rule.pixels].direction:
+            fail(
+                f"{rule.pixels} lies {PIXELS[rule.pixels].direction} its threshold, not {direction}",
+                *where,
+                direction,
+                key=True,
+            )
     elif _is_probability(rule):
         if not 0.0 < value < 1.0:
             hint = f"; did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
@@ -333,114 +236,7 @@ def check_band(rule: Rule, name: str, band: Band, at: tuple[str | int, ...] | No
 def _is_probability(rule: Rule) -> bool:
     if rule.head is not None:
         return rule.head.name in heads.HEADS and heads.HEADS[rule.head.name].score == "probability"
-    return rule.concept is not None and rule.concept.score == "probability"
-
-
-def check_order(rule_id: str, review: Band, reject: Band, *at: str | int) -> None:
-    """Refuse bands of two directions, and a review band that the reject band hides."""
-    if review.direction != reject.direction:
-        fail(
-            f"the bands of {rule_id!r} point {review.direction} and {reject.direction}; "
-            "a rule has one direction, so write two rules",
-            *at, "review",
-        )  # fmt: skip
-    looser = review.value > reject.value if review.direction == "below" else review.value < reject.value
-    # Scores are float32: two thresholds that a float32 can hardly tell apart make no band.
-    if not looser or abs(review.value - reject.value) <= 1e-6 * max(abs(review.value), abs(reject.value)):
-        order = "above" if review.direction == "below" else "below"
-        fail(
-            f"review at {review.value:g} never applies beside reject at {reject.value:g}; "
-            f"for {review.direction} the review threshold must be {order} the reject threshold",
-            *at, "review", review.direction,
-        )  # fmt: skip
-
-
-class CalibratedBand(_Model):
-    """A calibrated threshold with its evidence, as `policy calibrate` found it.
-
-    What `n`, `m` and `k` count depends on the target. precision: `n` labels, of which `m` lie beyond the threshold, of
-    which `k` are true. miss-rate: `n` labels, `m` of them positive, of which `k` lie on the other side of the threshold.
-    review-budget: `n` rows of the run, of which `m` lie in the band. `bound` holds with this `confidence` where
-    `guarantee` is true; else it is an estimate.
-    """
-
-    above: Number | None = None
-    below: Number | None = None
-    n: Whole | None = None
-    m: Whole | None = None
-    k: Whole | None = None
-    target: Annotated[str, BeforeValidator(_text("target", 100))] | None = None
-    confidence: Number | None = None
-    bound: Number | None = None
-    design: Annotated[str, BeforeValidator(_text("design", 100))] | None = None
-    guarantee: bool | None = None
-    date: Annotated[str, BeforeValidator(_text("date", 10))] | None = None
-
-    def band(self) -> Band:
-        return Band(above=self.above, below=self.below)
-
-    @model_validator(mode="after")
-    def _one_direction(self) -> CalibratedBand:
-        if (self.above is None) == (self.below is None):
-            fail("a calibrated band has exactly one of above and below")
-        return self
-
-
-class Platt(_Model):
-    """P(true) = 1 / (1 + exp(-(a score + b))). Brier and expected calibration error are cross-validated."""
-
-    a: Number
-    b: Number
-    brier: Number
-    ece: Number
-
-
-class Isotonic(_Model):
-    """P(true) by linear interpolation between these points, constant beyond them; scores ascend."""
-
-    scores: Numbers
-    probabilities: Numbers
-    brier: Number
-    ece: Number
-
-    @model_validator(mode="after")
-    def _points(self) -> Isotonic:
-        if not self.scores or len(self.scores) != len(self.probabilities):
-            fail("an isotonic curve has as many scores as probabilities, and at least one")
-        return self
-
-
-class Probability(_Model):
-    """How probable it is that a row with a score is what the rule looks for, fitted to `n` labels."""
-
-    n: Whole
-    platt: Platt
-    isotonic: Isotonic
-
-
-class CalibratedRule(_Model):
-    """The calibrated bands of one rule; a band that is not here keeps the threshold written in the rule."""
-
-    review: CalibratedBand | None = None
-    reject: CalibratedBand | None = None
-    probability: Probability | None = None
-
-    @model_validator(mode="after")
-    def _some_band(self) -> CalibratedRule:
-        if self.review is None and self.reject is None:
-            fail("a calibrated rule has review, reject or both")
-        return self
-
-
-class Calibration(_Model):
-    """Thresholds that belong to one model: used only where the hashes of weights and prompts match."""
-
-    model: Annotated[str, BeforeValidator(_text("model", 300))]
-    weights_sha256: Sha256
-    prompts_sha256: Sha256
-    preprocess_sha256: Sha256 | None = None
-    decode: Annotated[Literal["fast", "exact"], BeforeValidator(_choice("decode", "fast", "exact"))] | None = None
-    rules: dict[str, CalibratedRule]
+    return rule.concept is not None and rule.concept.score in ("probability", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -452,6 +248,65 @@ class DatasetThreshold:
     of: str
     fraction: float
     tail: str  # "top" | "bottom"
+
+
+class Overrides(_Model):
+    """Human decisions by uid: listed in the policy, or in a file beside it."""
+
+    rows: tuple[Override, ...] | None = None
+    source: Attachment | None = None
+
+    @model_validator(mode="after")
+    def _once(self) -> Overrides:
+        seen: set[str] = set()
+        for place, row in enumerate(self.rows or ()):
+            if row.cf_uid in seen:
+                fail(f"the cf_uid {_shown(row.cf_uid)} is there twice", place, "cf_uid")
+            seen.add(row.cf_uid)
+        return self
+
+    @model_serializer
+    def _plain(self) -> Any:
+        if self.rows is not None:
+            return [row.model_dump(mode="json", exclude_none=True) for row in self.rows]
+        return {"sha256": self.source.sha256 if self.source else None}
+
+    def table(self, files: Attachments) -> override_lists.OverrideTable:
+        """All of them, ready to be looked up. Raises RefusedError."""
+        if self.rows is not None:
+            return override_lists.OverrideTable.of(
+                [row.cf_uid for row in self.rows], [row.decision for row in self.rows]
+            )
+        assert self.source is not None
+        read = override_lists.read_overrides(files.path(self.source), self.source.sha256)
+        return override_lists.OverrideTable.of(read["cf_uid"].to_pylist(), read["decision"].to_pylist())
+
+    def find(self, uid: str, files: Attachments) -> dict[str, Any] | None:
+        """One row's override: decision, by, date, note; None where it has none. Raises RefusedError."""
+        if self.rows is not None:
+            return next((row.model_dump(exclude_none=True) for row in self.rows if row.cf_uid == uid), None)
+        assert self.source is not None
+        read = override_lists.read_overrides(files.path(self.source), self.source.sha256)
+        return override_lists.override_of(read, uid)
+
+
+def _overrides(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list | tuple):
+        if len(value) > override_lists.MAX_LISTED:
+            fail(
+                f"there are {len(value):,} overrides, more than the {override_lists.MAX_LISTED:,} a policy may list; "
+                "put them into a CSV file and name that",
+                override_lists.MAX_LISTED,
+            )
+        return {"rows": tuple(value)}
+    source = attach(value, info)
+    if isinstance(value, str) or "file" in value:
+        attachment = Attachment.model_validate(source)
+        try:
+            override_lists.read_overrides(Attachments().path(attachment), attachment.sha256)
+        except RefusedError as error:
+            fail(str(error))
+    return {"source": source}
 
 
 class Policy(_Model):
@@ -467,6 +322,7 @@ class Policy(_Model):
     rules: tuple[Rule, ...]
     on_missing: Missing = "review"
     calibrations: tuple[Calibration, ...] = ()
+    overrides: Annotated[Overrides, BeforeValidator(_overrides)] | None = None
     # About the policy; none of it changes a decision, so none of it is in `canonical()`.
     card: Card | None = None
     tests: tuple[Expectation, ...] = ()
@@ -492,20 +348,32 @@ class Policy(_Model):
         seen: dict[str, Rule] = {}
         phrases = 0
         for position, rule in enumerate(self.rules):
-            phrases += len((*rule.concept.any_of, *rule.concept.but_not)) if rule.concept is not None else 0
+            phrases += rule.concept.phrases if rule.concept is not None else 0
             if phrases > MAX_TOTAL_PHRASES:
                 fail(f"the rules have more than the {MAX_TOTAL_PHRASES:,} phrases allowed in all", "rules", position)
             if rule.id in seen:
                 fail(f"two rules have the id {rule.id!r}", "rules", position, "id")
             if rule.fraction is not None:
                 self._check_fraction(rule, seen, position)
+            if rule.combine is not None:
+                self._check_combine(rule, seen, position)
+            if self.decides and rule.known is not None and rule.action is None:
+                fail(
+                    f"the known rule {rule.id!r} needs an action: {', '.join(KNOWN_ACTIONS)}", "rules", position, "known",
+                    key=True,
+                )  # fmt: skip
             seen[rule.id] = rule
         for position, entry in enumerate(self.calibrations):
             self._check_calibration(entry, seen, position)
-        ranked = {rule.fraction.of for rule in self.rules if rule.fraction is not None}
+        for position, rule in enumerate(self.rules):
+            if rule.tighten is not None:
+                self._check_tighten(rule, rule.tighten, seen, position)
+        used = {rule.fraction.of for rule in self.rules if rule.fraction is not None}
+        used |= {name for rule in self.rules if rule.combine is not None for name in rule.combine.weighted}
         calibrated = {name for entry in self.calibrations for name in entry.rules}
         for position, rule in enumerate(self.rules):
-            if self.decides and rule.review is None and rule.reject is None and rule.id not in ranked | calibrated:
+            idle = rule.review is None and rule.reject is None and rule.tighten is None and rule.known is None
+            if self.decides and idle and rule.id not in used | calibrated:
                 fail(
                     f"the rule {rule.id!r} would decide nothing: "
                     "give it a review or reject band, or rank it in a fraction rule",
@@ -527,6 +395,33 @@ class Policy(_Model):
         if seen[of].fraction is not None:
             fail(f"{of!r} is itself a fraction; `of` names a rule with a score of its own", *at)
 
+    def _check_combine(self, rule: Rule, seen: dict[str, Rule], position: int) -> None:
+        assert rule.combine is not None
+        for name in rule.combine.weighted:
+            at = ("rules", position, "combine", "weighted", name)
+            if name not in seen:
+                if any(other.id == name for other in self.rules):
+                    fail(f"the rule {name!r} does not come before {rule.id!r}; put it there", *at, key=True)
+                fail(f"there is no rule {_shown(name)} before {rule.id!r}" + suggest(name, seen), *at, key=True)
+            if seen[name].fraction is not None or seen[name].known is not None:
+                fail(f"{name!r} is of kind {seen[name].kind}, whose score cannot be weighed", *at, key=True)
+
+    def _check_tighten(self, rule: Rule, tighten: Tighten, rules: dict[str, Rule], position: int) -> None:
+        for place, name in enumerate(tighten.rules):
+            at = ("rules", position, "tighten", "rules", place)
+            target = rules.get(name)
+            if target is None:
+                fail(f"there is no rule {_shown(name)}" + suggest(name, rules), *at)
+            if name == rule.id:
+                fail(f"the rule {name!r} cannot tighten itself", *at)
+            if target.fraction is not None or target.known is not None:
+                fail(f"{name!r} is of kind {target.kind}, which has no threshold that could move", *at)
+            for band in (target.review, target.reject):
+                if band is not None and _is_probability(target):
+                    shifted = moved(band.direction, band.value, tighten.by)
+                    if not 0.0 < shifted < 1.0:
+                        fail(f"by {tighten.by:g} moves the threshold {band.value:g} of {name!r} to {shifted:g}", *at)
+
     def _check_calibration(self, entry: Calibration, rules: dict[str, Rule], position: int) -> None:
         at: tuple[str | int, ...] = ("calibrations", position)
         twin = [other.weights_sha256 for other in self.calibrations[:position]]
@@ -541,7 +436,7 @@ class Policy(_Model):
                     *here,
                     key=True,
                 )
-            if rule.concept is None and rule.alignment is None and rule.head is None:
+            if rule.kind not in MODEL_KINDS:
                 fail(f"{name!r} is of kind {rule.kind}, whose threshold depends on no model", *here, key=True)
             merged = rule
             for which in ("review", "reject"):
@@ -601,11 +496,17 @@ class Policy(_Model):
             entry["on_missing"] = rule.on_missing or self.on_missing
             if rule.head is not None and rule.head.sha256 is None:
                 entry["head"] = rule.head.name
-            if rule.concept is not None:
+            if rule.concept is not None or (rule.safety is not None and rule.safety.file is None):
                 entry["templates"] = list(rule.templates or self.templates)
-                if not rule.concept.but_not:
-                    del entry["concept"]["but_not"]
+            if rule.concept is not None:
+                for name in ("any_of", "all_of", "but_not", "weights"):
+                    if not entry["concept"][name]:
+                        del entry["concept"][name]
                 entry["concept"]["generic"] = rule.concept.generic or False
+            if rule.safety is not None:
+                for name in ("concepts", "special_care"):
+                    if not entry["safety"][name]:
+                        del entry["safety"][name]
             rules.append(entry)
         calibrations = [entry.model_dump(mode="json", exclude_none=True) for entry in self.calibrations]
         return {
@@ -613,7 +514,20 @@ class Policy(_Model):
             "version": self.version,
             "rules": rules,
             "calibrations": sorted(calibrations, key=lambda entry: entry["weights_sha256"]),
-        }
+        } | ({"overrides": self.overrides.model_dump(mode="json")} if self.overrides is not None else {})
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """The files that belong to the policy, each once."""
+        found = [wanted for rule in self.rules for wanted in rule.attachments]
+        if self.overrides is not None and self.overrides.source is not None:
+            found.append(self.overrides.source)
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def escalates(self) -> bool:
+        """Whether a rule may escalate rows, which are then never shown."""
+        return any(rule.action == ESCALATE for rule in self.rules)
 
     @property
     def sha256(self) -> str:

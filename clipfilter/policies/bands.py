@@ -1,0 +1,96 @@
+"""Bands: the thresholds of a rule, each with its direction."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, model_validator
+
+from clipfilter.policies.fields import Model, fail, shown
+from clipfilter.policies.values import Identifier, Number
+
+DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
+
+
+class Band(Model):
+    """One threshold with its direction: the band holds the rows strictly above or below it.
+
+    `outside_top: f` and `outside_bottom: f` (fraction rules) hold the rows outside the best or worst fraction
+    f.
+    """
+
+    above: Number | None = None
+    below: Number | None = None
+    outside_top: Number | None = None
+    outside_bottom: Number | None = None
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> Band:
+        given = [name for name in DIRECTIONS if getattr(self, name) is not None]
+        if not given:
+            fail("this band has no threshold; write for example {above: 0.85} or {below: 200}")
+        if len(given) > 1:
+            fail(f"this band has {' and '.join(given)}, but a band has exactly one direction", given[1], key=True)
+        return self
+
+    @property
+    def direction(self) -> str:
+        return next(name for name in DIRECTIONS if getattr(self, name) is not None)
+
+    @property
+    def value(self) -> float:
+        return float(getattr(self, self.direction))
+
+
+def _rules(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or not value:
+        fail(f"rules is a list of the ids of rules, not {shown(value)}")
+    if len(set(map(str, value))) != len(value):
+        fail("a rule is in the list twice")
+    return tuple(value)
+
+
+class Tighten(Model):
+    """Where the rule's score lies beyond this threshold, the thresholds of `rules` move by `by`, so that more is caught."""
+
+    above: Number | None = None
+    below: Number | None = None
+    by: Number
+    rules: Annotated[tuple[Identifier, ...], BeforeValidator(_rules)]
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Tighten:
+        if (self.above is None) == (self.below is None):
+            fail("tighten has exactly one of above and below, from which on it applies")
+        if self.by <= 0:
+            fail(f"by is {self.by:g}, but thresholds move by an amount above 0", "by")
+        return self
+
+    @property
+    def band(self) -> Band:
+        """The threshold beyond which it applies."""
+        return Band(above=self.above, below=self.below)
+
+
+def moved(direction: str, threshold: float, by: float) -> float:
+    """A threshold moved so that more lies beyond it."""
+    return threshold - by if direction == "above" else threshold + by
+
+
+def check_order(rule_id: str, review: Band, reject: Band, *at: str | int) -> None:
+    """Refuse bands of two directions, and a review band that the reject band hides."""
+    if review.direction != reject.direction:
+        fail(
+            f"the bands of {rule_id!r} point {review.direction} and {reject.direction}; "
+            "a rule has one direction, so write two rules",
+            *at, "review",
+        )  # fmt: skip
+    looser = review.value > reject.value if review.direction == "below" else review.value < reject.value
+    # Scores are float32: two thresholds that a float32 can hardly tell apart make no band.
+    if not looser or abs(review.value - reject.value) <= 1e-6 * max(abs(review.value), abs(reject.value)):
+        order = "above" if review.direction == "below" else "below"
+        fail(
+            f"review at {review.value:g} never applies beside reject at {reject.value:g}; "
+            f"for {review.direction} the review threshold must be {order} the reject threshold",
+            *at, "review", review.direction,
+        )  # fmt: skip

@@ -1,0 +1,482 @@
+"""The kinds of rules: what each measures, and which values it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ValidationInfo, model_serializer, model_validator
+
+from clipfilter.errors import RefusedError
+from clipfilter.models import heads
+from clipfilter.policies import captions, known
+from clipfilter.policies.attachments import Attached, Attachment, Attachments, attach
+from clipfilter.policies.fields import Model, choice, fail, number, shown, suggest, text
+from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION
+from clipfilter.policies.values import (
+    MAX_PHRASE_CHARS,
+    MAX_PHRASES,
+    Generic,
+    Identifier,
+    Number,
+    Phrases,
+    Sha256,
+    Whole,
+    same_phrase,
+)
+from clipfilter.policies.vectors import LearnedVectors, read_vectors
+
+Score = Annotated[
+    Literal["probability", "margin", "cosine", "calibrated"],
+    BeforeValidator(choice("score", "probability", "margin", "cosine", "calibrated")),
+]
+MAX_WEIGHT = 1000.0
+
+
+# ---------------------------------------------------------------- concepts
+
+
+class Concept(Model):
+    """A concept told in words: positives, near misses (`but_not`), and the versioned generic negatives.
+
+    any_of: one of these must be seen. all_of: each of these must be. vectors: learned positives and negatives, which
+    stand beside the phrases. weights: how much a phrase counts, 1 where it is not named.
+    """
+
+    any_of: Phrases = ()
+    all_of: Phrases = ()
+    but_not: Phrases = ()
+    vectors: Attached | None = None
+    weights: dict[str, Number] = {}  # noqa: RUF012
+    generic: Generic = GENERIC_VERSION
+    score: Score = "probability"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weighted(cls, data: Any) -> Any:
+        """{text, weight} among the phrases becomes the text, and its weight an entry of `weights`."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        weights = dict(data["weights"]) if isinstance(data.get("weights"), dict) else {}
+        for key in ("any_of", "but_not"):
+            if isinstance(data.get(key), list | tuple):
+                data[key] = [_phrase_of(item, weights, (key, place)) for place, item in enumerate(data[key])]
+        if weights:
+            data["weights"] = weights
+        return data
+
+    @model_validator(mode="after")
+    def _contrast(self) -> Concept:
+        if not self.any_of and not self.all_of and self.vectors is None:
+            fail("'concept' needs the key 'any_of' (or all_of, or vectors)")
+        positives: dict[str, str] = {}
+        for name in ("any_of", "all_of"):
+            for place, phrase in enumerate(getattr(self, name)):
+                if same_phrase(phrase) in positives:
+                    fail(f"the phrase {shown(phrase)} is in any_of and in all_of", name, place)
+                positives[same_phrase(phrase)] = name
+        for place, phrase in enumerate(self.but_not):
+            other = positives.get(same_phrase(phrase))
+            if other is not None:
+                fail(f"the phrase {shown(phrase)} is in {other} and in but_not", "but_not", place)
+        self._check_weights()
+        if self.score != "cosine" and not self.but_not and not self.generic and not self._learned_negatives():
+            fail(
+                f"a {self.score} needs something to compare with: give but_not, leave generic on, or use score: cosine",
+                "generic",
+                key=True,
+            )
+        return self
+
+    def _check_weights(self) -> None:
+        for phrase, weight in self.weights.items():
+            if phrase not in (*self.any_of, *self.but_not):
+                fail(f"there is no phrase {shown(phrase)} in any_of or but_not to weigh", "weights", phrase, key=True)
+            if not 0.0 < weight <= MAX_WEIGHT:
+                fail(
+                    f"the weight of {shown(phrase)} is {weight:g}, but must be above 0 and at most {MAX_WEIGHT:g}",
+                    "weights",
+                )
+        if self.weights and self.score in ("margin", "cosine"):
+            fail(
+                f"weights belong to probabilities; score: {self.score} takes the highest cosine whatever it weighs",
+                "weights",
+            )
+
+    def _learned_negatives(self) -> bool:
+        if self.vectors is None:
+            return False
+        try:
+            return bool(len(self.learned(Attachments()).negatives))
+        except RefusedError:  # the file is elsewhere; compiling looks in the run too
+            return True
+
+    def learned(self, files: Attachments) -> LearnedVectors:
+        """The learned vectors, which `vectors` names. Raises RefusedError."""
+        assert self.vectors is not None
+        return read_vectors(files.path(self.vectors), self.vectors.sha256)
+
+    @property
+    def phrases(self) -> int:
+        """How many phrases the rule names itself."""
+        return len((*self.any_of, *self.all_of, *self.but_not))
+
+    @property
+    def generic_phrases(self) -> tuple[str, ...]:
+        """The generic negatives in use: those of the version that the rule does not name itself."""
+        named = {same_phrase(phrase) for phrase in (*self.any_of, *self.all_of, *self.but_not)}
+        return tuple(phrase for phrase in GENERIC_NEGATIVES.get(self.generic, ()) if same_phrase(phrase) not in named)
+
+
+def _phrase_of(item: Any, weights: dict[str, Any], at: tuple[str | int, ...]) -> Any:
+    if not isinstance(item, dict):
+        return item
+    for key in item:
+        if key not in ("text", "weight"):
+            fail(f"unknown key {str(key)[:60]!r} in a phrase; the keys here are text, weight", *at, key, key=True)
+    phrase = item.get("text")
+    if not isinstance(phrase, str):
+        fail("a phrase with a weight needs its text, for example {text: a rifle, weight: 2}", *at)
+    if "weight" in item:
+        given = item["weight"]
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            fail(f"{shown(given)} is not a number", *at, "weight")
+        if not 0.0 < given <= MAX_WEIGHT:
+            fail(f"the weight is {given:g}, but must be above 0 and at most {MAX_WEIGHT:g}", *at, "weight")
+        if given != 1:
+            weights[" ".join(phrase.split())] = given
+    return phrase
+
+
+class Alignment(Model):
+    """Cosine of image and caption."""
+
+
+def empty_map(value: Any) -> Any:
+    """The value of `alignment: {}`."""
+    if not isinstance(value, dict):
+        fail("alignment takes no value; write `alignment: {}`")
+    return value
+
+
+# ---------------------------------------------------------------- heads
+
+
+class Head(Model):
+    """A small model on the image embedding: a published one by name, or `file:/path` with the sha256 of that file."""
+
+    name: Annotated[str, BeforeValidator(text("name", 1000))]
+    sha256: Sha256 | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the score besides the embedding: the hash of a head's own file, or those behind a name."""
+        if self.name in heads.HEADS:
+            originals = heads.HEADS[self.name].originals
+            return {"head": self.name, "files": {model: original.sha256 for model, original in originals.items()}}
+        return {"head": heads.FILE, "sha256": self.sha256}
+
+
+def read_head(value: Any) -> Any:
+    """A name, or {name, sha256}; a head of one's own is read here once, so that the policy holds what it must be."""
+    if not isinstance(value, str | dict):
+        fail(f"head must be the name of a head, not {shown(value)}")
+    named = {"name": value} if isinstance(value, str) else dict(value)
+    name = named.get("name")
+    if not isinstance(name, str):
+        fail("head needs a name; write for example `head: laion-aesthetic-v2`")
+    try:
+        heads.check_name(name)
+        if name.startswith(heads.FILE):
+            path = heads.file_path(name)
+            named["name"] = f"{heads.FILE}{path}"
+            if named.get("sha256") is None:
+                named["sha256"] = heads.check_file(path)
+    except RefusedError as error:
+        fail(str(error))
+    return named
+
+
+# ---------------------------------------------------------------- safety checkers
+
+
+class SafetyConcept(Model):
+    """One concept of a safety checker, with the cosine from which it counts."""
+
+    text: Annotated[str, BeforeValidator(text("text", MAX_PHRASE_CHARS))]
+    threshold: Number
+
+    @model_validator(mode="after")
+    def _cosine(self) -> SafetyConcept:
+        if abs(self.threshold) >= 1:
+            fail(f"threshold is {self.threshold:g}, but a cosine lies between -1 and 1", "threshold")
+        return self
+
+
+def _concepts(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        fail(f"this must be a list of {{text, threshold}}, not {shown(value)}")
+    if len(value) > MAX_PHRASES:
+        fail(f"there are {len(value)} concepts, more than the {MAX_PHRASES} allowed", MAX_PHRASES)
+    return tuple(value)
+
+
+SafetyConcepts = Annotated[tuple[SafetyConcept, ...], BeforeValidator(_concepts)]
+
+
+class Safety(Model):
+    """The structure of Stable Diffusion's safety checker, with concepts in words or from a published checker's file.
+
+    a = adjustment if any(cos(x, s_k) - t_k + strictness > 0) else 0; the score is max_j(cos(x, c_j) - t_j) + a, with
+    special-care concepts s, concepts c and their thresholds t.
+    """
+
+    concepts: SafetyConcepts = ()
+    special_care: SafetyConcepts = ()
+    file: Attached | None = None
+    adjustment: Number = 0.01
+    strictness: Number = 0.0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Safety:
+        if (self.file is None) == (not self.concepts):
+            fail("a safety checker has either concepts in words or a file")
+        if self.file is not None and self.special_care:
+            fail("special_care in words belongs to concepts in words; a file brings its own", "special_care", key=True)
+        for name in ("adjustment", "strictness"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                fail(f"{name} is {getattr(self, name):g}, but must be at least 0 and below 1", name)
+        return self
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A pixel quality: the number it compares, on which side, where by default, and what that means."""
+
+    metadata: str
+    direction: Literal["above", "below"]
+    threshold: float
+    meaning: str
+
+
+PIXELS = {
+    "dark": Quality("brightness", "below", 25.0, "mean luma, 0 to 255"),
+    "bright": Quality("brightness", "above", 235.0, "mean luma, 0 to 255"),
+    "blurry": Quality("blur", "below", 10.0, "variance of the Laplacian"),
+    "low_information": Quality("entropy", "below", 3.0, "entropy of the luma histogram in bits, 0 to 8"),
+    "odd_aspect": Quality("aspect_ratio", "above", 3.0, "longer side by shorter side"),
+    "grayscale": Quality("colourfulness", "below", 2.0, "colourfulness, 0 without any colour"),
+}
+
+
+# ---------------------------------------------------------------- captions
+
+
+def _names(value: Any) -> Any:
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not given:
+        fail(f"language is a code or a list of codes, for example [en, fr], not {shown(value)}")
+    for place, name in enumerate(given):
+        if not isinstance(name, str):
+            fail(f'a language is a code in quotes, for example "no", not {shown(name)}', place)
+        if name not in captions.LANGUAGES:
+            fail(
+                f"{shown(name)} is no language code (ISO 639-1, such as en)" + suggest(name, captions.LANGUAGES), place
+            )
+    return tuple(sorted(set(given)))
+
+
+def _patterns(value: Any) -> Any:
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not given:
+        fail(f"matches is a regular expression or a list of them, not {shown(value)}")
+    if len(given) > captions.MAX_PATTERNS:
+        fail(f"there are {len(given)} patterns, more than the {captions.MAX_PATTERNS} allowed", captions.MAX_PATTERNS)
+    for place, pattern in enumerate(given):
+        if not isinstance(pattern, str) or not pattern:
+            fail(f"a pattern must be text, not {shown(pattern)}; put it in quotes", place)
+        if len(pattern) > captions.MAX_PATTERN_CHARS:
+            fail(f"the pattern has more than the {captions.MAX_PATTERN_CHARS} characters allowed", place)
+        try:
+            captions.compile_pattern(pattern)
+        except ValueError as error:
+            fail(f"the pattern {shown(pattern)} is not one that RE2 takes: {error}", place)
+    return tuple(given)
+
+
+class Listed(Model):
+    """A list written in the policy, or in a file beside it."""
+
+    rows: tuple[str, ...] | None = None
+    source: Attachment | None = None
+
+    @model_serializer
+    def _plain(self) -> Any:
+        return list(self.rows) if self.rows is not None else {"sha256": self.source.sha256 if self.source else None}
+
+
+def _entries(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list | tuple):
+        for place, entry in enumerate(value):
+            if not isinstance(entry, str) or not entry.strip():
+                fail(f"an entry must be text, not {shown(entry)}; put it in quotes", place)
+            if len(entry) > captions.MAX_ENTRY_CHARS:
+                fail(f"an entry has more than the {captions.MAX_ENTRY_CHARS} characters allowed", place)
+        if not value:
+            fail("the block list is empty")
+        return {"rows": tuple(" ".join(entry.split()) for entry in value)}
+    return _filed(value, info, lambda path, sha256: captions.read_entries(path, sha256))
+
+
+def _hashes(kind: str) -> Any:
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, list | tuple):
+            if not value:
+                fail("the list of hashes is empty")
+            for place, word in enumerate(value):
+                problem = known.bad_hash(word.lower(), kind) if isinstance(word, str) else f"{shown(word)} is not text"
+                if problem:
+                    fail(f"{problem}; put it in quotes", place)
+            return {"rows": tuple(word.lower() for word in value)}
+        return _filed(value, info, lambda path, sha256: known.read_hashes(path, kind, sha256))
+
+    return check
+
+
+def _filed(value: Any, info: ValidationInfo, read: Any) -> Any:
+    """The file's hash, after its content was found good where the file is here."""
+    source = attach(value, info)
+    if isinstance(value, str) or "file" in value:
+        attachment = Attachment.model_validate(source)
+        try:
+            read(Attachments().path(attachment), attachment.sha256)
+        except RefusedError as error:
+            fail(str(error))
+    return {"source": source}
+
+
+class Text(Model):
+    """A question about the caption (or another text column)."""
+
+    language: Annotated[tuple[str, ...], BeforeValidator(_names)] | None = None
+    language_column: Annotated[str, BeforeValidator(text("language_column", 200))] | None = None
+    matches: Annotated[tuple[str, ...], BeforeValidator(_patterns)] | None = None
+    block_list: Annotated[Listed, BeforeValidator(_entries)] | None = None
+    column: Annotated[str, BeforeValidator(text("column", 200))] | None = None
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Text:
+        asked = [name for name in ("language", "matches", "block_list") if getattr(self, name) is not None]
+        if len(asked) != 1:
+            fail(
+                "a text rule asks for exactly one of language, matches and block_list", *asked[1:2], key=bool(asked[1:])
+            )
+        if self.language_column is not None:
+            if self.language is None:
+                fail("language_column belongs to language", "language_column", key=True)
+            if self.column is not None:
+                fail("a language is read from language_column or told from the text of column", "column", key=True)
+        return self
+
+    @property
+    def question(self) -> str:
+        return next(name for name in ("language", "matches", "block_list") if getattr(self, name) is not None)
+
+    def labels(self, files: Attachments) -> tuple[str, ...]:
+        """What can be shown as the reason: languages, patterns or entries, by the positions that its judge gives."""
+        if self.language is not None:
+            return captions.LANGUAGES
+        if self.matches is not None:
+            return self.matches
+        return self._entries_of(files)
+
+    def judge(self, files: Attachments) -> captions.Judge:
+        """What answers the question for one text. Raises RefusedError where a package or file is missing."""
+        if self.language is not None:
+            return captions.language_judge(self.language)
+        if self.matches is not None:
+            return captions.pattern_judge(self.matches)
+        return captions.block_list_judge(self._entries_of(files))
+
+    def _entries_of(self, files: Attachments) -> tuple[str, ...]:
+        assert self.block_list is not None
+        if self.block_list.rows is not None:
+            return self.block_list.rows
+        assert self.block_list.source is not None
+        return captions.read_entries(files.path(self.block_list.source), self.block_list.source.sha256)
+
+
+# ---------------------------------------------------------------- known pictures
+
+
+class Known(Model):
+    """A list of hashes: of files (sha256), or perceptual ones (as `cf_phash`) within a Hamming distance."""
+
+    sha256: Annotated[Listed, BeforeValidator(_hashes("sha256"))] | None = None
+    phash: Annotated[Listed, BeforeValidator(_hashes("phash"))] | None = None
+    distance: Whole | None = None
+
+    @model_validator(mode="after")
+    def _one_list(self) -> Known:
+        if (self.sha256 is None) == (self.phash is None):
+            fail("a known rule has exactly one list: sha256 or phash")
+        if self.sha256 is not None and self.distance is not None:
+            fail("distance belongs to phash; a sha256 is the same or it is not", "distance", key=True)
+        if self.phash is not None and self.distance is None:
+            fail(f"phash needs a distance, the bits that may differ (0 to {known.MAX_DISTANCE})", "phash", key=True)
+        if self.distance is not None and self.distance > known.MAX_DISTANCE:
+            fail(
+                f"distance is {self.distance}, but beyond {known.MAX_DISTANCE} of 64 bits unrelated pictures match",
+                "distance",
+            )
+        return self
+
+    @property
+    def kind(self) -> str:
+        return "sha256" if self.sha256 is not None else "phash"
+
+    @property
+    def listed(self) -> Listed:
+        """The list."""
+        found = self.sha256 or self.phash
+        assert found is not None
+        return found
+
+    def hashes(self, files: Attachments) -> tuple[str, ...]:
+        """Its hashes in hex. Raises RefusedError."""
+        if self.listed.rows is not None:
+            return self.listed.rows
+        assert self.listed.source is not None
+        return known.read_hashes(files.path(self.listed.source), self.kind, self.listed.source.sha256)
+
+
+# ---------------------------------------------------------------- rules about rules
+
+
+def _parts(value: Any) -> Any:
+    if not isinstance(value, dict) or not value:
+        fail(
+            f"weighted is a map of rules and their weights, for example {{blood: 0.6, weapons: 0.4}}, not {shown(value)}"
+        )
+    if len(value) > MAX_PHRASES:
+        fail(f"there are {len(value)} parts, more than the {MAX_PHRASES} allowed")
+    for name, weight in value.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            fail(f"{shown(weight)} is not a number", name)
+    return {name: number(weight) for name, weight in value.items()}
+
+
+class Combine(Model):
+    """A weighted sum of the scores of earlier rules."""
+
+    weighted: Annotated[dict[str, float], BeforeValidator(_parts)]
+
+
+class Fraction(Model):
+    """Ranks all rows of the dataset that have the score of an earlier rule."""
+
+    of: Identifier

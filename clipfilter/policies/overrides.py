@@ -1,0 +1,128 @@
+"""Human decisions by uid: a list in the policy or a CSV or JSON Lines file, looked up for whole columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+from pydantic import BeforeValidator
+
+from clipfilter.errors import RefusedError
+from clipfilter.policies.fields import Model, choice, suggest, text
+from clipfilter.policies.known import DigestTable, name_digests
+
+DECISIONS = ("keep", "review", "reject")
+#: The name under which an override stands among the reasons of a row; no rule may have it.
+RULE = "override"
+MAX_LISTED = 1000
+
+_NEEDED = ("cf_uid", "decision")
+_OPTIONAL = ("by", "date", "note")
+
+
+class Override(Model):
+    """What a person decided about one row."""
+
+    cf_uid: Annotated[str, BeforeValidator(text("cf_uid", 1000))]
+    decision: Annotated[Literal["keep", "review", "reject"], BeforeValidator(choice("the decision", *DECISIONS))]
+    by: Annotated[str, BeforeValidator(text("by", 200))] | None = None
+    date: Annotated[str, BeforeValidator(text("date", 40))] | None = None
+    note: Annotated[str, BeforeValidator(text("note", 2000))] | None = None
+
+
+@dataclass(frozen=True)
+class OverrideTable:
+    """All overrides of a policy, found by uid."""
+
+    table: DigestTable
+    codes: np.ndarray  # int8 [n]: 0 keep, 1 review, 2 reject
+
+    @classmethod
+    def of(cls, uids: list[str], decisions: list[str]) -> OverrideTable:
+        codes = {name: code for code, name in enumerate(DECISIONS)}
+        return cls(DigestTable.of(name_digests(uids)), np.array([codes[name] for name in decisions], dtype=np.int8))
+
+    def find(self, uids: pa.ChunkedArray) -> np.ndarray:
+        """Code of each row's override, int8 [n]; -1 where it has none."""
+        place = self.table.find(name_digests(uids.to_pylist()))
+        return np.where(place >= 0, self.codes[place], np.int8(-1)).astype(np.int8)
+
+
+@lru_cache(maxsize=2)
+def read_overrides(path: Path, sha256: str) -> pa.Table:
+    """The overrides of a CSV file with a header, or of JSON Lines: cf_uid, decision, by, date, note as text.
+
+    Other columns are left out. sha256: of the file, so that a changed file is read again. Raises RefusedError with the
+    row.
+    """
+    try:
+        with path.open("rb") as file:
+            is_json = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+        table = _read_json(path) if is_json else _read_csv(path)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise RefusedError(f"the overrides {path} cannot be read: {str(error).splitlines()[0][:200]}") from None
+    uids, decisions = table["cf_uid"], table["decision"]
+    usable = pc.and_(pc.fill_null(pc.greater(pc.utf8_length(uids), 0), False), uids.is_valid())
+    known = pc.is_in(decisions, value_set=pa.array(DECISIONS))
+    for row in np.flatnonzero(~np.asarray(usable))[:1].tolist():
+        raise RefusedError(f"the overrides {path} have no cf_uid in row {row + 1}")
+    for row in np.flatnonzero(~np.asarray(known))[:1].tolist():
+        given = decisions[row].as_py()
+        raise RefusedError(
+            f"the overrides {path} have the decision {given!r} in row {row + 1}, "
+            f"which must be one of {', '.join(DECISIONS)}{suggest(given, DECISIONS)}"
+        )
+    counts = pc.value_counts(uids)
+    for twice in counts.filter(pc.greater(counts.field("counts"), 1))[:1].to_pylist():
+        raise RefusedError(f"the overrides {path} have the cf_uid {twice['values']!r} {twice['counts']} times")
+    return table
+
+
+def _read_csv(path: Path) -> pa.Table:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = [name.strip().strip('"') for name in file.readline(10_000).split(",")]
+    _check_names(path, header)
+    names = [name for name in (*_NEEDED, *_OPTIONAL) if name in header]
+    convert = pacsv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()),
+        include_columns=names,
+        strings_can_be_null=True,
+        null_values=[""],
+    )
+    parse = pacsv.ParseOptions(newlines_in_values=True)
+    return _whole(pacsv.read_csv(path, convert_options=convert, parse_options=parse))
+
+
+def _read_json(path: Path) -> pa.Table:
+    schema = pa.schema([(name, pa.string()) for name in (*_NEEDED, *_OPTIONAL)])
+    options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    return _whole(pajson.read_json(path, parse_options=options))
+
+
+def _whole(table: pa.Table) -> pa.Table:
+    for name in _OPTIONAL:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+    return table.select([*_NEEDED, *_OPTIONAL])
+
+
+def _check_names(path: Path, header: list[str]) -> None:
+    for name in _NEEDED:
+        if name not in header:
+            raise RefusedError(
+                f"the overrides {path} have no column {name!r} (a header line names cf_uid, decision, by, date, note)"
+                + suggest(name, header)
+            )
+
+
+def override_of(table: pa.Table, uid: str) -> dict[str, Any] | None:
+    """The override of one row, with who, when and why; None where it has none."""
+    rows = table.filter(pc.equal(table["cf_uid"], uid))
+    return {name: value for name, value in rows.to_pylist()[0].items() if value} if rows.num_rows else None
