@@ -275,7 +275,7 @@ def score(
             if text_emb is not None:
                 _upcast(text_emb[rows], texts)
                 cosine[rows] = _cosines(block, texts, usable)[: len(half)]
-            if not len(products):
+            if not plan.rules and not heads:
                 continue
             valid = usable[: len(half)]
             with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN

@@ -163,17 +163,17 @@ def test_rows_do_not_depend_on_how_many_follow(three: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(("size", "opened"), [(0.05, True), (1.0, True), (4.0, False)])
 def test_heads_of_layers_decide_as_float64_does(tmp_path: Path, size: float, opened: bool) -> None:
-    """Every row's own exact score once as the threshold: none lands on the wrong side, however it was computed."""
+    """Thresholds hard beside a row's own exact score: none lands on the wrong side, however it was computed."""
     path = head(tmp_path / "h.safetensors", (16, 8, 1), size=size)
     rows = embeddings(300)
     truth = exact(path, rows)
-    for threshold in np.sort(truth)[::25].tolist():
+    for threshold in (np.sort(truth)[::40, None] * [1 - 1e-12, 1 + 1e-12]).ravel().tolist():
         plan = compiled(f"{{id: mlp, head: 'file:{path}', reject: {{above: {threshold!r}}}}}")
         assert bool(plan.heads.opened) is opened
         assert bool(plan.heads.curved) is not opened
         values = score(plan, rows).values["mlp"]
         np.testing.assert_array_equal(values > np.float32(threshold), truth > threshold)
-        np.testing.assert_allclose(values, truth, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(values, truth, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
