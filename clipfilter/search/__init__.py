@@ -1,1 +1,22 @@
 """Search in the embeddings of a run: exact or approximate, by texts, images and rows, filtered by columns."""
+
+from __future__ import annotations
+
+from clipfilter.search.exact import top_k
+from clipfilter.search.index import IndexResult, build_index
+from clipfilter.search.query import query_vector
+from clipfilter.search.search import Searcher, SearchResult, search_run
+from clipfilter.search.vectors import RunVectors
+from clipfilter.search.where import parse_where
+
+__all__ = [
+    "IndexResult",
+    "RunVectors",
+    "SearchResult",
+    "Searcher",
+    "build_index",
+    "parse_where",
+    "query_vector",
+    "search_run",
+    "top_k",
+]

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from clipfilter.search.exact import Nearest
 from clipfilter.search.index import (
+    ANEW,
     IndexUnusableError,
     Manifest,
     Quantizer,
@@ -29,6 +30,8 @@ _CANDIDATES_PER_ROW = 10
 _LEAST_CANDIDATES = 100
 #: With fewer rows than this that count, all of them are looked at exactly.
 _FEW_ROWS = 50_000
+#: Segments that are open at a time while loading.
+_SEGMENTS_AT_ONCE = 256
 
 
 class ApproximateIndex:
@@ -134,40 +137,43 @@ class ApproximateIndex:
 def _fill(
     index: Any, vectors: RunVectors, directory: Directory, manifest: Manifest, segments: list[tuple[int, Segment]]
 ) -> None:
-    """Add the segments to faiss's inverted lists, each list from all segments at once, so that it is allocated once."""
+    """Add the segments to faiss's inverted lists, each list from many segments at once, so that it seldom grows."""
     faiss = require_faiss()
-    opened = []
-    for number, segment in segments:
-        table = _read(directory, manifest, segment)
-        shard = vectors.shards[number]
-        if table.num_rows != shard.rows:
-            raise IndexUnusableError(f"{segment.name} has {table.num_rows} rows for the {shard.rows} of {shard.name}.")
-        lists = table["list"].to_numpy()
-        positions = table["row"].to_numpy().astype(np.int64) + shard.start
-        codes = np.frombuffer(table["code"].chunk(0).buffers()[1], np.uint8).reshape(-1, manifest.dim)
-        opened.append((np.searchsorted(lists, np.arange(manifest.lists + 1)), positions, codes))
-    inverted = index.invlists
-    for number in range(manifest.lists):
-        slices = [slice(bounds[number], bounds[number + 1]) for bounds, _, _ in opened]
-        parts = [(p[s], c[s]) for s, (_, p, c) in zip(slices, opened, strict=True) if s.start < s.stop]
-        if parts:
-            positions = np.concatenate([part[0] for part in parts])
-            codes = np.concatenate([part[1] for part in parts])
-            inverted.add_entries(number, len(positions), faiss.swig_ptr(positions), faiss.swig_ptr(codes))
-    index.ntotal = sum(len(positions) for _, positions, _ in opened)
+    for first in range(0, len(segments), _SEGMENTS_AT_ONCE):
+        opened = []
+        for number, segment in segments[first : first + _SEGMENTS_AT_ONCE]:
+            lists, rows, codes = _read(directory, manifest, segment, vectors.shards[number].rows)
+            bounds = np.searchsorted(lists, np.arange(manifest.lists + 1))
+            opened.append((bounds, rows.astype(np.int64) + vectors.shards[number].start, codes))
+        for number in range(manifest.lists):
+            slices = [slice(bounds[number], bounds[number + 1]) for bounds, _, _ in opened]
+            parts = [(p[s], c[s]) for s, (_, p, c) in zip(slices, opened, strict=True) if s.start < s.stop]
+            if parts:
+                positions = np.concatenate([part[0] for part in parts])
+                codes = np.concatenate([part[1] for part in parts])
+                index.invlists.add_entries(number, len(positions), faiss.swig_ptr(positions), faiss.swig_ptr(codes))
+    index.ntotal = sum(segment.rows for _, segment in segments)
 
 
-def _read(directory: Directory, manifest: Manifest, segment: Segment) -> pa.Table:
-    """A segment, memory-mapped and checked: faiss does not look at what it is given."""
+def _read(
+    directory: Directory, manifest: Manifest, segment: Segment, rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A segment's lists and rows (int32 [n]) and codes (uint8 [n, dim]), memory-mapped.
+
+    All is checked: faiss does not look at what it is given. Raises IndexUnusableError.
+    """
     expected = pa.schema([("list", pa.int32()), ("row", pa.int32()), ("code", pa.binary(manifest.dim))])
     with verified(directory, asdict(segment)) as path:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    if table.schema != expected or table.num_rows != segment.rows or table["code"].num_chunks != 1:
-        raise IndexUnusableError(f"{segment.name} is not the segment its manifest describes.")
-    if any(column.null_count for column in table.columns):
-        raise IndexUnusableError(f"{segment.name} has rows without a code.")
-    lists, rows = table["list"].to_numpy(), table["row"].to_numpy()
-    sound = (np.diff(lists) >= 0).all() and lists.min() >= 0 and lists.max() < manifest.lists
-    if not sound or not np.array_equal(np.sort(rows), np.arange(len(rows))):
-        raise IndexUnusableError(f"{segment.name} names lists or rows that do not exist.")
-    return table
+    whole = table.schema == expected and table.num_rows == segment.rows == rows and table["code"].num_chunks == 1
+    if not whole or any(column.null_count for column in table.columns):
+        raise IndexUnusableError(
+            f"{segment.name} of the index in {directory.url} is not the segment it should be; {ANEW}."
+        )
+    lists, numbers = table["list"].to_numpy(), table["row"].to_numpy()
+    sorted_lists = (np.diff(lists) >= 0).all() and lists[0] >= 0 and lists[-1] < manifest.lists
+    if not sorted_lists or not np.array_equal(np.sort(numbers), np.arange(rows)):
+        raise IndexUnusableError(
+            f"{segment.name} of the index in {directory.url} names rows that do not exist; {ANEW}."
+        )
+    return lists, numbers, np.frombuffer(table["code"].chunk(0).buffers()[1], np.uint8).reshape(rows, manifest.dim)

@@ -40,7 +40,7 @@ _SEED = 20_260_101
 #: Lists are made anew when the rows call for this many times as many as there are.
 _OUTGROWN = 4
 _MOST_LISTS = 65_536
-_ANEW = "make it anew with `clipfilter index --rebuild`"
+ANEW = "make it anew with `clipfilter index --rebuild`"
 _MANIFEST = re.compile(r"\d{6}\.json")
 _NAMES = {
     "quantizer": re.compile(rf"quantizer-[0-9a-f]{{{HASH_LENGTH}}}\.arrow"),
@@ -159,7 +159,7 @@ def latest_manifest(directory: Directory) -> tuple[int, Manifest] | None:
     try:
         value = directory.read_json(f"manifests/{names[-1]}")
         if value.pop("format") != FORMAT:
-            raise IndexUnusableError(f"the index in {directory.url} was written in another format; {_ANEW}.")
+            raise IndexUnusableError(f"the index in {directory.url} was written in another format; {ANEW}.")
         segments = tuple(Segment(**segment) for segment in value.pop("segments"))
         manifest = Manifest(**value, segments=segments)
         named = [(manifest.quantizer["name"], "quantizer"), *((segment.name, "segment") for segment in segments)]
@@ -167,7 +167,7 @@ def latest_manifest(directory: Directory) -> tuple[int, Manifest] | None:
             raise ValueError("a file name")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IndexUnusableError(
-            f"the index in {directory.url} has a damaged manifest ({names[-1]}: {error}); {_ANEW}."
+            f"the index in {directory.url} has a damaged manifest ({names[-1]}: {error}); {ANEW}."
         ) from error
     return int(names[-1][:6]), manifest
 
@@ -247,11 +247,14 @@ def _existing(vectors: RunVectors, directory: Directory, rebuild: bool) -> tuple
     theirs, ours = found[1].model, identity(vectors.model)
     if theirs != ours or found[1].dim != vectors.dim:
         raise RefusedError(
-            f"{directory.url} is an index of embeddings by {theirs.get('model')} (weights {str(theirs.get('weights_sha256'))[:12]}), "
-            f"and {vectors.url} was embedded by {ours['model']} (weights {str(ours['weights_sha256'])[:12]}); "
-            "choose another --index."
+            f"{directory.url} is an index of embeddings by {_named(theirs)}, and {vectors.url} was embedded by "
+            f"{_named(ours)}; choose another --index."
         )
     return found
+
+
+def _named(model: dict[str, Any]) -> str:
+    return f"{model.get('model')} (weights {str(model.get('weights_sha256'))[:12]})"
 
 
 def _append(directory: Directory, manifest: Manifest, found: tuple[int, Manifest] | None) -> int:
@@ -288,11 +291,11 @@ def verified(directory: Directory, file: dict[str, Any]) -> Iterator[Path]:
                 directory.fs.get_file(directory.path(name), str(partial))
                 partial.replace(path)
     if not path.exists():
-        raise IndexUnusableError(f"{name} is missing from the index in {directory.url}; {_ANEW}.")
+        raise IndexUnusableError(f"{name} is missing from the index in {directory.url}; {ANEW}.")
     if path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
         if not directory.local:
             path.unlink()
-        raise IndexUnusableError(f"{name} of the index in {directory.url} is not what its manifest says; {_ANEW}.")
+        raise IndexUnusableError(f"{name} of the index in {directory.url} is not what its manifest says; {ANEW}.")
     yield path
 
 
@@ -386,3 +389,8 @@ def _publish(directory: Directory, table: pa.Table, stem: str) -> dict[str, Any]
     directory.publish(path, name)
     path.unlink(missing_ok=True)
     return {"name": name, "bytes": size, "sha256": sha256}
+
+
+def has_index(run_url: str, to: str | None) -> bool:
+    """Whether there is an index to update."""
+    return bool(Directory(index_url(run_url, to)).names("manifests"))

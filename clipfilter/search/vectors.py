@@ -21,6 +21,7 @@ from clipfilter.engine import ledger
 from clipfilter.engine.columns import vectors as as_matrix
 from clipfilter.engine.plan import Plan, read_plan
 from clipfilter.errors import RefusedError
+from clipfilter.policies.schema import suggest
 from clipfilter.storage import Directory
 
 T = TypeVar("T")
@@ -134,9 +135,7 @@ class RunVectors:
         Raises RefusedError for a column the run does not have.
         """
         names = list(self.schema.names if columns is None else dict.fromkeys(columns))
-        unknown = [name for name in names if name not in self.schema.names]
-        if unknown:
-            raise RefusedError(f"{self.url} has no column {unknown[0]!r}; it has {', '.join(self.schema.names)}.")
+        self.check_columns(names)
         number, row = self.locate(positions)
         parts, order = [], []
         for shard in np.unique(number):
@@ -149,6 +148,13 @@ class RunVectors:
             return schema.empty_table()
         table = pa.concat_tables(part.cast(schema) for part in parts)
         return table.take(pa.array(np.argsort(np.concatenate(order))))
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """Raise RefusedError when the annotated rows lack one of these columns."""
+        for name in names:
+            if name not in self.schema.names:
+                hint = suggest(name, self.schema.names) or f"; it has {', '.join(self.schema.names)}."
+                raise RefusedError(f"{self.url} has no column {name!r}{hint}")
 
     def uid_position(self, uid: str) -> int | None:
         """The position of the first row with this cf_uid, None when no row has it; reads the uids shard by shard."""

@@ -1,0 +1,165 @@
+"""`clipfilter index` and `search`: find rows of a run by text, image, row and column."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clipfilter.cli.jobs import Json, Thumbnails
+from clipfilter.cli.runs import Run
+
+if TYPE_CHECKING:
+    from clipfilter.search import SearchResult
+
+_STYLES = {"keep": "green", "review": "yellow", "reject": "red"}
+IndexAt = Annotated[
+    str | None, typer.Option("--index", help="Directory of the index (path or URL) [default: index/ in the run].")
+]
+
+
+def index(
+    run: Run,
+    at: IndexAt = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Make one even below a million rows, where exact search needs none.")
+    ] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make it anew instead of adding what is new.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make or update the approximate index of a run of a million rows or more; smaller ones are searched exactly."""
+    from dataclasses import asdict
+
+    from clipfilter.report import text
+    from clipfilter.search import RunVectors, build_index
+    from clipfilter.search.index import EXACT_ROWS, has_index
+
+    with RunVectors.open(run) as vectors:
+        rows = vectors.rows
+        needed = approximate or rows >= EXACT_ROWS or has_index(vectors.url, at)
+    if not needed:
+        if as_json:
+            typer.echo(json.dumps({"rows": rows, "manifest": None}, indent=1))
+        else:
+            typer.echo(f"{rows:,} rows are searched exactly, which needs no index (--approximate makes one anyway)")
+        return
+    made = build_index(run, at, rebuild=rebuild)
+    if as_json:
+        typer.echo(json.dumps(asdict(made), indent=1))
+        return
+    dropped = f", {made.segments_dropped:,} superseded ones left out" if made.segments_dropped else ""
+    typer.echo(
+        f"{made.rows:,} rows of {made.segments:,} shards in {made.lists:,} lists, {text.size(made.bytes)}: "
+        f"{made.segments_new:,} shards are new{dropped}"
+    )
+    typer.echo(f"index    {made.to} (number {made.manifest})")
+
+
+def search(
+    run: Run,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]", help="What the pictures should show, quoted or not.")
+    ] = None,
+    plus: Annotated[list[str] | None, typer.Option(help="A further text that is added to it; may be repeated.")] = None,
+    minus: Annotated[
+        list[str] | None,
+        typer.Option("--minus", "--not", help="A text that is taken away from it; may be repeated."),
+    ] = None,
+    minus_weight: Annotated[float, typer.Option(min=0, max=10, help="How much of each --minus is taken away.")] = 0.5,
+    image: Annotated[
+        list[str] | None, typer.Option(help="An image to search by (file or URL); may be repeated.")
+    ] = None,
+    uid: Annotated[
+        list[str] | None, typer.Option(help="A row of the run to search by, by its cf_uid; may be repeated.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=10_000, help="How many rows.")] = 10,
+    where: Annotated[
+        str | None, typer.Option(help="Only rows for which this holds, e.g. \"cf_decision = 'keep' and width > 300\".")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns to show instead of key, caption and decision, with commas between.")
+    ] = None,
+    sheet: Annotated[str | None, typer.Option(help="Write a contact sheet (PNG) of the hits here.")] = None,
+    thumbnails: Annotated[
+        Thumbnails, typer.Option(help="Pictures on the sheet of rows that were not kept: blur or show.")
+    ] = Thumbnails.blur,
+    at: IndexAt = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Look at every row, also where there is an index.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Where the run's own model is now, if it was a local one [default: as recorded].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the rows nearest to a text, an image, a row, or a sum of them."""
+    from pathlib import Path
+
+    from clipfilter.errors import RefusedError
+    from clipfilter.search import Searcher
+
+    if sheet is not None and thumbnails is Thumbnails.none:
+        raise RefusedError("a contact sheet is its pictures; leave out --sheet, or --thumbnails none.")
+    chosen = [name.strip() for name in columns.split(",") if name.strip()] if columns else []
+    text = [" ".join(words)] if words else []
+    with Searcher(run, model=model, index=at, exact=exact) as searcher:
+        found = searcher.search(
+            [*text, *(plus or [])], image or [], uid or [], minus or [],
+            k=k, where=where, minus_weight=minus_weight, columns=_columns(chosen),
+        )  # fmt: skip
+        problem = None
+        if sheet is not None:
+            from clipfilter.search.sheet import contact_sheet
+
+            png, problem = contact_sheet(searcher.vectors, found, str(thumbnails))
+            Path(sheet).parent.mkdir(parents=True, exist_ok=True)
+            Path(sheet).write_bytes(png)
+    if as_json:
+        typer.echo(json.dumps(found.to_json() | {"sheet": sheet}, indent=1, ensure_ascii=False, default=str))
+    else:
+        _print(found, chosen)
+        if sheet is not None:
+            typer.echo(f"sheet    {sheet}")
+    for note in (*found.notes, problem):
+        if note and not as_json:
+            typer.echo(f"note     {note}", err=True)
+
+
+def _columns(chosen: list[str]) -> list[str]:
+    from clipfilter.search.search import COLUMNS
+
+    return list(dict.fromkeys([*COLUMNS, *chosen]))
+
+
+def _print(found: SearchResult, chosen: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from clipfilter.report import text
+
+    console = Console()
+    rows = found.hits.to_pylist()
+    decided = any(row["cf_decision"] for row in rows)
+    names = chosen or ["cf_key", "cf_caption", *(["cf_decision"] if decided else [])]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("", justify="right")
+    table.add_column("cosine", justify="right")
+    for name in names:
+        table.add_column(name.removeprefix("cf_"), overflow="ellipsis", no_wrap=name == "cf_key")
+    for row in rows:
+        cells = [Text(text.clean(row[name] if row[name] is not None else "", 120)) for name in names]
+        for name, cell in zip(names, cells, strict=True):
+            cell.style = _STYLES.get(row[name], "") if name == "cf_decision" else ""
+        table.add_row(str(row["rank"]), f"{row['cosine']:.3f}", *cells)
+    console.print(table)
+    if not rows:
+        console.print("no row is left by the condition", style="yellow")
+    among = f"{found.matching:,} of {found.rows:,} rows" if found.matching < found.rows else f"{found.rows:,} rows"
+    console.print(
+        f"{found.method} search of {among}, model {found.model}", style="dim", highlight=False, soft_wrap=True
+    )
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("index")(index)
+    app.command("search")(search)
