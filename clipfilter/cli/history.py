@@ -1,0 +1,111 @@
+"""`history`: what a run directory has been through, and the way back to an earlier version."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from clipfilter.cli.jobs import Json
+from clipfilter.cli.runs import Run
+
+_STYLES = {"failed": "red", "unfinished": "red", "running": "cyan", "rollback": "yellow", "unchanged": "dim"}
+
+
+def history(
+    run: Run,
+    rollback: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="Make this version the dataset again, as a new version.")
+    ] = None,
+    accept: Annotated[
+        int | None,
+        typer.Option(metavar="NIGHT", help="Take this night as the new normal that later nights are compared with."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show every night and version of a run; go back to a version, or accept a night that drifted."""
+    from clipfilter.errors import RefusedError
+    from clipfilter.nightly import accept_night, roll_back
+    from clipfilter.nightly import history as read_history
+
+    if rollback is not None and accept is not None:
+        raise RefusedError("--rollback and --accept are two steps; give one of them.")
+    if rollback is not None:
+        name, content = roll_back(run, rollback)
+        totals = content["totals"]
+        if as_json:
+            typer.echo(json.dumps({"version": name, "rolled_back_to": content["rolled_back_to"], "totals": totals}))
+        else:
+            typer.echo(f"version {int(name)} is version {content['rolled_back_to']} again: {totals['rows']:,} rows")
+        return
+    if accept is not None:
+        accept_night(run, accept)
+        typer.echo(json.dumps({"accepted": accept}) if as_json else f"night {accept} is the new normal")
+        return
+    found = read_history(run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        _print(found)
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("night", "date"):
+        table.add_column(name)
+    for name in ("version", "new", "rows", "keep", "review", "reject", "failed", "dataset", "drift", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("outcome")
+    for night in found["nights"]:
+        table.add_row(*_cells(night))
+    of_nights = {night.get("version") for night in found["nights"]}
+    for version in found["versions"]:
+        if version["version"] not in of_nights:  # made by `run` or `filter`
+            parts = [f"{version[name]:,}" for name in ("keep", "review", "reject", "failed")]
+            table.add_row(
+                "", "", str(int(version["version"])), "", "", *parts, f"{version['rows']:,}", "", "", Text("done")
+            )
+    console.print(table)
+    for night in found["nights"]:
+        for alert in night["alerts"]:
+            console.print(Text(f"night {night['night']}: {alert['kind']}: {alert['message']}", "red"), soft_wrap=True)
+
+
+def _cells(night: dict[str, Any]) -> list[Any]:
+    counts, shards = night.get("counts", {}), night.get("shards", {})
+    rows = [f"{counts[name]:,}" if counts.get(name) else "" for name in ("rows", "keep", "review", "reject", "failed")]
+    new = shards.get("new", 0) + shards.get("changed", 0)
+    worst = max((item["psi"] for item in night.get("drift", ())), default=None)
+    total = night.get("totals", {}).get("rows")
+    return [
+        str(night["night"]),
+        night["started"].replace("T", " ").removesuffix("+00:00"),
+        str(int(night["version"])) if night.get("version") else "",
+        f"{new:,}" if new else "",
+        *rows,
+        f"{total:,}" if total is not None else "",
+        f"{worst:.2f}" if worst is not None else "",
+        f"{night['seconds']:.0f}" if "seconds" in night else "",
+        _outcome(night),
+    ]
+
+
+def _outcome(night: dict[str, Any]) -> Any:
+    from rich.text import Text
+
+    outcome = night["outcome"]
+    told = outcome if outcome != "rollback" else f"rollback to {night['to']}"
+    if night["alerts"] and outcome in ("done", "unchanged"):
+        kinds = ", ".join(dict.fromkeys(alert["kind"] for alert in night["alerts"]))
+        return Text(f"{told}: {kinds}", "red")
+    return Text(told, _STYLES.get(outcome, "green"))
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("history")(history)

@@ -1,0 +1,261 @@
+"""What is new in a source since the newest version of its dataset, and the version that its processing leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from clipfilter.engine import ledger
+from clipfilter.engine.driver import StageResult, Unit, fix_thresholds, run_units
+from clipfilter.errors import TRANSIENT, ClipfilterError, RefusedError
+from clipfilter.policies import Policy
+from clipfilter.sources import Shard, Source
+from clipfilter.storage import Directory
+
+Missing = Literal["keep", "drop"]
+
+
+def shard_of(commit_name: str) -> str:
+    """The shard id in `commits/<shard>.<stage>.<generation>.json`."""
+    return commit_name.rsplit("/", 1)[-1].split(".", 1)[0]
+
+
+def generation_of(commit_name: str) -> int:
+    return int(commit_name.rsplit(".", 2)[-2])
+
+
+@dataclass(frozen=True)
+class Held:
+    """A shard of the newest version. again: it is damaged or has failures that may pass."""
+
+    commit: str
+    path: str
+    size: int
+    etag: str
+    again: bool
+
+
+@dataclass
+class Base:
+    """The newest version: its name and content (None before the first night), and its shards by id.
+
+    set_aside: (shard id, size, etag) of file states that a rollback took out; they do not come back by themselves.
+    """
+
+    name: str | None = None
+    content: dict[str, Any] | None = None
+    shards: dict[str, Held] = field(default_factory=dict)
+    set_aside: set[tuple[str, int, str]] = field(default_factory=set)
+
+    @classmethod
+    def read(cls, directory: Directory) -> Base:
+        newest = ledger.latest_version(directory)
+        if newest is None:
+            return cls()
+        base = cls(*newest)
+        for name, commit in ledger.iter_commits(directory, newest[1]["commits"]):
+            shard = commit["shard"]
+            again = bool(commit.get("damaged") or TRANSIENT & set(commit["failed_by_class"]))
+            base.shards[shard["id"]] = Held(name, shard["path"], shard["size"], shard["etag"], again)
+        for _, commit in ledger.iter_commits(directory, newest[1].get("set_aside", [])):
+            shard = commit["shard"]
+            base.set_aside.add((shard["id"], shard["size"], shard["etag"]))
+        return base
+
+
+@dataclass
+class Arrivals:
+    """How a listing of the source differs from the newest version.
+
+    units: shards to process. vanished: ids of shards of the version whose file is gone. replaced: ids of shards of a
+    changed file that its new listing does not have. changed_paths: files of the version to process again. known_paths:
+    all that the listing has.
+    """
+
+    units: list[Unit] = field(default_factory=list)
+    listed: int = 0
+    new: int = 0
+    changed: int = 0
+    again: int = 0
+    set_aside: int = 0
+    vanished: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    changed_paths: set[str] = field(default_factory=set)
+    known_paths: set[str] = field(default_factory=set)
+
+    @property
+    def fresh(self) -> int:
+        """Shards that hold something the dataset did not have."""
+        return self.new + self.changed
+
+
+def find_arrivals(base: Base, listing: Iterable[Shard], *, retry_failed: bool) -> Arrivals:
+    """Compare a listing with the newest version. Memory grows with the number of shards only."""
+    found = Arrivals()
+    held_paths = {held.path for held in base.shards.values()}
+    ids: set[str] = set()
+    passed_over: set[str] = set()
+    for shard in listing:
+        found.listed += 1
+        ids.add(shard.id)
+        found.known_paths.add(shard.path)
+        held = base.shards.get(shard.id)
+        same = held is not None and (held.size, held.etag) == (shard.size, shard.etag)
+        if same and not (retry_failed and held is not None and held.again):
+            continue
+        if not same and (shard.id, shard.size, shard.etag) in base.set_aside:
+            found.set_aside += 1
+            passed_over.add(shard.path)
+            continue
+        found.units.append(Unit(shard))
+        if same:
+            found.again += 1
+        elif shard.path in held_paths:
+            found.changed += 1
+        else:
+            found.new += 1
+        if shard.path in held_paths:
+            found.changed_paths.add(shard.path)
+    for identity, held in base.shards.items():
+        if identity in ids or held.path in passed_over:
+            continue
+        (found.replaced if held.path in found.changed_paths else found.vanished).append(identity)
+    return found
+
+
+class Appending:
+    """The engine's `Growth` for one night: process the arrivals, keep the rest of the version as it is."""
+
+    def __init__(self, directory: Directory, base: Base, arrivals: Arrivals, missing: Missing, refit: bool) -> None:
+        self.directory = directory
+        self.base = base
+        self.arrivals = arrivals
+        self.missing = missing
+        self.refit = refit
+        self.added: list[str] = []  # commits of arrivals that are in the version
+        self.failed: list[dict[str, Any]] = []
+
+    def units(self, source: Source) -> Iterator[Unit]:
+        """The shards that differ from the newest version."""
+        return iter(self.arrivals.units)
+
+    def scored(self, policy: Policy, scored: StageResult) -> tuple[dict[str, float | None], Iterator[Unit]]:
+        """Frozen numbers of dataset-level rules, or with `refit` new ones from all rows, to decide all rows again."""
+        tonight = run_units(self.directory, scored.names, scored.commits)
+        if self.base.content is None:
+            return fix_thresholds(self.directory, policy, scored.commits), tonight
+        if not self.refit:
+            return dict(self.base.content["thresholds"]), tonight
+        done = {shard_of(name) for name in scored.names}
+        dropped = set(self.arrivals.replaced) | (set(self.arrivals.vanished) if self.missing == "drop" else set())
+        others = [
+            self._scored_commit(held.commit)
+            for identity, held in self.base.shards.items()
+            if identity not in done and identity not in dropped
+        ]
+        names = [*others, *scored.names]
+        numbers = [int(name[:6]) for name in self.directory.names("thresholds") if name[:6].isdigit()]
+        commits = _Commits(self.directory, names)
+        thresholds = fix_thresholds(self.directory, policy, commits, max(numbers, default=0) + 1)
+        rest = (
+            Unit(Shard.from_json(commit["shard"]), _inputs(self.directory, name, commit))
+            for name, commit in ledger.iter_commits(self.directory, names)
+        )
+        return thresholds, rest
+
+    def _scored_commit(self, decided: str) -> str:
+        """The commit of the scored stage that a decision was made from."""
+        generation = self.directory.read_json(decided)["base_generation"]
+        name = ledger.CommitName(shard_of(decided), "scored", generation).path
+        if not self.directory.exists(name):
+            raise ClipfilterError(f"a refit needs the scores of all rows, but {name} is gone; refit with a new --out.")
+        return name
+
+    def version(self, content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Append the version: tonight's commits in the newest one's list. What another run changed meanwhile stands."""
+        self.failed = content["failed_shards"]
+        stale = [
+            entry["shard"]["path"] for entry in self.failed if self.refit and entry["shard"]["id"] in self.base.shards
+        ]
+        if stale:
+            raise ClipfilterError(
+                f"{stale[0]} could not be decided with the new thresholds; the dataset stays as it was."
+            )
+        spoilt = {entry["shard"]["path"] for entry in self.failed} & self.arrivals.changed_paths
+        paths = {unit.shard.id: unit.shard.path for unit in self.arrivals.units}
+        names = {shard_of(name): name for name in content["commits"]}
+        # A changed file that could not be read as a whole keeps its old rows: half a file would be neither.
+        added = {identity: name for identity, name in names.items() if paths.get(identity) not in spoilt}
+        gone = {identity for identity in self.arrivals.replaced if self.base.shards[identity].path not in spoilt}
+        if self.missing == "drop":
+            gone |= set(self.arrivals.vanished)
+        return ledger.update_version(
+            self.directory, lambda newest: self._merged(content, added, gone, newest[1] if newest else None)
+        )
+
+    def _merged(
+        self, content: dict[str, Any], added: dict[str, str], gone: set[str], newest: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        before = {shard_of(name): name for name in self.base.content["commits"]} if self.base.content else {}
+        now = {shard_of(name): name for name in newest["commits"]} if newest else {}
+        theirs = [name for identity, name in now.items() if before.get(identity) != name]
+        touched = {identity for identity in now if before.get(identity) != now[identity]} | (set(before) - set(now))
+        if touched and newest is not None and newest["thresholds"] != content["thresholds"]:
+            raise ClipfilterError(
+                "another run changed the dataset and its thresholds meanwhile; run again, what is committed is not redone."
+            )
+        taken = {commit["shard"]["path"] for _, commit in ledger.iter_commits(self.directory, theirs)}
+        paths = {unit.shard.id: unit.shard.path for unit in self.arrivals.units}
+        for identity in gone:
+            if identity not in touched and self.base.shards[identity].path not in taken:
+                now.pop(identity, None)
+        self.added = []
+        for identity, name in added.items():
+            if identity in touched or paths.get(identity) in taken:
+                continue
+            now[identity] = name
+            if identity in paths:
+                self.added.append(name)
+        failed = {entry["shard"]["id"]: entry for entry in (newest["failed_shards"] if newest else [])}
+        failed = {
+            identity: entry
+            for identity, entry in failed.items()
+            if identity not in now and entry["shard"]["path"] in self.arrivals.known_paths
+        }
+        failed |= {entry["shard"]["id"]: entry for entry in self.failed}
+        commits, failures = list(now.values()), list(failed.values())
+        everything = (commit for _, commit in ledger.iter_commits(self.directory, commits))
+        merged = {
+            **content,
+            "commits": commits,
+            "failed_shards": failures,
+            "totals": ledger.totals_of(everything, failures),
+        }
+        aside = [name for name in (newest or {}).get("set_aside", []) if name not in set(commits)]
+        return merged | ({"set_aside": aside} if aside else {})
+
+
+def _inputs(directory: Directory, name: str, commit: dict[str, Any]) -> dict[str, Any]:
+    return {"run": directory.url, "name": name, "generation": commit["generation"], "commit": commit}
+
+
+class _Commits:
+    """Commits by name, read anew each time they are gone through, so that they never lie in memory together."""
+
+    def __init__(self, directory: Directory, names: list[str]) -> None:
+        self._directory, self._names = directory, names
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (commit for _, commit in ledger.iter_commits(self._directory, self._names))
+
+
+def refuse_refit(base: Base, arrivals: Arrivals, policy: Policy | None, *, copies: bool, missing: Missing) -> None:
+    """Raise RefusedError where new thresholds cannot be applied to all rows."""
+    if policy is None or not policy.dataset_thresholds:
+        raise RefusedError("there is nothing to refit: the policy has no rule over the whole dataset (fraction).")
+    if base.content is not None and arrivals.vanished and copies and missing == "keep":
+        raise RefusedError(
+            f"a refit decides all rows again, but the images of {len(arrivals.vanished)} shard(s) are gone from the source and "
+            "cannot be copied; use --missing drop, or --no-copy from the first night on."
+        )
