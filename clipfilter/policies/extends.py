@@ -22,6 +22,8 @@ KEYS = ("extends", "variables", "remove")
 _OWN = ("policy", "version", "description", "card", "tests")
 #: Values in which `${` means nothing.
 _LITERAL = ("policy", "version", "calibrations")
+#: Where rules name files, which lie beside the policy that names them.
+_FILES = (("concept", "vectors"), ("safety", "file"), ("text", "block_list"), ("known", "sha256"), ("known", "phash"))
 
 MAX_DEPTH = 8
 MAX_FILES = 32
@@ -60,7 +62,37 @@ def resolve(root: Node) -> Node:
         # A base may define what the extending file has no use for any more.
         if node.file == root.file and name not in expansion.used:
             refuse(merged.data["variables"].keys[name], f"the variable {name!r} is never used; remove it or its typo")
-    return _map(data, merged, merged.keys)
+    return _map(_with_files(data, root.file), merged, merged.keys)
+
+
+def _with_files(data: dict[str, Node], file: str) -> dict[str, Node]:
+    """Names of files in what was inherited, written as they are seen from the folder of `file`."""
+    here = os.path.dirname(os.path.abspath(file))
+
+    def seen(node: Node) -> Node:
+        if isinstance(node.data, dict) and "file" in node.data:
+            return _map(node.data | {"file": seen(node.data["file"])}, node, node.keys)
+        there = os.path.dirname(os.path.abspath(node.file))
+        if not isinstance(node.data, str) or there == here or os.path.isabs(node.data) or node.data.startswith("~"):
+            return node
+        path = os.path.relpath(os.path.join(there, node.data), here)
+        return Node(path, node.line, node.column, file=node.file)
+
+    def rule(node: Node) -> Node:
+        for kind, key in _FILES:
+            part = node.data.get(kind) if isinstance(node.data, dict) else None
+            if part is not None and isinstance(part.data, dict) and key in part.data:
+                moved = _map(part.data | {key: seen(part.data[key])}, part, part.keys)
+                node = _map(node.data | {kind: moved}, node, node.keys)
+        return node
+
+    rules = data.get("rules")
+    if rules is not None and isinstance(rules.data, list):
+        made = [rule(node) for node in rules.data]
+        data = data | {"rules": Node(made, rules.line, rules.column, file=rules.file)}
+    if "overrides" in data:
+        data = data | {"overrides": seen(data["overrides"])}
+    return data
 
 
 def refuse(place: Place, message: str) -> NoReturn:

@@ -152,6 +152,17 @@ def test_a_files_own_calibration_wins(tmp_path: Path) -> None:
         threshold(write(tmp_path, base=base, child=other))
 
 
+def test_files_that_a_base_names_lie_beside_the_base(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "words.txt").write_text("casino\n")
+    block = "  - {id: words, text: {block_list: words.txt}, reject: {above: 0.5}}\n"
+    write(shared, base=BASE.replace("card:", f"{block}card:"))
+    child = load_policy(write(tmp_path, child=CHILD.replace("base.yaml", "shared/base.yaml")))
+    assert child.canonical()["rules"] == load_policy(shared / "base.yaml").canonical()["rules"]
+    assert "words" in [rule.id for rule in child.rules]
+
+
 def test_dollars_may_be_written() -> None:
     text = "policy: p\nversion: 1\nrules: [{id: a, concept: {any_of: ['%s']}, reject: {above: 0.5}}]\n"
     assert parse_policy(text % "a $5 bill, $${x}").rules[0].concept.any_of == ("a $5 bill, ${x}",)  # type: ignore[union-attr]
