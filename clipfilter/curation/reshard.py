@@ -47,7 +47,7 @@ def load_subset(url: str) -> np.ndarray:
         raise RefusedError(f"{url} is not a .npy file that can be read safely ({error}).") from error
     if subset.dtype != HALVES or subset.ndim != 1:
         raise RefusedError(f"{url} holds {subset.dtype}, and a uid subset is one array of u8,u8.")
-    return subset
+    return np.asarray(subset)
 
 
 def reshard(source: str, subset: str, out: str, rows_per_shard: int = 10_000) -> Resharded:
@@ -114,7 +114,7 @@ def _copy(tar: TarFile, name: str, subset: tuple[np.ndarray, np.ndarray], shards
 
 def _occurrences(subset: tuple[np.ndarray, np.ndarray], high: int, low: int) -> int:
     first, second = subset
-    start, stop = (int(first.searchsorted(np.uint64(high), side)) for side in ("left", "right"))  # type: ignore[call-overload]
+    start, stop = (int(first.searchsorted(np.uint64(high), side)) for side in ("left", "right"))
     part = second[start:stop]
     return int(part.searchsorted(np.uint64(low), "right") - part.searchsorted(np.uint64(low), "left"))
 

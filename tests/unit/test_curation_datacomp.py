@@ -97,21 +97,17 @@ def straightforward(name: str, columns: dict[str, Any], folder: Path, **options:
     for row in range(ROWS):
         text, english = columns["text"][row], columns["language"][row] == "en"
         width, height = int(columns["original_width"][row]), int(columns["original_height"][row])
-        keep = {
-            "basic": lambda: (
-                english
-                and len(text.split()) > 2
-                and len(text) > 5
-                and min(width, height) >= 200
-                and max(width, height) / min(width, height) <= 3.0
-            ),
-            "clip-score": lambda: score[row] >= threshold,
-            "laion2b": lambda: english and columns["clip_b32_similarity_score"][row] >= 0.28,
-            "image-based": lambda: (
-                english and fasttext_tokens(text) > 1 and len(text) > 5 and int(nearest[row]) in wanted
-            ),
-            "text-based": lambda: english and any(SYNSETS.get(w.lower()) in (10, 30, 77) for w in text.split()),
-        }[name]()
+        shorter, longer = min(width, height), max(width, height)
+        if name == "basic":
+            keep = english and len(text.split()) > 2 and len(text) > 5 and shorter >= 200 and longer / shorter <= 3.0
+        elif name == "clip-score":
+            keep = score[row] >= threshold
+        elif name == "laion2b":
+            keep = english and columns["clip_b32_similarity_score"][row] >= 0.28
+        elif name == "image-based":
+            keep = english and fasttext_tokens(text) > 1 and len(text) > 5 and int(nearest[row]) in wanted
+        else:
+            keep = english and any(SYNSETS.get(w.lower()) in (10, 30, 77) for w in text.split())
         if keep:
             kept.append((int(columns["uid"][row][:16], 16), int(columns["uid"][row][16:], 16)))
     return sorted(kept)
@@ -179,12 +175,12 @@ def test_bad_input_is_refused_in_a_sentence(metadata: tuple[Path, dict[str, Any]
     ):
         with pytest.raises(RefusedError, match=words):
             datacomp.make_baselines(names, folder, **options)
-    with pytest.raises(RefusedError, match="no .parquet"):
+    with pytest.raises(RefusedError, match="holds no"):
         datacomp.select(str(tmp_path), [])
     pq.write_table(pa.table({"uid": ["not hex"]}), tmp_path / "0.parquet")
     with pytest.raises(RefusedError, match="32 hex"):
         datacomp.select(str(tmp_path), [])
-    with pytest.raises(RefusedError, match="original_width|text"):
+    with pytest.raises(RefusedError, match="no column"):
         datacomp.select(str(tmp_path), datacomp.make_baselines(["basic"], str(tmp_path)))
     pickled = tmp_path / "evil.npy"
     np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
