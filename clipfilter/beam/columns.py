@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -80,8 +78,8 @@ def exact_duplicates(rows: pa.Table) -> pa.Table:
 
 
 def quantile_rank(ranked: int, q: float) -> int:
-    """Ascending rank (from 0) of a quantile: the smallest score that at least the share q of the rows does not exceed."""
-    return min(max(math.ceil(Fraction(str(q)) * ranked) - 1, 0), ranked - 1)
+    """Ascending rank (from 0) of a quantile, as in `curation.fraction.quantiles`: the nearest lower rank."""
+    return int(q * (ranked - 1))
 
 
 def quantile_buckets(high: np.ndarray, wanted: Sequence[float]) -> list[int]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -40,7 +41,11 @@ class Unit:
 
 @dataclass
 class Progress:
-    """What a progress display shows; updated by the driver, read by the display."""
+    """What a progress display shows; updated by the driver, read by the display.
+
+    waiting, running: shards planned and not given out yet, and shards that workers hold. counts and failed_by_class are
+    rows, seconds (by step) and encoder_waited wall time of workers; all four of shards that were done now, not before.
+    """
 
     stage: str = ""
     shards_total: int = 0
@@ -54,6 +59,14 @@ class Progress:
     reject: int = 0
     failed: int = 0
     workers: int = 0
+    waiting: int = 0
+    running: int = 0
+    shards_failed: int = 0
+    attempts_failed: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    failed_by_class: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    encoder_waited: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
 
@@ -127,6 +140,7 @@ class StageRun:
             for outcome in self.executor.poll(0.2):
                 item = running.pop(outcome.ticket)
                 self._settle(outcome, item, queue, results, failed)
+            self.progress.waiting, self.progress.running = len(queue), len(running)
             self._show(results, exhausted)
         self._show(results, True)
         order = sorted(results)
@@ -236,8 +250,10 @@ class StageRun:
                 log.info("%s: another attempt committed first; its result stands", path)
             return
         item.attempts += 1
+        self.progress.attempts_failed += 1
         log.warning("%s: attempt %d failed: %s", path, item.attempts, outcome.message)
         if outcome.permanent or item.attempts >= MAX_ATTEMPTS:
+            self.progress.shards_failed += 1
             failed[item.order] = {
                 "shard": item.unit.shard.to_json(),
                 "error": outcome.message,
@@ -258,6 +274,12 @@ class StageRun:
         progress.review += counts.get("review", 0)
         progress.reject += counts.get("reject", 0)
         progress.failed += counts["failed"]
+        if not reused:
+            progress.counts.update(counts)
+            progress.failed_by_class.update(commit["failed_by_class"])
+            work = commit.get("work", {})
+            progress.seconds.update(work.get("seconds", {}))
+            progress.encoder_waited += work.get("encoder_waited", 0.0)
 
     def _show(self, results: dict[int, tuple[str, dict[str, Any]]], exhausted: bool) -> None:
         progress = self.progress

@@ -53,18 +53,23 @@ class ShardReport:
     rules: dict[str, dict[str, int]] = field(default_factory=dict)
     captions_truncated: int = 0
     batch_halvings: int = 0
+    encoder_waited: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class EmbeddedShard:
-    """All rows of a shard after the encoder: rows and embeddings (equal length, equal order) and the failed."""
+    """All rows of a shard after the encoder: rows and embeddings (equal length, equal order) and the failed.
+
+    encoder_waited: seconds in which the encoder had its turn and no decoded batch was there.
+    """
 
     rows: pa.Table
     embeddings: pa.Table
     failed: pa.Table
     captions_truncated: int
     batch_halvings: int
+    encoder_waited: float = 0.0
 
 
 def process_shard(
@@ -112,6 +117,7 @@ def process_shard(
     times.add("decide_and_write", started)
     report.captions_truncated = embedded.captions_truncated
     report.batch_halvings = embedded.batch_halvings
+    report.encoder_waited = embedded.encoder_waited
     report.seconds = times.seconds
     return report
 
@@ -170,7 +176,9 @@ def embed_rows(
     failed_parts: list[pa.Table] = []
     truncated = 0
     runner = _BatchRunner(encoder)
+    waited, idle = 0.0, time.perf_counter()
     for batch in batches:
+        waited += time.perf_counter() - idle
         n = batch.rows.num_rows
         started = time.perf_counter()
         image_emb = runner.images(batch.pixels)[:n]
@@ -207,12 +215,14 @@ def embed_rows(
             failed_parts.append(failed_table(shard, pa.table(batch.rows.filter(pa.array(~ok))), errors))
         if on_batch is not None:
             on_batch(n)
+        idle = time.perf_counter()
     return EmbeddedShard(
         pa.concat_tables(rows_parts).combine_chunks() if rows_parts else rows_schema.empty_table(),
         pa.concat_tables(store_parts).combine_chunks() if store_parts else store.empty_table(),
         pa.concat_tables(failed_parts).combine_chunks() if failed_parts else failed_table(shard, _no_rows(), []),
         truncated,
         runner.halvings,
+        waited,
     )
 
 

@@ -163,6 +163,7 @@ class Worker:
                     "attempt": task.attempt,
                     "isolated": task.isolated,
                     "batch_halvings": report.batch_halvings,
+                    "encoder_waited": round(report.encoder_waited, 4),
                     "machine": machine(),
                     "backend": self.encoder.fingerprint.get("backend"),
                 },

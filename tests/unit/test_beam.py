@@ -19,6 +19,7 @@ from clipfilter.beam import executor, statistics
 from clipfilter.beam.columns import count_by_host, exact_duplicates, hash_buckets, hosts, quantile_buckets, quantiles
 from clipfilter.beam.options import BeamOptions
 from clipfilter.beam.transforms import HistogramCoder, SumCounts, SumHistograms
+from clipfilter.curation import fraction
 from clipfilter.curation.fraction import high_histogram, low_histogram
 from clipfilter.engine.worker import JobSpec, Task
 from clipfilter.errors import RefusedError
@@ -89,7 +90,8 @@ def test_quantiles_are_exact(ties: bool) -> None:
     high = sum(high_histogram(part) for part in parts)
     lows = {b: sum(low_histogram(part, b) for part in parts) for b in quantile_buckets(high, wanted)}
     ranked = scores[~np.isnan(scores)]
-    assert quantiles(high, lows, wanted) == np.quantile(ranked, wanted, method="inverted_cdf").tolist()
+    assert quantiles(high, lows, wanted) == np.quantile(ranked, wanted, method="lower").tolist()
+    assert quantiles(high, lows, wanted) == fraction.quantiles(lambda: parts, wanted)
     nothing = high_histogram(np.array([np.nan], np.float32))
     assert quantiles(nothing, {}, wanted) == [None] * 6
 
