@@ -1,0 +1,155 @@
+"""One run as the page looks at it: its columns, its rules, its model and what a person has labelled."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipfilter.engine.columns import annotate
+from clipfilter.engine.job import refuse_other_weights, stored_model
+from clipfilter.engine.worker import local_files, read_stored
+from clipfilter.errors import RefusedError
+from clipfilter.policies.schema import Policy
+from clipfilter.report.data import RuleData, rules_of
+from clipfilter.search.vectors import RunShard, RunVectors
+from clipfilter.serve.columns import RunColumns
+from clipfilter.serve.effect import Effects
+from clipfilter.storage import Directory
+
+if TYPE_CHECKING:
+    from clipfilter.models import Encoder
+
+
+class Run:
+    """A finished run, opened at its newest version. Safe to use from several threads; memory as `RunColumns` says.
+
+    model: where the run's own model is, if it was a local one.
+    """
+
+    def __init__(self, url: str, model: str | None = None) -> None:
+        """Raises RefusedError where there is no finished run, or none with rows."""
+        self.vectors = RunVectors.open(url)
+        self.url = self.vectors.url
+        self.plan = self.vectors.plan
+        self.version = self.vectors.version
+        self.content: dict[str, Any] = self.vectors.directory.read_json(f"versions/{self.version}.json")
+        self.rules: list[RuleData] = rules_of(self.plan, self.content) if self.plan.policy is not None else []
+        self.columns = RunColumns(self.vectors, self.rules)
+        self.effects = Effects(self.columns, self.rules, self._rescore)
+        self._model = model
+        self._encoder: Encoder | None = None
+        # Torch keeps a pool of threads per calling thread, so one thread does all encoding.
+        self._torch = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._places: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def source_plan(self) -> dict[str, Any]:
+        """The plan of the dataset itself."""
+        plan = self.plan
+        source: dict[str, Any] = plan.source
+        while "run" in source and "source" in source:  # a filter carries that of the run it decided
+            source = source["source"]
+        return source
+
+    @property
+    def shards(self) -> list[RunShard]:
+        return self.vectors.shards
+
+    def on_encoder(self, work: Any) -> Any:
+        """`work(encoder)`, on the thread that owns the model. Raises RefusedError where the model cannot be had."""
+        return self._torch.submit(lambda: work(self._load())).result()
+
+    def rule(self, name: str) -> RuleData:
+        found = next((rule for rule in self.rules if rule.id == name), None)
+        if found is None:
+            raise RefusedError(f"the run's policy has no rule {name[:80]!r}.")
+        return found
+
+    def positions_of(self, uids: list[str]) -> list[int | None]:
+        """Where the rows with these uids are; None for those the run does not hold. Reads the uids shard by shard."""
+        with self._lock:
+            wanted = [uid for uid in uids if uid not in self._places]
+            if wanted:
+                values = pa.array(wanted, pa.string())
+                for shard in self.shards:
+                    with self.vectors.directory.open(shard.annotated["name"]) as handle:
+                        column = pq.read_table(handle, columns=["cf_uid"])["cf_uid"]
+                    index = pc.index_in(column, value_set=values)
+                    rows = np.flatnonzero(np.asarray(index.is_valid()))
+                    for row, number in zip(rows.tolist(), index.drop_null().to_pylist(), strict=True):
+                        self._places.setdefault(wanted[number], shard.start + row)
+            return [self._places.get(uid) for uid in uids]
+
+    def close(self) -> None:
+        self._torch.shutdown(wait=True, cancel_futures=True)
+        self.vectors.close()
+
+    def _load(self) -> Encoder:
+        if self._encoder is None:
+            from clipfilter.models import load_encoder
+
+            encoder = load_encoder(self._model or stored_model(self.plan))
+            refuse_other_weights(self.plan, encoder.fingerprint)
+            self._encoder = _Remembering(encoder)
+        assert self._encoder is not None
+        return self._encoder
+
+    def _rescore(self, rule: RuleData, bands: Mapping[str, float], rows: np.ndarray) -> np.ndarray:
+        """Scores of one rule with other thresholds, float32 [n], by the engine's own code."""
+        return np.asarray(self.on_encoder(lambda encoder: self._scores(encoder, rule, bands, rows)), np.float32)
+
+    def _scores(self, encoder: Encoder, rule: RuleData, bands: Mapping[str, float], rows: np.ndarray) -> np.ndarray:
+        from clipfilter.policies import compile_policy
+
+        spec = dict(rule.spec)
+        for band in rule.bands:
+            spec[band.name] = {band.direction: bands.get(band.name, band.threshold)}
+        policy = Policy.from_canonical({"policy": "moved", "version": 1, "rules": [spec]})
+        compiled = compile_policy(policy, encoder, decode="exact" if self.plan.options["decode"] == "exact" else "fast")
+        numbers, inside = self.vectors.locate(rows)
+        found = np.empty(len(rows), np.float32)
+        for number in np.unique(numbers):
+            mine = np.flatnonzero(numbers == number)
+            stored, embeddings = self._stored(self.shards[number], pa.array(inside[mine]))
+            scored = annotate(stored, embeddings, encoder, compiled, None)[f"cf_score.{rule.id}"]
+            found[mine] = scored.to_numpy().astype(np.float32)
+        return found
+
+    def _stored(self, shard: RunShard, rows: pa.Array) -> tuple[pa.Table, pa.Table]:
+        """These rows of a shard and their embeddings, as the engine reads them."""
+        with (
+            tempfile.TemporaryDirectory(prefix="clipfilter-") as folder,
+            local_files(Directory(self.url), {"annotated": shard.annotated}, Path(folder)) as own,
+            local_files(Directory(shard.origin), {"embeddings": shard.embeddings}, Path(folder)) as base,
+        ):
+            stored, embeddings = read_stored(own["annotated"], base["embeddings"])
+            return stored.take(rows), embeddings.take(rows)
+
+
+class _Remembering:
+    """An encoder that knows the texts of the last few rules, so that moving a threshold again embeds nothing."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._texts: dict[tuple[str, ...], np.ndarray] = {}
+
+    def encode_texts(self, texts: Any) -> np.ndarray:
+        key = tuple(texts)
+        if key not in self._texts:
+            if len(self._texts) >= 64:
+                self._texts.clear()
+            self._texts[key] = self._encoder.encode_texts(texts)
+        return self._texts[key]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
