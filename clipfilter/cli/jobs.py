@@ -38,6 +38,16 @@ RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try damaged s
 MaxFailures = Annotated[
     float, typer.Option(min=0, max=1, help="Share of rows that may fail before the exit code is 3.")
 ]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(min=0, max=65535, help="Serve Prometheus metrics at this port while it runs; 0: a free one."),
+]
+MetricsHost = Annotated[
+    str | None, typer.Option(help="Address to serve metrics at [default: 127.0.0.1, this machine].")
+]
+MetricsFile = Annotated[
+    str | None, typer.Option(help="Write metrics to this file, for node_exporter's textfile collector.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")]
@@ -116,6 +126,9 @@ def run(
     thumbnails: ThumbnailsOption = Thumbnails.blur,
     retry_failed: RetryFailed = False,
     max_failures: MaxFailures = 0.01,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = None,
+    metrics_file: MetricsFile = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -146,6 +159,9 @@ def embed(
     sample: Sample = None,
     retry_failed: RetryFailed = False,
     max_failures: MaxFailures = 0.01,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = None,
+    metrics_file: MetricsFile = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -185,6 +201,9 @@ def score(
     sample: Sample = None,
     retry_failed: RetryFailed = False,
     max_failures: MaxFailures = 0.01,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = None,
+    metrics_file: MetricsFile = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -225,6 +244,9 @@ def filter_(
     threads: Threads = None,
     device: Device = "auto",
     max_failures: MaxFailures = 0.01,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = None,
+    metrics_file: MetricsFile = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -247,8 +269,11 @@ def run_command(job: str, after: Callable[[str], None] | None = None, **given: A
     """
     from clipfilter.cli import display
     from clipfilter.engine.job import JobRequest, run_job
+    from clipfilter.engine.metrics import LOOPBACK, MetricsOptions, published, together
     from clipfilter.sources import SourceOptions
 
+    port, host, file = (given.pop(f"metrics_{name}", None) for name in ("port", "host", "file"))
+    metrics = MetricsOptions(port, host or LOOPBACK, file)
     dry_run, as_json, quiet = given.pop("dry_run"), given.pop("as_json"), given.pop("quiet")
     thumbnails = given.pop("thumbnails", None)
     columns = {name: given.pop(name, None) for name in ("image_column", "caption_column", "uid_column")}
@@ -260,8 +285,11 @@ def run_command(job: str, after: Callable[[str], None] | None = None, **given: A
         display.print_plan(request, as_json)
         return
     # Ray prints what its workers suffer; stdout belongs to the result.
-    with contextlib.redirect_stdout(sys.stderr), display.progress(enabled=not (quiet or as_json)) as shown:
-        result = run_job(request, shown)
+    shown = display.progress(enabled=not (quiet or as_json))
+    with contextlib.redirect_stdout(sys.stderr), published(metrics, job) as watched, shown as line:
+        result = run_job(request, together(line, watched))
+        if watched is not None:
+            watched.finish(result)
     report = None
     if job in ("run", "filter"):
         from clipfilter.report import write_report
