@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads as head_models
 from clipfilter.policies.load import sentence_of
-from clipfilter.policies.schema import Policy
-from clipfilter.policies.yaml_nodes import MAX_BYTES, Node, Place, YamlRefusedError, read_yaml
+from clipfilter.policies.schema import KINDS, Policy
+from clipfilter.policies.yaml_nodes import MAX_BYTES, Node, YamlRefusedError, read_yaml
 
 
 class ScorePolicy(Policy):
@@ -29,19 +29,21 @@ class ScorePolicy(Policy):
 
 
 def scores_of(policy: Policy) -> ScorePolicy:
-    """The scores of a policy: its rules without bands, calibrations and dataset-level rules.
+    """The scores of a policy: what its rules measure, without bands, conditions, calibrations, overrides and rules that
+    measure nothing themselves (fractions, known pictures).
 
     So the same columns stay valid when only thresholds change. Raises RefusedError where nothing is left.
     """
     data = policy.canonical()
+    kept = ("id", "templates", *KINDS)
     rules = [
-        {key: value for key, value in rule.items() if key not in ("review", "reject", "on_missing")}
+        {key: value for key, value in rule.items() if key in kept}
         for rule in data["rules"]
-        if "fraction" not in rule
+        if not {"fraction", "known"} & set(rule)
     ]
     if not rules:
         raise RefusedError(f"policy {policy.name!r} has no rule with a score of its own.")
-    return ScorePolicy.from_canonical({**data, "rules": rules, "calibrations": []})
+    return ScorePolicy.from_canonical({"policy": policy.name, "version": policy.version, "rules": rules})
 
 
 def named_scores(heads: Sequence[str] = (), concepts: str | None = None) -> ScorePolicy:
