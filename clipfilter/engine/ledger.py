@@ -18,7 +18,7 @@ from clipfilter.storage import Directory
 _COMMIT_NAME = re.compile(r"^(?P<shard>[0-9a-f]{16})\.(?P<stage>[a-z]+)\.(?P<generation>\d{3})\.json$")
 
 #: Stages that end a shard's processing; `scored` comes before `decided` when a policy has dataset-level rules.
-FINAL_STAGE = {"run": "decided", "filter": "decided", "embed": "embedded", "score": "embedded"}
+FINAL_STAGE = {"run": "decided", "filter": "decided"} | dict.fromkeys(("embed", "score", "import", "curate"), "embedded")
 _COMMITS_AT_ONCE = 64
 
 

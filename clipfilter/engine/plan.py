@@ -14,7 +14,7 @@ from clipfilter.storage import Directory
 PLAN_FILE = "plan.json"
 FORMAT = 1
 
-Job = Literal["run", "embed", "score", "filter"]
+Job = Literal["run", "embed", "score", "filter", "import", "curate"]
 
 
 def canonical_json(value: Any) -> bytes:
