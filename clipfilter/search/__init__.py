@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
 from clipfilter.search.exact import top_k
 from clipfilter.search.index import IndexResult, build_index
 from clipfilter.search.query import query_vector
@@ -20,3 +25,13 @@ __all__ = [
     "search_run",
     "top_k",
 ]
+
+
+class _Callable(types.ModuleType):
+    """`clipfilter.search` is this package and, as part of the Python API, a function (see `clipfilter.api.search`)."""
+
+    def __call__(self, run: str, text: str | Sequence[str] = (), **options: Any) -> SearchResult:
+        return search_run(str(run), text, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
