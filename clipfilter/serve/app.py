@@ -112,6 +112,7 @@ class Server:
             self.guard.port = runner.addresses[0][1]
             shown = f"[{self.guard.host}]" if ":" in self.guard.host else self.guard.host
             ready(f"http://{shown}:{self.guard.port}/?token={self.guard.token}")
+            self._run.warm()
             await self._stop.wait()
         finally:
             await runner.cleanup()

@@ -65,6 +65,10 @@ class Run:
     def shards(self) -> list[RunShard]:
         return self.vectors.shards
 
+    def warm(self) -> None:
+        """Begin to load the model, so that the first search need not wait; whatever is wrong, that search says."""
+        self._torch.submit(self._load)
+
     def on_encoder(self, work: Any) -> Any:
         """`work(encoder)`, on the thread that owns the model. Raises RefusedError where the model cannot be had."""
         return self._torch.submit(lambda: work(self._load())).result()

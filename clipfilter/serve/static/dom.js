@@ -6,11 +6,16 @@ export const $ = (id) => document.getElementById(id);
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   set(element, attributes);
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  fill(element, ...children);
   return element;
 }
 
-/** The same for SVG. */
+/** Make these the children of an element; null and undefined are left out. */
+export function fill(element, ...children) {
+  element.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined));
+}
+
+/** The same as `h` for SVG. */
 export function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   set(element, attributes);

@@ -1,6 +1,6 @@
 // The pictures of one page, the keys that move and label, and the pager.
 
-import { $, chip, count, h, number, plural, say } from "./dom.js";
+import { $, chip, count, fill, h, number, say } from "./dom.js";
 import { openDetail } from "./detail.js";
 import { look, onView, post, searching, state, theRule } from "./state.js";
 import { drawLabels } from "./labels.js";
@@ -85,8 +85,7 @@ function card(row, index) {
   if (row.label !== null) badges.append(h("span", { class: `mark ${row.label ? "right" : "pass"}` }, row.label ? "r" : "k"));
   const value = row.cosine !== null ? `cosine ${number(row.cosine)}` : row.score !== null ? `${state.view.sort || rule?.id} ${number(row.score)}` : "";
   const why = row.reasons.map((reason) => (reason.band === "missing" ? `${reason.rule}: no score` : reason.rule)).join(", ");
-  item.append(
-    frame, badges,
+  fill(item, frame, badges,
     h("p", { class: "value" }, value),
     h("p", { class: "caption" }, h("bdi", {}, name)),
     why ? h("p", { class: "why" }, why) : null,
@@ -193,5 +192,3 @@ export function drawActive() {
   if (view.where) item(view.where, { where: "" });
   $("active").replaceChildren(...items);
 }
-
-export const summary = () => plural(total, "picture");

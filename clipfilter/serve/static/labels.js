@@ -1,6 +1,6 @@
 // The labels of the chosen rule: how many, how they were picked, where they are written, and what to do with them.
 
-import { $, count, h, plural, say } from "./dom.js";
+import { $, count, fill, h, plural, say } from "./dom.js";
 import { look, post, state, theRule } from "./state.js";
 
 export function drawLabels() {
@@ -15,7 +15,7 @@ export function drawLabels() {
   const looking = (name, text, off) => h("button", {
     type: "button", disabled: off, "aria-pressed": String(view.labels === name), onclick: () => look({ labels: view.labels === name ? "" : name, flips: false }),
   }, text);
-  $("labels").replaceChildren(
+  fill($("labels"),
     h("p", { class: "note" }, h("kbd", {}, "k"), " ", h("b", {}, rule.id), " should let it pass, ", h("kbd", {}, "r"), " is right to stop it, ",
       h("kbd", {}, "x"), " takes it back or skips."),
     h("p", {}, h("b", {}, plural(found.labelled, "label")), `, ${count(found.true)} to stop.`),

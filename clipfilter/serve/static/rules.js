@@ -1,10 +1,11 @@
 // The chosen rule: histogram of its scores, thresholds to move, and what moving them changes.
 
-import { $, chip, count, h, number, plural, say, svg } from "./dom.js";
+import { $, chip, count, fill, h, number, plural, say, svg } from "./dom.js";
 import { look, move, post, state, theRule } from "./state.js";
 import { drawDecisions } from "./app.js";
 
 const HEIGHT = 96;
+const KINDS = { concept: "Concept", alignment: "Match of picture and caption", head: "Head", metadata: "Metadata", fraction: "Best part" };
 let busy = false;
 let waiting = null;
 
@@ -17,7 +18,7 @@ export function drawRule() {
   const origin = { calibrated: "calibrated for this model", dataset: "fixed over the dataset", written: rule.calibrated === false ? "not calibrated for this model" : "as written" };
   const from = [...new Set(rule.bands.map((band) => origin[band.source]))].join(", ");
   const stopped = Object.entries(rule.counts).map(([band, n]) => `${count(n)} ${band === "missing" ? "without a score" : band}`).join(", ");
-  $("rule-note").textContent = `${rule.kind}${rule.of ? ` of ${rule.of}` : ""}; ${from || "no thresholds"}. ${stopped || "It stops nothing."}`;
+  $("rule-note").textContent = `${KINDS[rule.kind] ?? rule.kind}${rule.of ? ` of ${rule.of}` : ""}, ${from || "without thresholds"}. Stops ${stopped || "nothing"}.`;
   drawHistogram(rule);
   $("sliders").replaceChildren(...(rule.fixed ? [h("p", { class: "note" }, rule.fixed)] : rule.bands.map((band) => slider(rule, band))));
   drawEffect();
@@ -134,11 +135,11 @@ function drawEffect() {
   const found = state.effect;
   if (!found) return target.replaceChildren();
   const others = Object.keys(state.view.changes).filter((rule) => rule !== state.view.label_rule);
-  target.replaceChildren(
+  fill(target,
     h("p", { class: "flips" }, h("b", { id: "flipped" }, count(found.flipped)), ` of ${plural(found.rows, "picture")} change`),
     h("ul", { class: "changes" }, found.changes.map((change) => h("li", {}, chip(change.from), h("span", { class: "arrow", "aria-label": "becomes" }, "→"), chip(change.to), h("b", {}, count(change.rows))))),
-    found.doubtful ? h("p", { class: "note" }, `${plural(found.doubtful, "picture")} stand too close to tell while you move.`) : "",
-    others.length ? h("p", { class: "note" }, `Moved too: ${others.join(", ")}.`) : "",
+    found.doubtful ? h("p", { class: "note" }, `${plural(found.doubtful, "picture")} stand too close to tell while you move.`) : null,
+    others.length ? h("p", { class: "note" }, `Moved too: ${others.join(", ")}.`) : null,
     h("div", { class: "buttons" },
       h("button", { type: "button", id: "show-flips", "aria-pressed": String(state.view.flips), disabled: !found.flipped, onclick: () => look({ flips: !state.view.flips, labels: "" }) }, "Show them"),
       h("button", { type: "button", onclick: reset }, "Put back"),
