@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
-
 import typer
 
-from clipfilter.cli import calibration, decisions
-
-PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a pack.")]
+from clipfilter.cli import calibration, decisions, policy_show, policy_tests
+from clipfilter.cli.policy_show import PolicyArgument
 
 policy_app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate policies.", rich_markup_mode=None)
 
@@ -23,12 +19,8 @@ def validate(policy: PolicyArgument) -> None:
     typer.echo(f"{loaded.name} version {loaded.version}: {len(loaded.rules)} rules, sha256 {loaded.sha256[:12]}")
 
 
-@policy_app.command("show")
-def show(policy: PolicyArgument) -> None:
-    """Print the resolved policy as JSON: defaults filled in, templates expanded."""
-    from clipfilter.policies import load_policy
-
-    typer.echo(json.dumps(load_policy(policy).canonical(), indent=2, ensure_ascii=False))
+policy_show.add_to(policy_app)
+policy_tests.add_to(policy_app)
 
 
 @policy_app.command("list")

@@ -14,7 +14,7 @@ from clipfilter.policies.fields import Model, choice, fail, number, shown, sugge
 
 MAX_TESTS = 500
 MAX_CATEGORIES = 200
-_MAX_SIDE = 20_000
+_MAX_SIDE = 4096
 SERVICES = ("openai", "rekognition", "safesearch")
 #: What SafeSearch answers about, each with a likelihood.
 SAFESEARCH = ("adult", "spoof", "medical", "violence", "racy")
@@ -22,8 +22,10 @@ SAFESEARCH = ("adult", "spoof", "medical", "violence", "racy")
 Decision = Annotated[
     Literal["keep", "review", "reject"], BeforeValidator(choice("the expected decision", "keep", "review", "reject"))
 ]
-Outcome = Literal["keep", "review", "reject", "missing"]
-_outcome = choice("what the rule says", "keep", "review", "reject", "missing")
+#: What a rule may say of a row; keep where it says nothing.
+OUTCOMES = ("keep", "review", "reject", "missing", "escalate", "tighten")
+Outcome = Literal["keep", "review", "reject", "missing", "escalate", "tighten"]
+_outcome = choice("what the rule says", *OUTCOMES)
 Number = Annotated[float, BeforeValidator(number)]
 
 
@@ -134,13 +136,14 @@ class Expectation(Model):
     """One test of a policy: a picture, a caption or both, and what should be decided about them.
 
     image: path relative to the policy's own file. size: [width, height] of a plain gray picture that stands in where the
-    test is about captions and sizes only.
+    test is about captions and sizes only. columns: numbers of the source's own columns, for metadata rules on them.
     """
 
     name: Annotated[str, BeforeValidator(text("name", 200))] | None = None
     image: Annotated[str, BeforeValidator(text("image", 1000))] | None = None
     size: Annotated[tuple[int, int], BeforeValidator(_size)] | None = None
     caption: Annotated[str, BeforeValidator(text("caption", 5000))] | None = None
+    columns: dict[str, Number] = {}  # noqa: RUF012
     expect: Decision | None = None
     rules: (
         Annotated[dict[str, Annotated[RuleExpectation, BeforeValidator(_rule_expectation)]], BeforeValidator(_rule_map)]

@@ -121,7 +121,7 @@ def test_policy_commands(tmp_path: Path) -> None:
     assert {"demo", "caption-match", "curate-basic", "marketplace-safety"} <= set(names)
     for name in names:
         assert name in cli("policy", "validate", name).stdout
-    assert json.loads(cli("policy", "show", "demo").stdout)["policy"] == "demo"
+    assert json.loads(cli("policy", "show", "demo", "--json").stdout)["policy"] == "demo"
     bad = tmp_path / "bad.yaml"
     bad.write_text("policy: x\nversion: 1\nrules:\n  - id: a\n    concpt: {any_of: [cat]}\n    reject: {above: 0.5}\n")
     done = cli("policy", "validate", str(bad), check=False)
