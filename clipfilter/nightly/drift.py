@@ -101,7 +101,9 @@ def compare(of: str, before: Distribution, tonight: Distribution) -> Drift:
     wanted = min(BINS, max(2, n // _ROWS_PER_BIN))
     if n:
         positions = np.searchsorted(np.cumsum(counts), n * np.arange(1, wanted) / wanted)
-        uppers = np.unique(index[np.minimum(positions, len(index) - 1)])
+        uppers = index[np.minimum(positions, len(index) - 1)]
+        # A value that many rows share (all images of one size) is a bin of its own, with what is below it apart.
+        uppers = np.unique(np.concatenate([uppers, index[counts >= n / wanted] - 1]))
     else:
         uppers = np.empty(0, np.int64)
     sides = [
