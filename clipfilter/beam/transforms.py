@@ -101,13 +101,15 @@ class SumHistograms(beam.CombineFn):  # type: ignore[misc]
     def add_input(self, accumulator: np.ndarray, element: bytes) -> np.ndarray:
         if self._low:
             bucket = int.from_bytes(element[:4], "little")
-            return accumulator + low_histogram(np.frombuffer(element[4:], "<f4"), bucket)
-        return accumulator + high_histogram(np.frombuffer(element, "<f4"))
+            accumulator += low_histogram(np.frombuffer(element[4:], "<f4"), bucket)
+        else:
+            accumulator += high_histogram(np.frombuffer(element, "<f4"))
+        return accumulator
 
     def merge_accumulators(self, accumulators: Iterable[np.ndarray]) -> np.ndarray:
         total = self.create_accumulator()
         for part in accumulators:
-            total = total + part
+            total += part
         return total
 
     def extract_output(self, accumulator: np.ndarray) -> bytes:
@@ -166,7 +168,9 @@ class ReadScores(_Columns):
 
     def process(self, element: str) -> Iterator[tuple[str, bytes]]:
         table = self.read(element, None)
-        for name in table.column_names if table is not None else ():
+        if table is None:
+            return
+        for name in table.column_names:
             yield name, np.asarray(table[name].to_numpy(), "<f4").tobytes()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 import tarfile
 from collections import Counter, defaultdict
@@ -162,21 +162,25 @@ def test_statistics_are_those_of_the_rows(filtered: tuple[Path, str], tmp_path: 
         dataset_statistics(StatisticsRequest(str(run), str(out), None, (1.5,)), BeamOptions())
 
 
-def test_the_page_runs_it_all_from_a_config(many: JobResult, policy: str, tmp_path: Path) -> None:
+def test_the_page_runs_it_all_from_a_config(
+    many: JobResult, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "beam.yaml"
     config.write_text(
         f"run: {many.out}\npolicy: {policy}\nout: {tmp_path / 'out'}\n"
         f"beam: {{options: {{direct_num_workers: 1}}}}\nstatistics: {{out: {tmp_path / 'stats'}, url_column: url}}\n"
     )
-    page = [sys.executable, str(REPO / "pipelines/refilter_beam.py"), str(config)]
-    dry = subprocess.run([*page, "--dry-run"], capture_output=True, text=True, check=True)
-    assert "nothing was done" in dry.stdout
+
+    def page(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["refilter_beam.py", str(config), *more])
+        assert runpy.run_path(str(REPO / "pipelines/refilter_beam.py"))["main"]() == 0
+        return capsys.readouterr().out
+
+    assert "nothing was done" in page("--dry-run")
     assert not (tmp_path / "out").exists()
-    done = subprocess.run([*page, "--json"], capture_output=True, text=True, check=True)
-    shown = json.loads(done.stdout)
+    shown = json.loads(page("--json"))
     assert shown["totals"]["decided"] == many.totals["rows"]
     assert shown["statistics"]["duplicates"]["rows"] == 2
     config.write_text(config.read_text().replace("direct_num_workers", "direct_workers"))
-    refused = subprocess.run(page, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "no option 'direct_workers'" in refused.stderr
+    with pytest.raises(RefusedError, match="no option 'direct_workers'"):
+        page()
