@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import http.server
@@ -19,9 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
+import clipfilter
 from clipfilter.cli.classify import classify as classify_command
 from clipfilter.engine.job import JobRequest, run_job
-from clipfilter.engine.stream import StreamOptions, encode_image, open_inputs, stream_options
+from clipfilter.engine.stream import StreamOptions, encode_image, load_for, open_inputs
 from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
 from clipfilter.evaluation.dataset import DataRequest
@@ -191,10 +193,12 @@ def test_pictures_in_memory_are_refused_where_they_are_none() -> None:
 
 def as_evaluated(source: Path, column: str, nano: Encoder) -> None:
     """classify's labels are right as often as `evaluate` says, in total, among five, and for each class."""
-    result = evaluate(EvaluateRequest(DataRequest(str(source), label_column=column), label_style="words"))
+    result = evaluate(
+        EvaluateRequest(DataRequest(str(source), label_column=column, batch_size=16), label_style="words")
+    )
     assert result.zero_shot is not None
     truth = [str(name).replace("_", " ").lower() for name in pq.read_table(source)[column].to_pylist()]
-    table = found([str(source)], nano, LabelSet(tuple(result.classes)), batch_size=64)
+    table = found([str(source)], nano, LabelSet(tuple(result.classes)), batch_size=16)
     best = table["cf_label"].to_pylist()
     five = [{item["label"] for item in row} for row in table["cf_labels"].to_pylist()]
     right = np.array([a == b for a, b in zip(best, truth, strict=True)])
@@ -404,8 +408,11 @@ def test_a_models_batch_is_no_larger_than_the_images_there_are(nano: Encoder) ->
     assert sizes == [2]
 
 
-def test_a_run_is_classified_by_the_model_that_embedded_it_and_no_other(labelled: Path) -> None:
+@pytest.mark.integration
+def test_a_run_is_classified_by_the_model_that_embedded_it_and_no_other(labelled: Path, nano: Encoder) -> None:
     inputs = open_inputs([str(labelled)])
-    assert stream_options(inputs, device="cpu", threads=1)[0].fingerprint["model"].startswith("nano")
-    with pytest.raises(RefusedError, match="embedded with"):
-        stream_options(inputs, "nano@1", device="cpu", threads=1)
+    assert load_for(inputs, None, threads=1).fingerprint == nano.fingerprint
+    other = copy.copy(nano)
+    other.fingerprint = nano.fingerprint | {"weights_sha256": "0" * 64}
+    with pytest.raises(RefusedError, match="was embedded with nano"):
+        clipfilter.classify(str(labelled), ANIMALS, encoder=other)
