@@ -104,6 +104,7 @@ async function start() {
     about.policy ? `Decided by ${about.policy.name}, version ${about.policy.version}` : "Nothing is decided", `model ${about.model}`, `dataset version ${about.version}`,
   ].join(" · ");
   $("side").hidden = !about.rules.length;
+  $("side").open = matchMedia("(min-width: 981px)").matches;
   $("stopped-label").hidden = !about.rules.length;
   if (!about.policy) $("decisions").replaceChildren(chip(null), h("b", {}, count(about.rows)));
   startGrid();

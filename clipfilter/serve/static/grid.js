@@ -1,6 +1,6 @@
 // The pictures of one page, the keys that move and label, and the pager.
 
-import { $, chip, count, fill, h, number, say } from "./dom.js";
+import { $, chip, count, fill, h, number, plural, say } from "./dom.js";
 import { openDetail } from "./detail.js";
 import { look, onView, post, searching, state, theRule } from "./state.js";
 import { drawLabels } from "./labels.js";
@@ -37,8 +37,8 @@ function draw() {
   $("grid").replaceChildren(...rows.map(card));
   const { offset, limit } = state.view;
   const last = offset + rows.length;
-  const most = searching() && total >= state.about.most_found ? "nearest " : "";
-  $("count").textContent = total ? `${most}${count(total)} ${total === 1 ? "picture" : "pictures"}` : "No picture fits.";
+  const most = searching() && total >= state.about.most_found ? "The nearest " : "";
+  $("count").textContent = total ? most + plural(total, "picture") : "No picture fits.";
   if (total > limit) $("count").textContent += `, ${count(offset + 1)} to ${count(last)}`;
   const pages = Math.ceil(total / limit);
   const page = Math.floor(offset / limit);
