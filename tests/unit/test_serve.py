@@ -110,7 +110,7 @@ def test_rows_that_a_person_overrode_stay(run: Run) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"nothing": {"reject": 0.5}}, "no rule"),
+        ({"nothing": {"reject": 0.5}}, "no reject band"),
         ({"small": {"reject": 10.0}}, "no reject band"),
         ({"weapons": {"reject": 0.2}}, "never applies"),
         ({"weapons": {"reject": 1.5}}, "between 0 and 1"),
