@@ -22,7 +22,7 @@ _SIZES: dict[str, Callable[[Floats, Floats], Floats]] = {
     "aspect_ratio": lambda width, height: np.maximum(width, height) / np.minimum(width, height),
     "pixels": np.multiply,
 }
-_FACTS = {"brightness": "cf_brightness", "contrast": "cf_contrast", "blur": "cf_blur", "entropy": "cf_entropy"}
+_FACTS = {name: f"cf_{name}" for name in ("brightness", "contrast", "blur", "entropy", "colourfulness")}
 _CAPTIONS = ("caption_words", "caption_chars")
 BUILTINS = (*_SIZES, *_CAPTIONS, *_FACTS)
 
@@ -38,13 +38,13 @@ def check_metadata(name: str, schema: pa.Schema) -> None:
     column = _FACTS.get(name, name)
     index = schema.get_field_index(column)
     if index < 0:
-        known = [*BUILTINS, *(field.name for field in schema if _numeric(field.type))]
+        known = [*BUILTINS, *(field.name for field in schema if is_numeric(field.type))]
         raise RefusedError(
             f"the metadata rule needs the column {column!r}, which this data does not have"
             + (suggest(name, known) or f" (numbers here: {', '.join(known)[:300]})")
         )
     kind = schema.field(index).type
-    if not _numeric(kind):
+    if not is_numeric(kind):
         raise RefusedError(
             f"the column {name!r} holds {kind}, and a metadata rule compares numbers; name a numeric column"
         )
@@ -69,7 +69,8 @@ def metadata_values(name: str, table: pa.Table) -> Floats:
     return values
 
 
-def _numeric(kind: pa.DataType) -> bool:
+def is_numeric(kind: pa.DataType) -> bool:
+    """Whether a metadata rule can compare values of this type."""
     tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
     return any(test(kind) for test in tests)
 
@@ -77,7 +78,7 @@ def _numeric(kind: pa.DataType) -> bool:
 def _column(name: str, table: pa.Table) -> Floats:
     """One numeric column as float64 [n] (a copy); null and absent become NaN."""
     index = table.schema.get_field_index(name)
-    if index < 0 or not _numeric(table.schema.field(index).type):
+    if index < 0 or not is_numeric(table.schema.field(index).type):
         return np.full(table.num_rows, np.nan)
     column = table.column(index)
     if pa.types.is_boolean(column.type):

@@ -6,7 +6,8 @@ hashes of weights and prompts match, and refused with a sentence where they belo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,13 +16,26 @@ import pyarrow as pa
 
 from clipfilter.errors import RefusedError
 from clipfilter.models.heads import Head, load_head
-from clipfilter.policies import columns as column_rules
-from clipfilter.policies import evaluate
-from clipfilter.policies.evaluate import ConceptPlan, Decisions, HeadPlan, Scores
-from clipfilter.policies.prompts import fill
-from clipfilter.policies.schema import Calibration, DatasetThreshold, Policy, Rule, json_sha256
-
-_TEXT_BATCH = 1024
+from clipfilter.models.heads.network import SafetyChecker
+from clipfilter.policies import column_rules, deciding, evaluate
+from clipfilter.policies.attachments import Attachments
+from clipfilter.policies.bands import Band, moved
+from clipfilter.policies.calibrated import CalibratedRule
+from clipfilter.policies.column_rules import ColumnRule
+from clipfilter.policies.deciding import Decisions
+from clipfilter.policies.evaluate import Scores
+from clipfilter.policies.overrides import OverrideTable
+from clipfilter.policies.phrases import PhraseColumns, unit_vectors
+from clipfilter.policies.plans import ConceptPlan, HeadPlan
+from clipfilter.policies.safety import SafetyMember, SafetyPlan
+from clipfilter.policies.schema import (
+    MODEL_KINDS,
+    Calibration,
+    DatasetThreshold,
+    Policy,
+    Rule,
+    json_sha256,
+)
 
 
 class TextEncoder(Protocol):
@@ -49,13 +63,24 @@ class CompiledRule:
     review: float | None
     reject: float | None
     on_missing: str
-    metadata: str | None
     of: str | None
     calibrated: bool | None  # None: its threshold depends on no model
+    combine: tuple[tuple[str, float], ...] = ()  # rules and weights
+    when: dict[str, Any] | None = None
+    severity: int | None = None
+    action: str | None = None
+    tighten: float | None = None  # beyond it, the thresholds of `tightens` move by `tighten_by`
+    tighten_by: float = 0.0
+    tightens: tuple[str, ...] = ()
+    moved_by: tuple[float, ...] = ()  # how far others may move its thresholds
+    curve: tuple[float, float] | None = None  # of a calibrated score
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        return tuple(value for value in (self.review, self.reject) if value is not None)
+        """Every threshold that a score may be compared with."""
+        written = [value for value in (self.review, self.reject) if value is not None]
+        found = [*written, *([self.tighten] if self.tighten is not None else [])]
+        return tuple(found + [moved(str(self.direction), value, by) for by in self.moved_by for value in written])
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,12 @@ class CompiledPolicy:
     rules: tuple[CompiledRule, ...]
     concepts: ConceptPlan
     heads: HeadPlan
+    safety: SafetyPlan
+    columns: dict[str, ColumnRule]
+    overrides: OverrideTable | None
+    labels: (
+        pa.StringArray
+    )  # what reasons name: the phrases, then concepts of safety checkers, languages, patterns, entries
     prompts_sha256: str
     rule_prompts_sha256: dict[str, str]
     model: str
@@ -108,17 +139,23 @@ class CompiledPolicy:
         return self.policy.dataset_thresholds
 
     @property
+    def has_severities(self) -> bool:
+        return any(rule.severity is not None for rule in self.rules)
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether a rule names what is to be done beyond its bands."""
+        return any(rule.action is not None and rule.action not in ("reject", "review") for rule in self.rules)
+
+    @property
     def score_columns(self) -> list[str]:
         return [f"cf_score.{rule.id}" for rule in self.rules]
 
     def check_columns(self, schema: pa.Schema) -> None:
-        """Refuse, before work begins, metadata rules that data with this schema can never answer."""
-        for rule in self.rules:
-            if rule.metadata is not None:
-                try:
-                    column_rules.check_metadata(rule.metadata, schema)
-                except RefusedError as error:
-                    raise RefusedError(f"rule {rule.id!r}: {error}") from None
+        """Refuse, before work begins, rules that data with this schema can never answer."""
+        for rule in self.policy.rules:
+            with _naming(rule):
+                column_rules.check_columns(rule, schema)
 
     def score(
         self,
@@ -131,59 +168,97 @@ class CompiledPolicy:
         return evaluate.score(self, image_emb, text_emb, has_text, columns)
 
     def decide(self, scores: Scores, thresholds: dict[str, float | None] | None = None) -> Decisions:
-        """Decisions of scored rows; see `evaluate.decide`."""
-        return evaluate.decide(self, scores, thresholds or {})
+        """Decisions of scored rows; see `deciding.decide`."""
+        return deciding.decide(self, scores, thresholds or {})
 
     def annotation(self, scores: Scores, decisions: Decisions | None) -> pa.Table:
-        """The annotated columns of scored rows; see `evaluate.annotation`."""
-        return evaluate.annotation(self, scores, decisions)
+        """The annotated columns of scored rows; see `deciding.annotation`."""
+        return deciding.annotation(self, scores, decisions)
 
 
-def compile_policy(policy: Policy, encoder: TextEncoder, *, decode: str = "fast") -> CompiledPolicy:
-    """The policy's texts as vectors of this model, its thresholds settled.
+@contextmanager
+def _naming(rule: Rule) -> Iterator[None]:
+    """Say in a refusal which rule it is about."""
+    try:
+        yield
+    except RefusedError as error:
+        raise RefusedError(f"rule {rule.id!r}: {error}") from None
+
+
+def compile_policy(
+    policy: Policy, encoder: TextEncoder, *, decode: str = "fast", files: Attachments | None = None
+) -> CompiledPolicy:
+    """The policy's texts as vectors of this model, its thresholds settled, its lists read.
 
     Per phrase: the mean of the unit-norm template embeddings, renormalised (in float64, stored as float32).
     Equal prompts are embedded once. `decode` is the decode mode the images will have ("fast" or "exact");
-    calibrated thresholds may be bound to it. Raises RefusedError where a calibration belongs to other
-    weights, prompts, preprocessing or decoding, or where a rule has thresholds for other models only.
+    calibrated thresholds may be bound to it. files: where the files of the policy are, besides where this process has
+    seen them. Raises RefusedError where a calibration belongs to other weights, prompts, preprocessing or decoding,
+    where a rule has thresholds for other models only, or where a file or package is missing.
     """
+    files = files or Attachments()
     rule_prompts = rule_prompts_sha256(policy)
     prompts_sha256 = json_sha256(rule_prompts)
     calibration = matching_calibration(policy, encoder.fingerprint, prompts_sha256, decode)
     rules = tuple(_compile_rule(rule, policy, calibration, encoder.name) for rule in policy.rules)
     heads = _load_heads(policy, encoder)
-    concepts, truncated = _compile_concepts(policy, rules, encoder, heads.weights)
+    phrases = PhraseColumns()
+    for rule in policy.rules:
+        if rule.concept is not None:
+            with _naming(rule):
+                phrases.add(rule, rule.concept, policy, encoder, files)
+    safety, safety_labels, safety_prompts = _compile_safety(policy, encoder, files, len(phrases.labels))
+    concepts = phrases.plan(encoder, {rule.id: rule for rule in rules}, np.concatenate([heads.weights, safety.weights]))
+    labels = [*concepts.phrases, *safety_labels]
+    columns: dict[str, ColumnRule] = {}
+    for rule in policy.rules:
+        with _naming(rule):
+            compiled = ColumnRule.of(rule, files, len(labels))
+        if compiled is not None:
+            columns[rule.id] = compiled
+            labels += compiled.labels
+    prompts = list(dict.fromkeys([*phrases.prompts, *safety_prompts]))
     return CompiledPolicy(
         policy=policy,
         rules=rules,
         concepts=concepts,
         heads=heads,
+        safety=safety,
+        columns=columns,
+        overrides=policy.overrides.table(files) if policy.overrides is not None else None,
+        labels=pa.array(labels, pa.string()),
         prompts_sha256=prompts_sha256,
         rule_prompts_sha256=rule_prompts,
         model=encoder.name,
-        truncated_texts=truncated,
+        truncated_texts=encoder.count_truncated(prompts) if prompts else 0,
         calibration=calibration,
     )
 
 
 def rule_prompts_sha256(policy: Policy) -> dict[str, str]:
-    """For every concept and head rule the hash of all that its score depends on besides the model: phrases, templates,
-    kind of score; the files of the head."""
-    concepts = {
-        rule.id: json_sha256(
-            {
-                "any_of": rule.concept.any_of,
-                "but_not": rule.concept.but_not,
-                "generic": rule.concept.generic_phrases,
-                "generic_version": int(rule.concept.generic),
+    """For every rule whose score depends on the model the hash of all that it depends on besides: phrases, templates,
+    kind of score, vectors; the files of heads and safety checkers."""
+    found = {}
+    for rule in policy.rules:
+        if rule.concept is not None:
+            concept = rule.concept
+            identity: dict[str, Any] = {
+                "any_of": concept.any_of,
+                "but_not": concept.but_not,
+                "generic": concept.generic_phrases,
+                "generic_version": int(concept.generic),
                 "templates": rule.templates or policy.templates,
-                "score": rule.concept.score,
+                # Platt's curve, and so what it gives, is fitted to the probability.
+                "score": "probability" if concept.score == "calibrated" else concept.score,
             }
-        )
-        for rule in policy.rules
-        if rule.concept is not None
-    }
-    return concepts | {rule.id: json_sha256(rule.head.identity) for rule in policy.rules if rule.head is not None}
+            identity |= {"all_of": concept.all_of} if concept.all_of else {}
+            identity |= {"weights": concept.weights} if concept.weights else {}
+            identity |= {"vectors": concept.vectors.sha256} if concept.vectors is not None else {}
+            found[rule.id] = json_sha256(identity)
+        elif rule.safety is not None:
+            templates = None if rule.safety.file is not None else rule.templates or policy.templates
+            found[rule.id] = json_sha256({"safety": rule.safety.model_dump(mode="json"), "templates": templates})
+    return found | {rule.id: json_sha256(rule.head.identity) for rule in policy.rules if rule.head is not None}
 
 
 def matching_calibration(policy: Policy, fingerprint: dict[str, Any], prompts: str, decode: str) -> Calibration | None:
@@ -220,24 +295,27 @@ def matching_calibration(policy: Policy, fingerprint: dict[str, Any], prompts: s
 
 def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, model: str) -> CompiledRule:
     bands = {"review": rule.review, "reject": rule.reject}
-    depends = rule.concept is not None or rule.alignment is not None or rule.head is not None
+    depends = rule.kind in MODEL_KINDS
     own = calibration.rules.get(rule.id) if calibration is not None and depends else None
+    curve = _curve(rule, own, model)
     if own is not None:
         for name, calibrated in (("review", own.review), ("reject", own.reject)):
             if calibrated is not None:
-                bands[name] = calibrated.band()
-    given = [band for band in bands.values() if band is not None]
-    if (
-        policy.decides
-        and not given
-        and not any(other.fraction is not None and other.fraction.of == rule.id for other in policy.rules)
-    ):
+                band = calibrated.band()
+                # Calibrated thresholds are raw scores; the curve carries them over to probabilities.
+                bands[name] = band if curve is None else Band(**{band.direction: _bent(curve, band.value)})
+    tighten = rule.tighten.band if rule.tighten is not None else None
+    given = [band for band in (*bands.values(), tighten) if band is not None]
+    used = {other.fraction.of for other in policy.rules if other.fraction is not None}
+    used |= {name for other in policy.rules if other.combine is not None for name in other.combine.weighted}
+    if policy.decides and not given and rule.known is None and rule.id not in used:
         others = ", ".join(entry.model for entry in policy.calibrations if rule.id in entry.rules)
         raise RefusedError(
             f"the rule {rule.id!r} of policy {policy.name!r} has thresholds only for {others}, not for {model}; "
             "recalibrate: write a band into the rule, decide a run with it, and use `clipfilter policy calibrate` on that"
         )
     fraction = rule.fraction is not None
+    amounts = {other.tighten.by for other in policy.rules if other.tighten and rule.id in other.tighten.rules}
     return CompiledRule(
         id=rule.id,
         kind=rule.kind,
@@ -245,10 +323,39 @@ def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, m
         review=None if fraction or bands["review"] is None else bands["review"].value,
         reject=None if fraction or bands["reject"] is None else bands["reject"].value,
         on_missing=rule.on_missing or policy.on_missing,
-        metadata=rule.metadata,
         of=rule.fraction.of if rule.fraction is not None else None,
         calibrated=(own is not None) if depends else None,
+        combine=tuple(rule.combine.weighted.items()) if rule.combine is not None else (),
+        when=rule.when,
+        severity=rule.severity,
+        action=rule.action,
+        tighten=tighten.value if tighten is not None else None,
+        tighten_by=rule.tighten.by if rule.tighten is not None else 0.0,
+        tightens=rule.tighten.rules if rule.tighten is not None else (),
+        moved_by=tuple(sorted(amounts)),
+        curve=curve,
     )
+
+
+def _curve(rule: Rule, own: CalibratedRule | None, model: str) -> tuple[float, float] | None:
+    """Platt's curve of a rule whose score is its calibrated probability."""
+    if rule.concept is None or rule.concept.score != "calibrated":
+        return None
+    if own is None or own.probability is None:
+        raise RefusedError(
+            f"the score of {rule.id!r} is calibrated, but it was not calibrated for {model}: write score: probability, "
+            "decide a run with it, use `clipfilter policy calibrate` on that, and then write score: calibrated"
+        )
+    if own.probability.platt.a <= 0:
+        raise RefusedError(
+            f"the calibrated probability of {rule.id!r} falls while its score rises, so it found the opposite of what "
+            "was labelled; correct its phrases, or write score: probability"
+        )
+    return own.probability.platt.a, own.probability.platt.b
+
+
+def _bent(curve: tuple[float, float], score: float) -> float:
+    return float(1.0 / (1.0 + np.exp(-(curve[0] * score + curve[1]))))
 
 
 def _load_heads(policy: Policy, encoder: TextEncoder) -> HeadPlan:
@@ -267,69 +374,43 @@ def _load_heads(policy: Policy, encoder: TextEncoder) -> HeadPlan:
     return HeadPlan.build(members, encoder.dim)
 
 
-def _compile_concepts(
-    policy: Policy, rules: tuple[CompiledRule, ...], encoder: TextEncoder, heads: np.ndarray
-) -> tuple[ConceptPlan, int]:
-    """The phrase matrix and which of its columns (groups of neighbours) every concept reads.
-
-    heads: float32 [h, dim], the columns of linear heads, which follow those of the phrases.
-    """
-    columns: list[tuple[str, tuple[str, ...]]] = []  # phrase and templates of every column
-    starts: list[int] = []
-    shared: dict[Any, int] = {}  # generic groups are the same for most rules
-    members: list[tuple[str, int, int, int, str]] = []  # rule, group of positives, of near misses, of generics, score
-
-    def group(phrases: tuple[str, ...], templates: tuple[str, ...]) -> int:
-        if not phrases:
-            return -1
-        starts.append(len(columns))
-        columns.extend((phrase, templates) for phrase in phrases)
-        return len(starts) - 1
-
+def _compile_safety(
+    policy: Policy, encoder: TextEncoder, files: Attachments, first: int
+) -> tuple[SafetyPlan, list[str], list[str]]:
+    """Safety rules as columns, the names of their concepts (labels from `first` on), and their prompts."""
+    members: list[SafetyMember] = []
+    rows = [np.zeros((0, encoder.dim), dtype=np.float32)]
+    labels: list[str] = []
+    prompts: list[str] = []
     for rule in policy.rules:
-        if rule.concept is None:
+        if rule.safety is None:
             continue
-        templates = rule.templates or policy.templates
-        positives = group(rule.concept.any_of, templates)
-        near = group(rule.concept.but_not, templates)
-        generic = rule.concept.generic_phrases
-        if (generic, templates) not in shared:
-            shared[generic, templates] = group(generic, templates)
-        members.append((rule.id, positives, near, shared[generic, templates], rule.concept.score))
-
-    prompts = {fill(template, phrase): None for phrase, templates in columns for template in templates}
-    position = {prompt: index for index, prompt in enumerate(prompts)}
-    vectors = _embed(list(prompts), encoder)
-    weights = np.empty((len(columns), encoder.dim), dtype=np.float32)
-    for index, (phrase, templates) in enumerate(columns):
-        mean = vectors[[position[fill(template, phrase)] for template in templates]].mean(axis=0)
-        norm = float(np.linalg.norm(mean))
-        if not norm > 1e-6:
-            raise RefusedError(f"the model {encoder.name} gives no usable vector for the phrase {phrase!r}")
-        weights[index] = mean / norm
-    thresholds = {rule.id: rule.thresholds for rule in rules}
-    plan = ConceptPlan.build(
-        weights=np.concatenate([weights, heads]),
-        phrases=tuple(phrase for phrase, _ in columns),
-        starts=starts,
-        members=members,
-        thresholds=[thresholds[member[0]] for member in members],
-        always_explained={rule.of for rule in rules if rule.of is not None},
-        logit_scale=float(encoder.logit_scale),
-        logit_bias=float(encoder.logit_bias or 0.0),
-        sigmoid=encoder.score_kind == "sigmoid",
-    )
-    return plan, encoder.count_truncated(list(prompts)) if prompts else 0
+        with _naming(rule):
+            if rule.safety.file is not None:
+                checker = _checker(files, rule, encoder)
+                vectors = np.concatenate([checker.concepts, checker.special])
+                limits, special = checker.thresholds, checker.special_thresholds
+                names = [f"concept {number + 1}" for number in range(len(limits))]
+            else:
+                every = (*rule.safety.concepts, *rule.safety.special_care)
+                templates = rule.templates or policy.templates
+                vectors, asked = unit_vectors([(concept.text, templates) for concept in every], encoder)
+                prompts += asked
+                limits = np.array([concept.threshold for concept in rule.safety.concepts])
+                special = np.array([concept.threshold for concept in rule.safety.special_care])
+                names = [concept.text for concept in rule.safety.concepts]
+        start = sum(len(part) for part in rows)
+        adjustment, strictness = rule.safety.adjustment, rule.safety.strictness
+        members.append(SafetyMember(rule.id, start, limits, special, adjustment, strictness, first + len(labels)))
+        rows.append(vectors.astype(np.float32))
+        labels += names
+    return SafetyPlan(tuple(members), np.concatenate(rows)), labels, prompts
 
 
-def _embed(prompts: list[str], encoder: TextEncoder) -> np.ndarray:
-    """Unit-norm float64 [n, dim]."""
-    parts = [
-        np.asarray(encoder.encode_texts(prompts[start : start + _TEXT_BATCH]), dtype=np.float64)
-        for start in range(0, len(prompts), _TEXT_BATCH)
-    ]
-    vectors = np.concatenate(parts) if parts else np.zeros((0, encoder.dim))
-    if vectors.shape != (len(prompts), encoder.dim) or not np.isfinite(vectors).all():
-        raise RefusedError(f"the model {encoder.name} did not give finite text vectors of {encoder.dim} numbers")
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-12))
+def _checker(files: Attachments, rule: Rule, encoder: TextEncoder) -> SafetyChecker:
+    assert rule.safety is not None
+    assert rule.safety.file is not None
+    head = load_head(f"file:{files.path(rule.safety.file)}", encoder.fingerprint, encoder.dim)
+    if not isinstance(head.network, SafetyChecker):
+        raise RefusedError("the file holds a head and no safety checker; write head: instead of safety:")
+    return head.network

@@ -1,0 +1,363 @@
+"""Decides scored rows: the worst of the rules' outcomes, human overrides above them, and a reason for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipfilter.policies.bands import moved
+from clipfilter.policies.overrides import RULE as OVERRIDE
+
+if TYPE_CHECKING:
+    from clipfilter.policies.compile import CompiledPolicy, CompiledRule
+    from clipfilter.policies.evaluate import Scores
+
+KEEP, REVIEW, REJECT = 0, 1, 2
+DECISIONS = ("keep", "review", "reject")
+#: What a rule may say of a row.
+BANDS = ("review", "reject", "missing")
+#: The band of a picture on a list of known ones: rejected, never shown.
+ESCALATE = "escalate"
+#: The band of a rule that moved another one's threshold.
+TIGHTEN = "tighten"
+_ALL_BANDS = (*BANDS, ESCALATE, TIGHTEN, "keep")
+# In which order reasons are listed: a person's decision stands between escalation and the rules.
+_RANK = {ESCALATE: 40, "reject": 20, "review": 10, TIGHTEN: 0}
+_OVERRIDE_RANK = 30
+
+REASON = pa.struct(
+    [
+        ("rule", pa.string()),
+        ("band", pa.string()),
+        ("score", pa.float32()),
+        ("threshold", pa.float32()),
+        ("nearest", pa.string()),
+        ("contrast", pa.string()),
+    ]
+)
+REASONS = pa.list_(REASON)
+
+
+def escalated(reasons: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Which rows of a `cf_reasons` column were escalated, bool [n]. Such rows are never shown and never copied."""
+    result = np.zeros(len(reasons), dtype=bool)
+    start = 0
+    for chunk in reasons.chunks if isinstance(reasons, pa.ChunkedArray) else [reasons]:
+        if len(chunk):
+            parents = np.asarray(pc.list_parent_indices(chunk))
+            bands = pc.fill_null(pc.equal(chunk.flatten().field("band"), ESCALATE), False)
+            result[start + parents[np.asarray(bands)]] = True
+        start += len(chunk)
+    return result
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions of n rows: `codes` int8 [n] (0 keep, 1 review, 2 reject), `reasons` list<struct> [n].
+
+    `counts[rule]` says how many rows the rule put into each band ("review", "reject", "missing"; "escalate" for lists of
+    known pictures, "tighten" for modifiers). Where the policy has severities and actions, `severity` (int32 [n], the
+    highest of the rules that fired, 0 for none) and `action` (that of the worst rule that names one) say so.
+    """
+
+    codes: np.ndarray
+    reasons: pa.ListArray
+    counts: dict[str, dict[str, int]]
+    severity: np.ndarray | None = None
+    action: pa.Array | None = None
+
+    @property
+    def decision(self) -> pa.Array:
+        """cf_decision as strings [n]."""
+        return _strings(self.codes.astype(np.int32), pa.array(DECISIONS))
+
+    def totals(self) -> dict[str, int]:
+        """How many rows of each decision."""
+        return {name: int((self.codes == code).sum()) for code, name in enumerate(DECISIONS)}
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one rule says of some rows. rule: its position, or that of the override after the last."""
+
+    rule: int
+    rank: int
+    band: str
+    rows: np.ndarray  # intp
+    threshold: np.ndarray  # float32, of each of the rows
+
+
+@dataclass
+class _Shift:
+    """How far modifiers move the thresholds of one rule: amount float64 [n], and by which modifier intp [n] (-1: none)."""
+
+    amount: np.ndarray
+    modifier: np.ndarray
+    felt: np.ndarray = field(init=False)  # rows where a moved threshold was passed, bool [n]
+
+    def __post_init__(self) -> None:
+        self.felt = np.zeros(len(self.amount), dtype=bool)
+
+
+def decide(compiled: CompiledPolicy, scores: Scores, thresholds: dict[str, float | None]) -> Decisions:
+    """The worst of the rules' outcomes for every row, with a reason for every rule that fired.
+
+    `thresholds` holds the fixed numbers of dataset-level rules by `DatasetThreshold.key` ("<rule>.reject");
+    None means that no row had a score. A band fires strictly beyond its threshold, where modifiers have moved it;
+    a rule that has bands and no score fires as its `on_missing` says, unless its condition excludes the row. An override
+    decides instead of the rules, except where the row is escalated. Reasons: escalations, the override, then the rules
+    by severity and in their order.
+    """
+    n = scores.rows
+    codes = np.zeros(n, dtype=np.int8)
+    shifts = _shifts(compiled, scores)
+    outcomes: list[_Outcome] = []
+    for position, rule in enumerate(compiled.rules):
+        outcomes += _outcomes(compiled, position, rule, scores, thresholds, shifts.get(rule.id))
+    outcomes += _modifiers(compiled, scores, shifts)
+    for outcome in outcomes:
+        code = min(outcome.rank // 10, REJECT)
+        codes[outcome.rows] = np.maximum(codes[outcome.rows], code)
+    if scores.overrides is not None:
+        final = np.zeros(n, dtype=bool)
+        for outcome in outcomes:
+            if outcome.band == ESCALATE:
+                final[outcome.rows] = True
+        outcomes += _overrides(scores.overrides, len(compiled.rules))
+        decided = (scores.overrides >= 0) & ~final
+        codes[decided] = scores.overrides[decided]
+    return Decisions(
+        codes,
+        _reasons(compiled, scores, outcomes),
+        _counts(compiled, outcomes),
+        _severity(compiled, outcomes, n),
+        _action(compiled, outcomes, n),
+    )
+
+
+def _outcomes(
+    compiled: CompiledPolicy,
+    position: int,
+    rule: CompiledRule,
+    scores: Scores,
+    thresholds: dict[str, float | None],
+    shift: _Shift | None,
+) -> list[_Outcome]:
+    """What one rule says, worst band first."""
+    bands = _bands(rule, compiled, thresholds)
+    if not bands and rule.tighten is None:
+        return []
+    values = scores.values[rule.id]
+    missing = np.isnan(values)
+    if any(np.isnan(threshold) for _, threshold in bands.values()):
+        missing = np.ones(len(values), dtype=bool)
+    if rule.id in scores.skipped:
+        missing &= ~scores.skipped[rule.id]
+    left = ~np.isnan(values) & ~missing
+    found = []
+    for name in (ESCALATE, "reject", "review"):
+        if name not in bands:
+            continue
+        limit = _limits(*bands[name], shift, len(values))
+        fired = left & _beyond(values, bands[name][0], limit)
+        left &= ~fired
+        rows = np.flatnonzero(fired)
+        if shift is not None:
+            shift.felt[rows] |= ~_beyond(values[rows], bands[name][0], np.float32(bands[name][1]))
+        found.append(_Outcome(position, _RANK[name], name, rows, np.broadcast_to(limit, len(values))[rows]))
+    if rule.on_missing != "keep":
+        rows = np.flatnonzero(missing)
+        none = np.full(len(rows), np.nan, dtype=np.float32)
+        found.append(_Outcome(position, _RANK[rule.on_missing], "missing", rows, none))
+    return found
+
+
+def _bands(
+    rule: CompiledRule, compiled: CompiledPolicy, thresholds: dict[str, float | None]
+) -> dict[str, tuple[str, float]]:
+    """Band name -> (direction, threshold) with "above"/"below" for every band of the rule."""
+    if rule.kind == "known":
+        return {} if rule.action is None else {rule.action: ("above", 0.0)}
+    if rule.kind != "fraction":
+        pairs = (("review", rule.review), ("reject", rule.reject))
+        return {name: (str(rule.direction), float(value)) for name, value in pairs if value is not None}
+    bands = {}
+    for entry in compiled.dataset_thresholds:
+        if entry.rule == rule.id:
+            if entry.key not in thresholds:
+                raise ValueError(f"the dataset-level threshold {entry.key!r} is not fixed yet")
+            value = thresholds[entry.key]
+            # Rows equal to the threshold are inside the fraction, so they are kept.
+            bands[entry.key.removeprefix(f"{rule.id}.")] = (
+                "below" if entry.tail == "top" else "above",
+                float("nan") if value is None else float(value),
+            )
+    return bands
+
+
+def _limits(direction: str, threshold: float, shift: _Shift | None, rows: int) -> np.ndarray | np.float32:
+    """The threshold as it holds for each row: float32, one for all or [n]."""
+    if shift is None:
+        return np.float32(threshold)
+    limits = np.full(rows, threshold, dtype=np.float32)
+    for amount in np.unique(shift.amount[shift.amount > 0]).tolist():
+        limits[shift.amount == amount] = np.float32(moved(direction, threshold, amount))
+    return limits
+
+
+def _beyond(values: np.ndarray, direction: str, limit: np.ndarray | np.float32) -> np.ndarray:
+    return np.asarray(values > limit if direction == "above" else values < limit)
+
+
+def _shifts(compiled: CompiledPolicy, scores: Scores) -> dict[str, _Shift]:
+    """By rule how far its thresholds move; of several modifiers that apply the largest amount counts."""
+    shifts: dict[str, _Shift] = {}
+    for position, rule in enumerate(compiled.rules):
+        if rule.tighten is None:
+            continue
+        applies = _beyond(scores.values[rule.id], str(rule.direction), np.float32(rule.tighten))
+        for name in rule.tightens:
+            shift = shifts.setdefault(name, _Shift(np.zeros(scores.rows), np.full(scores.rows, -1, dtype=np.intp)))
+            stronger = applies & (rule.tighten_by > shift.amount)
+            shift.amount[stronger], shift.modifier[stronger] = rule.tighten_by, position
+    return shifts
+
+
+def _modifiers(compiled: CompiledPolicy, scores: Scores, shifts: dict[str, _Shift]) -> list[_Outcome]:
+    """The modifiers as reasons of the rows that only a moved threshold caught."""
+    found = []
+    for position, rule in enumerate(compiled.rules):
+        if rule.tighten is None:
+            continue
+        felt = np.zeros(scores.rows, dtype=bool)
+        for name in rule.tightens:
+            felt |= shifts[name].felt & (shifts[name].modifier == position)
+        rows = np.flatnonzero(felt)
+        limit = np.full(len(rows), rule.tighten, dtype=np.float32)
+        found.append(_Outcome(position, _RANK[TIGHTEN], TIGHTEN, rows, limit))
+    return found
+
+
+def _overrides(codes: np.ndarray, position: int) -> list[_Outcome]:
+    found = []
+    for code, name in enumerate(DECISIONS):
+        rows = np.flatnonzero(codes == code)
+        found.append(_Outcome(position, _OVERRIDE_RANK, name, rows, np.full(len(rows), np.nan, dtype=np.float32)))
+    return found
+
+
+def _names(compiled: CompiledPolicy) -> list[str]:
+    return [*(rule.id for rule in compiled.rules), OVERRIDE]
+
+
+def _counts(compiled: CompiledPolicy, outcomes: Sequence[_Outcome]) -> dict[str, dict[str, int]]:
+    counts = {rule.id: dict.fromkeys(BANDS, 0) for rule in compiled.rules}
+    names = _names(compiled)
+    for outcome in outcomes:
+        own = counts.setdefault(names[outcome.rule], {})
+        own[outcome.band] = own.get(outcome.band, 0) + len(outcome.rows)
+    return counts
+
+
+def _severity(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int) -> np.ndarray | None:
+    if not compiled.has_severities:
+        return None
+    result = np.zeros(rows, dtype=np.int32)
+    for outcome in outcomes:
+        if outcome.rule < len(compiled.rules) and outcome.band in ("review", "reject", ESCALATE):
+            own = compiled.rules[outcome.rule].severity or 0
+            result[outcome.rows] = np.maximum(result[outcome.rows], own)
+    return result
+
+
+def _action(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int) -> pa.Array | None:
+    if not compiled.has_actions:
+        return None
+    names = list(dict.fromkeys(rule.action for rule in compiled.rules if rule.action is not None))
+    chosen = np.full(rows, -1, dtype=np.int32)
+    for outcome in sorted(outcomes, key=lambda item: -item.rank):
+        own = compiled.rules[outcome.rule].action if outcome.rule < len(compiled.rules) else None
+        if own is not None and outcome.band in ("review", "reject", ESCALATE):
+            free = outcome.rows[chosen[outcome.rows] < 0]
+            chosen[free] = names.index(own)
+    return _strings(chosen, pa.array(names))
+
+
+def _reasons(compiled: CompiledPolicy, scores: Scores, outcomes: Sequence[_Outcome]) -> pa.ListArray:
+    """All reasons as one list<struct> array, put together from flat arrays."""
+    n = scores.rows
+    per_row = np.zeros(n, dtype=np.int32)
+    for outcome in outcomes:
+        per_row[outcome.rows] += 1
+    offsets = np.zeros(n + 1, dtype=np.int32)
+    np.cumsum(per_row, out=offsets[1:])
+    total = int(offsets[-1])
+    cursor = offsets[:-1].copy()
+    rule_index, band_index = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32)
+    score, threshold = np.full(total, np.nan, dtype=np.float32), np.full(total, np.nan, dtype=np.float32)
+    nearest, contrast = np.full(total, -1, dtype=np.int32), np.full(total, -1, dtype=np.int32)
+
+    for outcome in sorted(outcomes, key=lambda item: -item.rank):
+        rows = outcome.rows
+        at = cursor[rows]
+        cursor[rows] += 1
+        rule_index[at] = outcome.rule
+        band_index[at] = _ALL_BANDS.index(outcome.band)
+        if outcome.band == "missing" or outcome.rule == len(compiled.rules):
+            continue
+        rule = compiled.rules[outcome.rule]
+        score[at] = scores.values[rule.id][rows]
+        threshold[at] = outcome.threshold
+        source = rule.of or rule.id
+        if source in scores.nearest:
+            nearest[at] = scores.nearest[source][rows]
+        if source in scores.contrast:
+            contrast[at] = scores.contrast[source][rows]
+
+    items = pa.StructArray.from_arrays(
+        [
+            _strings(rule_index, pa.array(_names(compiled))),
+            _strings(band_index, pa.array(_ALL_BANDS)),
+            _floats(score),
+            _floats(threshold),
+            _strings(nearest, compiled.labels),
+            _strings(contrast, compiled.labels),
+        ],
+        fields=list(REASON),
+    )
+    return pa.ListArray.from_arrays(pa.array(offsets), items, type=REASONS)
+
+
+def _strings(index: np.ndarray, names: pa.StringArray) -> pa.Array:
+    """Names by position, null where the position is negative; string, not dictionary."""
+    positions = pa.array(index, mask=index < 0)
+    return pa.DictionaryArray.from_arrays(positions, names).dictionary_decode()
+
+
+def _floats(values: np.ndarray) -> pa.Array:
+    return pa.array(values, type=pa.float32(), mask=np.isnan(values))
+
+
+def annotation(compiled: CompiledPolicy, scores: Scores, decisions: Decisions | None) -> pa.Table:
+    """The columns beside a row: cf_similarity, cf_score.<rule> of every rule, cf_decision, cf_reasons, and where the
+    policy has them cf_severity and cf_action.
+
+    Null scores could not be evaluated. Without decisions (a run that only scores, or before dataset-level
+    thresholds are fixed) the columns of the decision are null.
+    """
+    n = scores.rows
+    columns: dict[str, pa.Array] = {"cf_similarity": _floats(scores.similarity)}
+    columns |= {f"cf_score.{rule.id}": _floats(scores.values[rule.id]) for rule in compiled.rules}
+    columns["cf_decision"] = pa.nulls(n, pa.string()) if decisions is None else decisions.decision
+    columns["cf_reasons"] = pa.nulls(n, REASONS) if decisions is None else decisions.reasons
+    if compiled.has_severities:
+        known = decisions is not None and decisions.severity is not None
+        columns["cf_severity"] = pa.array(decisions.severity) if known else pa.nulls(n, pa.int32())  # type: ignore[union-attr]
+    if compiled.has_actions:
+        columns["cf_action"] = pa.nulls(n, pa.string()) if decisions is None else decisions.action
+    return pa.table(columns)

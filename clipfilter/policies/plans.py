@@ -1,0 +1,294 @@
+"""What is linear in a policy, as arrays: phrases, heads and safety checkers as columns of one matrix, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clipfilter.models.heads.network import Layers
+
+if TYPE_CHECKING:
+    from clipfilter.models.heads import Head
+
+RECHECK = 1e-5
+_OPENED_NEAR = 0.02  # where an error could move a score further than this, too many rows would be computed twice
+_VANISHING = 1e-30  # a sum of exponentials below this has lost digits
+
+
+@dataclass(frozen=True)
+class ConceptPlan:
+    """The concept rules of a policy as arrays: k phrase columns in G groups of neighbours, P parts that read groups, R
+    rules whose score is the lowest of their parts.
+
+    A rule has one part for `any_of` and one for each phrase of `all_of`. Groups lie in order of their size, so that all
+    of one size are reduced at once. A group index of G means "no such group".
+    """
+
+    weights: np.ndarray  # float32 [k + h, dim]: unit rows of the phrases, then those of the heads and safety checkers
+    phrases: tuple[str, ...]  # of every column
+    bounds: tuple[tuple[int, int], ...]  # columns of every group
+    sizes: tuple[tuple[int, int, int], ...]  # first and last + 1 of the groups of one size, and that size
+    group_of: np.ndarray  # intp [k]
+    counted: np.ndarray | None  # float64 [k] how much each phrase counts, None where all count alike
+    rules: tuple[str, ...]
+    parts: np.ndarray  # intp [R] first part of each rule
+    positives: np.ndarray  # intp [P] group
+    near: np.ndarray  # intp [P] group of near misses
+    generic: np.ndarray  # intp [P] group of generic negatives
+    counts: np.ndarray  # float64 [2, P]: how much all positives, how much all negatives count
+    score_kinds: tuple[str, ...]  # [P] probability | margin | cosine
+    curves: tuple[tuple[int, float, float], ...]  # rule, a, b of calibrated scores 1 / (1 + exp(-(a score + b)))
+    thresholds: np.ndarray  # float32 [T], of all concept rules
+    threshold_rule: np.ndarray  # intp [T], which rule each belongs to
+    doubt: np.ndarray  # float32 [T], how near to it a float32 score is computed again
+    always_explained: frozenset[str]
+    logit_scale: float
+    logit_bias: float
+    sigmoid: bool
+    positive_columns: np.ndarray  # intp [R, P] columns of the positives, the first repeated to fill a row up
+    negative_columns: np.ndarray  # intp [R, N] columns of near misses and generics; -1 where a rule has none
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        weights: np.ndarray,
+        phrases: tuple[str, ...],
+        starts: Sequence[int],
+        members: Sequence[tuple[str, int, int, int, str]],
+        thresholds: Sequence[Sequence[float]],
+        always_explained: set[str],
+        logit_scale: float,
+        logit_bias: float,
+        sigmoid: bool,
+        counted: np.ndarray | None = None,
+        curves: Mapping[str, tuple[float, float]] | None = None,
+    ) -> ConceptPlan:
+        """members: (rule, groups of positives, near misses and generics or -1, score) of every part, those of a rule
+        one after the other; thresholds: of every rule; counted: float64 [k] in the order of `phrases`."""
+        stops = [*starts[1:], len(phrases)] if starts else []
+        given = list(zip(starts, stops, strict=True))
+        by_size = sorted(range(len(given)), key=lambda group: given[group][1] - given[group][0])
+        columns = [column for group in by_size for column in range(*given[group])]
+        sizes = np.array([given[group][1] - given[group][0] for group in by_size] + [0], dtype=np.float64)
+        order = None if counted is None else counted[columns]
+        masses = (
+            sizes if counted is None else np.array([counted[slice(*given[group])].sum() for group in by_size] + [0.0])
+        )
+        rules = list(dict.fromkeys(member[0] for member in members))
+        first = [member[0] for member in members]
+        bent = {rules.index(name): curve for name, curve in (curves or {}).items()}
+        ends = np.cumsum(sizes[:-1]).astype(int).tolist()
+        bounds = tuple(zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
+        renumbered = np.full(len(given) + 1, len(given), dtype=np.intp)
+        renumbered[by_size] = np.arange(len(given))
+        groups = renumbered[np.array([member[1:4] for member in members], dtype=np.intp).reshape(-1, 3)]
+        positives, near, generic = groups.T.copy()
+        return cls(
+            weights=np.ascontiguousarray(np.concatenate([weights[columns], weights[len(phrases) :]]), dtype=np.float32),
+            phrases=tuple(phrases[column] for column in columns),
+            bounds=bounds,
+            sizes=tuple(
+                (int(first), int(first + count), int(size))
+                for size, first, count in zip(
+                    *np.unique(sizes[:-1], return_index=True, return_counts=True), strict=True
+                )
+            ),
+            group_of=np.repeat(np.arange(len(bounds)), sizes[:-1].astype(np.intp)),
+            counted=order,
+            rules=tuple(rules),
+            parts=np.array([first.index(name) for name in rules], dtype=np.intp),
+            positives=positives,
+            near=near,
+            generic=generic,
+            counts=np.stack([masses[positives], masses[near] + masses[generic]]),
+            score_kinds=tuple(member[4] for member in members),
+            curves=tuple((rule, *curve) for rule, curve in sorted(bent.items())),
+            thresholds=np.array([value for own in thresholds for value in own], dtype=np.float32),
+            threshold_rule=np.repeat(np.arange(len(thresholds)), [len(own) for own in thresholds]).astype(np.intp),
+            # A curve moves an error by at most its steepest slope, a / 4.
+            doubt=np.array(
+                [
+                    RECHECK * max(1.0, abs(bent.get(rule, (0.0, 0.0))[0]) / 4)
+                    for rule, own in enumerate(thresholds)
+                    for _ in own
+                ],
+                dtype=np.float32,
+            ),
+            always_explained=frozenset(always_explained),
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            sigmoid=sigmoid,
+            positive_columns=_rectangle(
+                [tuple(g for g, name in zip(positives, first, strict=True) if name == rule) for rule in rules], bounds
+            ),
+            negative_columns=_rectangle(
+                [(near[first.index(rule)], generic[first.index(rule)]) for rule in rules], bounds
+            ),
+        )
+
+
+def _rectangle(groups: Sequence[tuple[int, ...]], bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The columns of each rule's groups, intp [R, widest]; the first is repeated to fill a row up, -1 where none are."""
+    lists = [[c for group in own if group < len(bounds) for c in range(*bounds[group])] for own in groups]
+    width = max((len(own) for own in lists), default=0)
+    filled = [own + [own[0] if own else -1] * (width - len(own)) for own in lists]
+    return np.array(filled, dtype=np.intp).reshape(len(lists), width)
+
+
+@dataclass(frozen=True)
+class OpenedHead:
+    """A head of several layers whose first one is part of the concepts' matrix.
+
+    columns: of its hidden units among the heads' columns. near: how far an error in that product can move its score.
+    """
+
+    rule: str
+    network: Layers
+    columns: slice
+    near: float
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The head rules of a policy: linear heads and first layers as further columns of the concepts' matrix, the others
+    as they are."""
+
+    linear: tuple[tuple[str, Head], ...]  # rule and head, in the order of the columns
+    opened: tuple[OpenedHead, ...]
+    curved: tuple[tuple[str, Head], ...]
+    weights: np.ndarray  # float32 [h, dim]
+
+    @classmethod
+    def build(cls, members: Sequence[tuple[str, Head]], dim: int) -> HeadPlan:
+        linear = tuple(member for member in members if member[1].linear is not None)
+        rows = [head.linear[0][None] for _, head in linear if head.linear is not None]
+        opened: list[OpenedHead] = []
+        curved: list[tuple[str, Head]] = []
+        start = len(linear)
+        for rule, head in members:
+            if head.linear is not None:
+                continue
+            if isinstance(head.network, Layers):
+                weight = head.network.first[0]
+                lengths = np.maximum(1.0, np.linalg.norm(weight, axis=1))
+                near = RECHECK * float(np.linalg.norm(lengths)) * head.network.steepest
+                if near <= _OPENED_NEAR:
+                    opened.append(OpenedHead(rule, head.network, slice(start, start + len(weight)), near))
+                    rows.append(weight.astype(np.float32))
+                    start += len(weight)
+                    continue
+            curved.append((rule, head))
+        weights = np.concatenate(rows) if rows else np.zeros((0, dim), dtype=np.float32)
+        return cls(linear, tuple(opened), tuple(curved), weights)
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Ids of the rules that are heads."""
+        return tuple(
+            [rule for rule, _ in self.linear] + [head.rule for head in self.opened] + [rule for rule, _ in self.curved]
+        )
+
+
+def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
+    """Scores [R, m] of all concept rules from cosines [k, m] (float32 or float64; the result has the same
+    type). The score of a rule is the lowest of its parts.
+
+    probability, softmax models: sigmoid(logmeanexp(s * positives) - logmeanexp(s * (near misses and
+    generics))), with s the model's logit scale: the softmax of the two, in which synonyms add no weight.
+    Sigmoid models: max over positives minus max over negatives of sigmoid(s * cosine + bias). margin: the
+    same difference in cosines. cosine: the highest positive alone. Weights multiply exponentials, and so odds. A
+    calibrated score is Platt's curve of the probability.
+    """
+    result = _part_scores(plan, cosines)
+    if len(plan.parts) < len(plan.positives):
+        result = np.minimum.reduceat(result, plan.parts, axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for row, a, b in plan.curves:
+            result[row] = _sigmoid(result.dtype.type(a) * result[row] + result.dtype.type(b))
+    return result
+
+
+def _part_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
+    """Scores [P, m] of the parts."""
+    kinds = np.array(plan.score_kinds)
+    soft = (kinds == "probability") & (not plan.sigmoid)
+    result = np.empty((len(plan.positives), cosines.shape[1]), dtype=cosines.dtype)
+    if soft.any():
+        result[:] = _probabilities(plan, cosines)
+    if soft.all():
+        return result
+    scale, bias = cosines.dtype.type(plan.logit_scale), cosines.dtype.type(plan.logit_bias)
+    if plan.counted is not None:
+        cosines = cosines + (np.log(plan.counted) / plan.logit_scale).astype(cosines.dtype)[:, None]
+    top = _by_group(plan, np.maximum, cosines, -np.inf)
+    positive, negative = top[plan.positives], np.maximum(top[plan.near], top[plan.generic])
+    with np.errstate(invalid="ignore", over="ignore"):
+        for row, kind in enumerate(plan.score_kinds):
+            if soft[row]:
+                continue
+            if kind == "cosine":
+                result[row] = positive[row]
+            elif kind == "margin":
+                result[row] = positive[row] - negative[row]
+            else:
+                result[row] = _sigmoid(scale * positive[row] + bias) - _sigmoid(scale * negative[row] + bias)
+    return result
+
+
+def _probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
+    """The softmax of every rule [R, m]: mean exponential of the positives against that of all it is contrasted with."""
+    dtype = cosines.dtype
+    scale = dtype.type(plan.logit_scale)
+    count = plan.counts.astype(dtype)[:, :, None]
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
+        powers = cosines - np.maximum.reduce(cosines, axis=0)
+        powers *= scale
+        np.exp(powers, out=powers)
+        if plan.counted is not None:
+            powers *= plan.counted.astype(dtype)[:, None]
+        total = _by_group(plan, np.add, powers, 0.0)
+        positive = total[plan.positives] / count[0]
+        both = (total[plan.near] + total[plan.generic]) / count[1]
+        both += positive
+        result = np.divide(positive, both, out=positive)
+        # Where a rule's phrases all lie far below the row's highest, their exponentials vanish beside it.
+        lost = np.flatnonzero((both < dtype.type(_VANISHING)).any(axis=0))
+        if len(lost):
+            result[:, lost] = _distant_probabilities(plan, cosines[:, lost])
+    return np.asarray(result)
+
+
+def _distant_probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
+    """`_probabilities` with exponentials relative to the highest of each group, in which nothing vanishes."""
+    dtype = cosines.dtype
+    scale = dtype.type(plan.logit_scale)
+    top = _by_group(plan, np.maximum, cosines, -np.inf)
+    positive, near, generic = top[plan.positives], top[plan.near], top[plan.generic]
+    negative = np.maximum(near, generic)
+    powers = np.exp((cosines - top[plan.group_of]) * scale)
+    if plan.counted is not None:
+        powers *= plan.counted.astype(dtype)[:, None]
+    total = _by_group(plan, np.add, powers, 0.0)
+    against = total[plan.near] * np.exp(scale * (near - negative))
+    against += total[plan.generic] * np.exp(scale * (generic - negative))
+    ratio = (plan.counts[0] / plan.counts[1]).astype(dtype)[:, None]
+    odds = against / total[plan.positives] * ratio * np.exp(scale * (negative - positive))
+    return np.asarray(dtype.type(1) / (odds + dtype.type(1)))
+
+
+def _by_group(plan: ConceptPlan, reduce: np.ufunc, columns: np.ndarray, none: float) -> np.ndarray:
+    """`columns` [k, m] reduced over each group, [G + 1, m]; the last row, of the group that is none, holds `none`."""
+    width = columns.shape[1]
+    result = np.full((len(plan.bounds) + 1, width), none, dtype=columns.dtype)
+    for first, last, size in plan.sizes:
+        members = columns[plan.bounds[first][0] : plan.bounds[last - 1][1]]
+        reduce.reduce(members.reshape(last - first, size, width), axis=1, out=result[first:last])
+    return result
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-x)), dtype=x.dtype)
