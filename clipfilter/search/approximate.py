@@ -23,8 +23,9 @@ from clipfilter.search.index import (
 from clipfilter.search.vectors import RunVectors
 from clipfilter.storage import Directory
 
-#: Share of the lists that a query looks into, and how many candidates per wanted row have their exact cosine computed.
-_PROBED = 1 / 16
+#: A query looks into this many times the root of the number of lists (64 of 1024, chosen on Flickr8k's training split; see
+#: docs/decisions/0017), and this many candidates per wanted row have their exact cosine computed.
+_PROBES = 2.0
 _LEAST_PROBES = 16
 _CANDIDATES_PER_ROW = 10
 _LEAST_CANDIDATES = 100
@@ -91,7 +92,7 @@ class ApproximateIndex:
 
         The best candidates by code get their exact cosine from the stored vectors (not those of a run on an object store:
         theirs is the cosine of the code, off by about 0.001). Rows the index does not hold are all looked at.
-        probes: lists to look into, by default a sixteenth; more when a mask leaves only some of the rows.
+        probes: lists to look into, by default twice the root of their number; more when a mask leaves only some of the rows.
         """
         count = self._vectors.rows if mask is None else int(np.count_nonzero(mask))
         nearest = Nearest(query, k)
@@ -100,7 +101,7 @@ class ApproximateIndex:
             return nearest.result()
         share = count / self._vectors.rows
         lists = self.manifest.lists
-        probes = probes or max(_LEAST_PROBES, int(lists * _PROBED / share))
+        probes = probes or max(_LEAST_PROBES, round(_PROBES * np.sqrt(lists) / share))
         positions, cosines = self._candidates(query, max(_LEAST_CANDIDATES, _CANDIDATES_PER_ROW * k), probes, mask)
         if self._vectors.directory.local:
             order = np.argsort(positions)

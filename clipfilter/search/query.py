@@ -40,7 +40,8 @@ def query_vector(
         parts.append(_unit(np.asarray(vectors, np.float32)))
         weights += [1.0] * len(vectors)
     if len(image):
-        parts.append(_needed(encoder).encode_images(_pixels(_needed(encoder), image, decode)))
+        pixels = _pixels(_needed(encoder), image, decode)
+        parts.append(_needed(encoder).encode_images(pixels))
         weights += [1.0] * len(image)
     phrases = [*text, *minus]
     if phrases:
