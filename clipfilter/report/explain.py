@@ -151,6 +151,7 @@ def _explanation(
 
 
 def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
+    """What a rule said about an annotated row."""
     """What the rule said about an annotated row (its columns by name)."""
     value = row.get(f"cf_score.{rule.id}")
     fired = next((reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id), None)
