@@ -5,7 +5,7 @@ import { startDetail } from "./detail.js";
 import { drawActive, load, startGrid } from "./grid.js";
 import { drawLabels } from "./labels.js";
 import { drawRule, startRules } from "./rules.js";
-import { get, look, onView, post, restore, state } from "./state.js";
+import { get, look, onView, post, restore, searching, state } from "./state.js";
 
 const MOST_BYTES = 20 << 20;
 
@@ -25,11 +25,12 @@ export function drawDecisions() {
 
 function drawFilters() {
   const { about, view } = state;
+  const fixed = searching();
   const option = (value, text) => h("option", { value }, text);
   const sorts = about.scores.flatMap((name) => [option(`${name} down`, `${name}, highest first`), option(`${name} up`, `${name}, lowest first`)]);
-  $("sort").replaceChildren(option("", view.text || view.image || view.like >= 0 ? "nearest first" : "as in the run"), ...sorts);
+  $("sort").replaceChildren(option("", fixed ? "nearest first" : view.labels ? "as drawn" : "as in the run"), ...sorts);
   $("sort").value = view.sort ? `${view.sort} ${view.descending ? "down" : "up"}` : "";
-  $("sort").disabled = Boolean(view.text || view.image || view.like >= 0);
+  $("sort").disabled = fixed || Boolean(view.labels);
   const bands = about.rules.flatMap((rule) => [
     option(`${rule.id} `, rule.id),
     ...(Object.keys(rule.counts).length > 1 ? Object.keys(rule.counts).map((band) => option(`${rule.id} ${band}`, `${rule.id}, ${band}`)) : []),
