@@ -104,7 +104,7 @@ def runs(page: Path) -> list[Block]:
 
 def prepare(folder: Path) -> None:
     """Make a work folder as the pages assume it: like a checkout, with the sample photographs and the policies."""
-    for name in ("samples", "policies"):
+    for name in ("samples", "policies", "pipelines"):
         shutil.copytree(REPO / name, folder / name)
 
 
