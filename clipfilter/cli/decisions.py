@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from clipfilter.engine.compare import Comparison
     from clipfilter.report.explain import Explanation
 
-_STYLES = {"keep": "green", "review": "yellow", "reject": "red", "failed": "red", "missing": "yellow"}
+_RESULTS = ("escalate", "reject", "review", "missing", "keep", "skipped")
+_STYLES = {
+    "keep": "green",
+    "review": "yellow",
+    "reject": "red",
+    "failed": "red",
+    "missing": "yellow",
+    "escalate": "red",
+}
 
 
 def explain(
@@ -123,12 +131,22 @@ def _print_explanation(console: Console, found: Explanation) -> None:
     line((f"{size}row {found.row}{path}, uid {found.uid}", "dim"))
     if found.error is not None:
         line((found.error["class"], "red"), f": {text.clean(found.error['message'])}")
+    if found.override is not None:
+        who = " ".join(text.clean(found.override[name], 80) for name in ("by", "date") if name in found.override)
+        said = f": {text.clean(found.override['note'])}" if "note" in found.override else ""
+        line(
+            (found.override["decision"], _STYLES[found.override["decision"]]),
+            f"  by a person{' (' + who + ')' if who else ''}{said}",
+        )
     if found.rules:
         console.print()
         width = max(len(rule.id) for rule in found.rules)
-        for rule in sorted(found.rules, key=lambda item: ("reject", "review", "missing", "keep").index(item.result)):
+        for rule in sorted(found.rules, key=lambda item: _RESULTS.index(item.result)):
             uncalibrated = " (uncalibrated)" if rule.calibrated is False and rule.result != "keep" else ""
-            line((f"{rule.result:<8}", _STYLES[rule.result]), f"{rule.id:<{width}}  {sentence(rule)}{uncalibrated}")
+            line(
+                (f"{rule.result:<8}", _STYLES.get(rule.result, "dim")),
+                f"{rule.id:<{width}}  {sentence(rule)}{uncalibrated}",
+            )
     console.print()
     if found.policy is not None:
         line(

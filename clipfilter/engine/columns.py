@@ -52,10 +52,11 @@ FACTS = pa.schema(
         ("cf_blur", pa.float32()),
         ("cf_entropy", pa.float32()),
         ("cf_phash", pa.uint64()),
+        ("cf_colourfulness", pa.float32()),
     ]
 )
 #: Columns that a decision adds; a later decision replaces them.
-DECISION_COLUMNS = ("cf_similarity", "cf_decision", "cf_reasons")
+DECISION_COLUMNS = ("cf_similarity", "cf_decision", "cf_reasons", "cf_severity", "cf_action")
 
 
 def decision_inputs() -> pa.Schema:
@@ -109,6 +110,7 @@ def image_columns(images: Sequence[Image]) -> dict[str, pa.Array]:
         "cf_blur": pa.array([image.facts.blur for image in good], pa.float32()),
         "cf_entropy": pa.array([image.facts.entropy for image in good], pa.float32()),
         "cf_phash": pa.array([image.facts.phash for image in good], pa.uint64()),
+        "cf_colourfulness": pa.array([image.facts.colourfulness for image in good], pa.float32()),
     }
 
 
@@ -125,6 +127,15 @@ def failed_table(shard: str, rows: pa.Table, errors: Sequence[RowError]) -> pa.T
         },
         schema=FAILED,
     )
+
+
+def with_facts(rows: pa.Table, embeddings: pa.Table) -> pa.Table:
+    """Rows with the image facts that lie beside their embeddings; null where an earlier version did not measure one."""
+    for field in FACTS:
+        if field.name not in rows.column_names:
+            known = field.name in embeddings.column_names
+            rows = rows.append_column(field, embeddings[field.name] if known else pa.nulls(rows.num_rows, field.type))
+    return rows
 
 
 def annotate(
@@ -161,11 +172,7 @@ def annotate(
             }
         )
     else:
-        inputs = rows
-        for name in FACTS.names:
-            if name not in inputs.column_names:
-                inputs = inputs.append_column(name, embeddings[name])
-        scores = policy.score(image, text, has_text, inputs)
+        scores = policy.score(image, text, has_text, with_facts(rows, embeddings))
         decided = policy.decide(scores, thresholds) if thresholds is not None else None
         added = policy.annotation(scores, decided)
     tables = [added] if labels is None else [added, labels.columns(image)]

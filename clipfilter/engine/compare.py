@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipfilter.curation.fraction import dataset_thresholds
 from clipfilter.engine import ledger
 from clipfilter.engine.columns import annotate
 from clipfilter.engine.job import open_run, refuse_other_weights, stored_model
+from clipfilter.engine.plan import read_plan
 from clipfilter.engine.worker import compile_for, local_files, read_stored
 from clipfilter.policies import Policy
+from clipfilter.policies.deciding import escalated
 from clipfilter.sources import Source
 from clipfilter.storage import Directory
 
@@ -45,7 +48,7 @@ class Side:
 
 @dataclass
 class Flip:
-    """A row that the two policies decide differently; reasons as in `cf_reasons`."""
+    """A row that the two policies decide differently; reasons as in `cf_reasons`. hidden: escalated, never to be shown."""
 
     commit: str
     path: str
@@ -58,6 +61,7 @@ class Flip:
     after: str
     reasons_before: list[dict[str, Any]]
     reasons_after: list[dict[str, Any]]
+    hidden: bool = False
 
 
 @dataclass
@@ -148,6 +152,7 @@ def compare_policies(
     ]
     changes: Counter[tuple[str, str]] = Counter()
     sample = _Sample(examples)
+    hidden = escalated_rows(run)
     rows = 0
     try:
         for side, policy in zip(sides, compiled, strict=True):
@@ -160,7 +165,7 @@ def compare_policies(
             rows += stored.num_rows
             for side, table in zip(sides, decided, strict=True):
                 _count(side, table)
-            _compare(name, commit, decided[0], decided[1], changes, sample)
+            _compare(name, commit, decided[0], decided[1], changes, sample, hidden)
     finally:
         origin.clean_scratch(stale_only=False)
     return Comparison(
@@ -211,6 +216,22 @@ def _dataset_thresholds(
         return dataset_thresholds(policy, chunks)[0]
 
 
+def escalated_rows(run: str) -> set[tuple[str, int]]:
+    """(shard, row) of all rows that the run itself escalated; whatever is compared, they are never shown."""
+    directory = Directory(run)
+    plan, newest = read_plan(directory), ledger.latest_version(directory)
+    if plan is None or newest is None or plan.policy is None or not Policy.from_canonical(plan.policy).escalates:
+        return set()
+    found: set[tuple[str, int]] = set()
+    for _, commit in ledger.iter_commits(directory, newest[1]["commits"]):
+        if "annotated" in commit["files"]:
+            with directory.open(commit["files"]["annotated"]["name"]) as handle:
+                table = pq.read_table(handle, columns=["cf_row", "cf_reasons"])
+            rows = np.asarray(table["cf_row"])[escalated(table["cf_reasons"])]
+            found.update((commit["shard"]["id"], row) for row in rows.tolist())
+    return found
+
+
 def _count(side: Side, table: pa.Table) -> None:
     side.decisions.update(table["cf_decision"].to_pylist())
     flat = table["cf_reasons"].combine_chunks().flatten()
@@ -225,10 +246,12 @@ def _compare(
     after: pa.Table,
     changes: Counter[tuple[str, str]],
     sample: _Sample,
+    hidden: set[tuple[str, int]],
 ) -> None:
     first = np.asarray(before["cf_decision"].to_pylist(), dtype=object)
     second = np.asarray(after["cf_decision"].to_pylist(), dtype=object)
     places = np.flatnonzero(first != second)
+    never_shown = escalated(before["cf_reasons"]) | escalated(after["cf_reasons"])
     changes.update(zip(first[places].tolist(), second[places].tolist(), strict=True))
     uids = after["cf_uid"].take(pa.array(places)).to_pylist()
     for place, uid in zip(places.tolist(), uids, strict=True):
@@ -249,6 +272,7 @@ def _compare(
                     after=change[1],
                     reasons_before=before["cf_reasons"][place].as_py(),
                     reasons_after=after["cf_reasons"][place].as_py(),
+                    hidden=bool(never_shown[place]) or (commit["shard"]["id"], row["cf_row"]) in hidden,
                 ),
                 commit["shard"],
             )

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -94,7 +95,7 @@ def _receive(stream: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
 
 
 def _pack(image: Any) -> tuple[dict[str, Any], bytes]:
-    facts = {name: getattr(image.facts, name) for name in ("brightness", "contrast", "blur", "entropy", "phash")}
+    facts = asdict(image.facts)
     header = {name: getattr(image, name) for name in ("width", "height", "sha256", "format")}
     return header | {"facts": facts, "shape": image.pixels.shape}, image.pixels.tobytes()
 

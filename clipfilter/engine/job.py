@@ -20,7 +20,7 @@ from clipfilter.engine.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refu
 from clipfilter.engine.worker import JobSpec, compile_for
 from clipfilter.errors import RefusedError
 from clipfilter.models import DEFAULT_MODEL
-from clipfilter.policies import Policy, load_policy
+from clipfilter.policies import Policy, attachments, load_policy
 from clipfilter.sources import Shard, Source, SourceOptions, open_source
 from clipfilter.storage import Directory, normalise
 
@@ -182,7 +182,7 @@ def _refuse_foreign_directory(directory: Directory) -> None:
         if directory.local:
             Path(directory.root).mkdir(parents=True, exist_ok=True)
             directory.scratch()
-        harmless = ("run.log", "nights")
+        harmless = ("run.log", "nights", attachments.FOLDER)
         found = [] if directory.exists(PLAN_FILE) else [n for n in directory.names("") if n not in harmless]
     except (OSError, ImportError) as error:
         raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
@@ -337,6 +337,8 @@ def _run(prepared: Preparation, executor: Executor, display: Display | None, beg
     resources = executor.resources()
     options, dtype = _options(prepared, resources.device)
     policy = prepared.policy
+    if policy is not None:
+        attachments.keep_copies(directory, policy.attachments)  # where every worker finds them
     spec = JobSpec(
         job=request.job,
         out=directory.url,

@@ -18,7 +18,9 @@ from clipfilter.storage import Directory
 _COMMIT_NAME = re.compile(r"^(?P<shard>[0-9a-f]{16})\.(?P<stage>[a-z]+)\.(?P<generation>\d{3})\.json$")
 
 #: Stages that end a shard's processing; `scored` comes before `decided` when a policy has dataset-level rules.
-FINAL_STAGE = {"run": "decided", "filter": "decided"} | dict.fromkeys(("embed", "score", "import", "curate"), "embedded")
+FINAL_STAGE = {"run": "decided", "filter": "decided"} | dict.fromkeys(
+    ("embed", "score", "import", "curate"), "embedded"
+)
 _COMMITS_AT_ONCE = 64
 
 
@@ -79,6 +81,8 @@ COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "
 def totals_of(commits: Iterable[dict[str, Any]], failed_shards: list[dict[str, Any]]) -> dict[str, Any]:
     """The sums over commits that a version records; every field is derived, so `verify` can repeat it."""
     totals: dict[str, Any] = dict.fromkeys(COUNTS, 0)
+    escalated = sum(commit["counts"].get("escalated", 0) for commit in commits)
+    totals |= {"escalated": escalated} if escalated else {}  # among the rejected; most datasets have none
     classes: Counter[str] = Counter()
     rules: dict[str, Counter[str]] = {}
     sums: Counter[str] = Counter()

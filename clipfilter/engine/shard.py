@@ -297,6 +297,8 @@ def _empty_cuda_cache() -> None:
 
 
 def _report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardReport:
+    from clipfilter.policies.deciding import escalated
+
     counts = {"rows": table.num_rows + failed.num_rows, "failed": failed.num_rows, "embedded": table.num_rows}
     rules: dict[str, Counter[str]] = {}
     if decided:
@@ -304,6 +306,8 @@ def _report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardReport:
         counts |= {name: decisions.get(name, 0) for name in ("keep", "review", "reject")}
         counts["decided"] = sum(decisions.values())
         flat = table["cf_reasons"].combine_chunks().flatten()
+        hidden = int(escalated(table["cf_reasons"]).sum())
+        counts |= {"escalated": hidden} if hidden else {}
         for rule, band in zip(flat.field("rule").to_pylist(), flat.field("band").to_pylist(), strict=True):
             rules.setdefault(rule, Counter())[band] += 1
     classes = Counter(failed["cf_error_class"].to_pylist())

@@ -112,7 +112,7 @@ class Worker:
         self.policy = None
         if spec.policy is not None:
             policy = (ScorePolicy if spec.job == "score" else Policy).from_canonical(spec.policy)
-            compiled = compile_for(source, policy, self.encoder, spec.options["decode"])
+            compiled = compile_for(source, policy, self.encoder, spec.options["decode"], self.directory)
             self.policy = self._on_torch_thread(compiled, "score")
         self.labels = None
         if "labels" in spec.options:
@@ -283,11 +283,17 @@ class Worker:
             self.rows_done += rows
 
 
-def compile_for(source: Source, policy: Policy, encoder: Encoder, decode: str) -> CompiledPolicy:
-    """The policy compiled for a model and for the columns of a source; RefusedError where it fits neither."""
-    from clipfilter.policies import compile_policy
+def compile_for(
+    source: Source, policy: Policy, encoder: Encoder, decode: str, run: Directory | None = None
+) -> CompiledPolicy:
+    """The policy compiled for a model and for the columns of a source; RefusedError where it fits neither.
 
-    compiled = compile_policy(policy, encoder, decode="exact" if decode == "exact" else "fast")
+    run: the run directory that keeps copies of the policy's files.
+    """
+    from clipfilter.policies import compile_policy
+    from clipfilter.policies.attachments import Attachments
+
+    compiled = compile_policy(policy, encoder, decode="exact" if decode == "exact" else "fast", files=Attachments(run))
     compiled.check_columns(pa.schema([*source.schema, *decision_inputs()]))
     return compiled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
@@ -75,6 +76,11 @@ class Tighten(Model):
 def moved(direction: str, threshold: float, by: float) -> float:
     """A threshold moved so that more lies beyond it."""
     return threshold - by if direction == "above" else threshold + by
+
+
+def bent(curve: tuple[float, float], score: float) -> float:
+    """The calibrated probability of a score by Platt's curve (a, b): 1 / (1 + exp(-(a score + b)))."""
+    return 0.5 * (1.0 + math.tanh(0.5 * (curve[0] * score + curve[1])))
 
 
 def check_order(rule_id: str, review: Band, reject: Band, *at: str | int) -> None:

@@ -19,7 +19,7 @@ from clipfilter.models.heads import Head, load_head
 from clipfilter.models.heads.network import SafetyChecker
 from clipfilter.policies import column_rules, deciding, evaluate
 from clipfilter.policies.attachments import Attachments
-from clipfilter.policies.bands import Band, moved
+from clipfilter.policies.bands import Band, bent, moved
 from clipfilter.policies.calibrated import CalibratedRule
 from clipfilter.policies.column_rules import ColumnRule
 from clipfilter.policies.deciding import Decisions
@@ -303,7 +303,7 @@ def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, m
             if calibrated is not None:
                 band = calibrated.band()
                 # Calibrated thresholds are raw scores; the curve carries them over to probabilities.
-                bands[name] = band if curve is None else Band(**{band.direction: _bent(curve, band.value)})
+                bands[name] = band if curve is None else Band(**{band.direction: bent(curve, band.value)})
     tighten = rule.tighten.band if rule.tighten is not None else None
     given = [band for band in (*bands.values(), tighten) if band is not None]
     used = {other.fraction.of for other in policy.rules if other.fraction is not None}
@@ -352,10 +352,6 @@ def _curve(rule: Rule, own: CalibratedRule | None, model: str) -> tuple[float, f
             "was labelled; correct its phrases, or write score: probability"
         )
     return own.probability.platt.a, own.probability.platt.b
-
-
-def _bent(curve: tuple[float, float], score: float) -> float:
-    return float(1.0 / (1.0 + np.exp(-(curve[0] * score + curve[1]))))
 
 
 def _load_heads(policy: Policy, encoder: TextEncoder) -> HeadPlan:

@@ -278,11 +278,11 @@ def _severity(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int)
 def _action(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int) -> pa.Array | None:
     if not compiled.has_actions:
         return None
-    names = list(dict.fromkeys(rule.action for rule in compiled.rules if rule.action is not None))
+    names = list(dict.fromkeys(rule.action for rule in compiled.rules if rule.action))
     chosen = np.full(rows, -1, dtype=np.int32)
     for outcome in sorted(outcomes, key=lambda item: -item.rank):
         own = compiled.rules[outcome.rule].action if outcome.rule < len(compiled.rules) else None
-        if own is not None and outcome.band in ("review", "reject", ESCALATE):
+        if own not in (None, "reject", "review") and outcome.band in ("review", "reject", ESCALATE):
             free = outcome.rows[chosen[outcome.rows] < 0]
             chosen[free] = names.index(own)
     return _strings(chosen, pa.array(names))

@@ -166,8 +166,14 @@ def score(
         nearest=labels,
         contrast=dict(zip(plan.rules, contrast, strict=True)),
         skipped=skipped,
-        overrides=None if compiled.overrides is None else compiled.overrides.find(columns.column("cf_uid")),
+        overrides=_overrides(compiled, columns),
     )
+
+
+def _overrides(compiled: CompiledPolicy, columns: pa.Table) -> np.ndarray | None:
+    if compiled.overrides is None or "cf_uid" not in columns.column_names:
+        return None
+    return compiled.overrides.find(columns.column("cf_uid"))
 
 
 def _combined(rule: CompiledRule, values: dict[str, np.ndarray], skipped: dict[str, np.ndarray]) -> np.ndarray:

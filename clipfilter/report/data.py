@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 from clipfilter.engine import ledger
 from clipfilter.engine.plan import Plan, of_run, read_plan
 from clipfilter.errors import RefusedError
-from clipfilter.policies.schema import KINDS
+from clipfilter.policies.bands import bent
+from clipfilter.policies.schema import KINDS, MODEL_KINDS
 from clipfilter.report.histogram import Histogram
 from clipfilter.storage import Directory
 
-BANDS = ("review", "reject", "missing")
+BANDS = ("review", "reject", "missing", "escalate")
 DECISIONS = ("keep", "review", "reject")
 #: How many example messages each class of failure gets, and how many troubled shards are listed.
 FAILURE_EXAMPLES = 4
@@ -176,19 +177,31 @@ def rules_of(plan: Plan, version: dict[str, Any]) -> list[RuleData]:
     rules = []
     for spec in policy["rules"]:
         kind = next(kind for kind in KINDS if kind in spec)
-        depends = kind in ("concept", "alignment", "head")
+        depends = kind in MODEL_KINDS
         calibrated = own.get("rules", {}).get(spec["id"], {}) if depends else {}
         named = [name for name in ("review", "reject") if name in spec or name in calibrated]
-        bands = [_band(name, spec, calibrated.get(name), version) for name in named]
+        # Where the score is the calibrated probability, calibrated thresholds (raw scores) are carried over to it.
+        bends = spec.get("concept", {}).get("score") == "calibrated"
+        curve = calibrated.get("probability", {}).get("platt") if bends else None
+        bands = [_band(name, spec, calibrated.get(name), version, curve) for name in named]
+        if kind == "known":
+            bands = [Band(spec["action"], "above", 0.0, "written", {})]
         rules.append(RuleData(spec["id"], kind, spec, bool(calibrated) if depends else None, bands))
     return rules
 
 
-def _band(name: str, spec: dict[str, Any], calibrated: dict[str, Any] | None, version: dict[str, Any]) -> Band:
+def _band(
+    name: str,
+    spec: dict[str, Any],
+    calibrated: dict[str, Any] | None,
+    version: dict[str, Any],
+    curve: dict[str, float] | None = None,
+) -> Band:
     if calibrated:
         direction = "above" if "above" in calibrated else "below"
         evidence: dict[str, Any] = {key: calibrated[key] for key in ("n", "target") if key in calibrated}
-        return Band(name, direction, calibrated[direction], "calibrated", spec.get(name, {}), evidence)
+        value = calibrated[direction] if curve is None else bent((curve["a"], curve["b"]), calibrated[direction])
+        return Band(name, direction, value, "calibrated", spec.get(name, {}), evidence)
     written = spec[name]
     direction, value = next(iter(written.items()))
     if direction.startswith("outside_"):
@@ -286,7 +299,7 @@ def _sum_batch(sums: _ShardSums, rules: list[RuleData], batch: pa.RecordBatch) -
 
 
 def _reasons(rules: list[RuleData], batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Rows by rule and band, int64 [rules, 3]; and the rows that each rule alone brought to their decision [rules]."""
+    """Rows by rule and band, int64 [rules, bands]; and the rows that each rule alone brought to their decision [rules]."""
     lists = batch.column("cf_reasons")
     flat = lists.flatten()
     row = np.asarray(pc.list_parent_indices(lists))
@@ -296,7 +309,7 @@ def _reasons(rules: list[RuleData], batch: pa.RecordBatch) -> tuple[np.ndarray, 
     row, rule, band = row[known], rule[known], band[known]
     fired = np.bincount(rule * len(BANDS) + band, minlength=len(rules) * len(BANDS)).reshape(len(rules), len(BANDS))
     missing = np.array([2 if r.spec.get("on_missing") == "reject" else 1 for r in rules] or [1])
-    severity = np.where(band == 2, missing[rule], np.where(band == 1, 2, 1))
+    severity = np.where(band == 2, missing[rule], np.where(band == 0, 1, 2))
     worst = np.zeros(batch.num_rows, np.int64)
     np.maximum.at(worst, row, severity)
     top = severity == worst[row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from clipfilter.engine.compare import Comparison, Flip, Side
+from clipfilter.policies.overrides import RULE as OVERRIDE
 from clipfilter.report import text
 from clipfilter.report.examples import Example, Examples
 from clipfilter.report.markup import dot, note, place_of, plural, table
@@ -12,7 +13,7 @@ from clipfilter.report.page import document
 from clipfilter.report.thumbnails import add_thumbnails
 
 _DECISIONS = (("keep", "Kept"), ("review", "To review"), ("reject", "Rejected"))
-_BANDS = ("review", "reject", "missing")
+_BANDS = ("review", "reject", "escalate", "missing", "keep")
 
 
 def diff_page(found: Comparison, thumbnails: str) -> str:
@@ -102,6 +103,12 @@ def _card(flip: Flip, example: Example) -> str:
 
 def _reason(reason: dict[str, object]) -> str:
     rule, score, limit = text.esc(reason["rule"], 60), reason["score"], reason["threshold"]
+    if reason["rule"] == OVERRIDE:
+        return f"a person decided {text.esc(reason['band'], 20)}"
+    if reason["band"] == "escalate":
+        return f"escalated by {rule}: on a list of known pictures"
+    if reason["band"] == "tighten":
+        return f"{rule} tightens thresholds"
     if not isinstance(score, float) or not isinstance(limit, float):
         return f"{rule} could not be evaluated"
     said = f"{reason['band']} by {rule}, {text.score(score, limit)} beyond {text.score(limit, score)}"
@@ -110,7 +117,9 @@ def _reason(reason: dict[str, object]) -> str:
 
 def _example(flip: Flip) -> Example:
     # Shown clearly only when both policies keep it, which a flip never is: "blur" blurs every one.
-    return Example(flip.commit, flip.path, flip.row, flip.key, flip.caption, flip.sha256, None, None, [])
+    return Example(
+        flip.commit, flip.path, flip.row, flip.key, flip.caption, flip.sha256, None, None, [], hidden=flip.hidden
+    )
 
 
 def _chip(decision: str) -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter.engine import ledger
+from clipfilter.policies.deciding import escalated
 from clipfilter.report.data import Band, RuleData, RunData, floats, past
 from clipfilter.storage import Directory
 
@@ -38,7 +39,10 @@ _DEALING = ("reject_near", "keep_near", "review_near", "reject_far", "keep_far",
 
 @dataclass
 class Example:
-    """One row to show. score: of the rule it illustrates. `image` is filled by thumbnails.py (a JPEG data URI)."""
+    """One row to show. score: of the rule it illustrates. `image` is filled by thumbnails.py (a JPEG data URI).
+
+    hidden: it was escalated, so no picture of it is ever made.
+    """
 
     commit: str
     path: str
@@ -51,6 +55,7 @@ class Example:
     reasons: list[dict[str, Any]]
     image: str | None = None
     blurred: bool = False
+    hidden: bool = False
 
 
 @dataclass
@@ -89,9 +94,13 @@ def _collect(
     path: str,
 ) -> None:
     decision = np.asarray(batch.column("cf_decision").to_pylist(), dtype=object)
+    # Escalated rows are no examples: nobody who reads the page is to look for them.
+    hidden = (
+        escalated(batch.column("cf_reasons")) if "cf_reasons" in batch.schema.names else np.zeros(len(decision), bool)
+    )
 
     def offer(rule: str, bucket: str, mask: np.ndarray, distance: np.ndarray, values: np.ndarray) -> None:
-        rows = np.flatnonzero(mask)
+        rows = np.flatnonzero(mask & ~hidden)
         rows = rows[np.argsort(distance[rows], kind="stable")][:_CANDIDATES]
         heap = heaps.setdefault((rule, bucket), [])
         for row in rows.tolist():

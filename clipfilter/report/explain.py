@@ -14,6 +14,12 @@ import pyarrow.parquet as pq
 from clipfilter.engine import ledger
 from clipfilter.engine.plan import Plan, read_plan
 from clipfilter.errors import RefusedError
+from clipfilter.policies import Policy
+from clipfilter.policies.attachments import Attachments
+from clipfilter.policies.conditions import in_words
+from clipfilter.policies.deciding import ESCALATE, TIGHTEN
+from clipfilter.policies.kinds import PIXELS
+from clipfilter.policies.overrides import RULE as OVERRIDE
 from clipfilter.report import text
 from clipfilter.report.data import RuleData, rules_of
 from clipfilter.storage import Directory
@@ -23,9 +29,12 @@ _ROW = ("cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_
 
 @dataclass
 class RuleVerdict:
-    """What one rule said about the row. result: keep, review, reject, or missing (it could not be evaluated).
+    """What one rule said about the row. result: keep, review, reject, escalate, missing (it could not be evaluated), or
+    skipped (its condition excludes the row).
 
     nearest, contrast: the phrase the image is nearest to, and what it was told apart from; only for rules that fired.
+    limit: the threshold that was passed, where modifiers had moved it; tightens: whether the rule itself moved another's.
+    when: its condition in words. severity, action: as the policy names them.
     """
 
     id: str
@@ -38,11 +47,19 @@ class RuleVerdict:
     on_missing: str
     nearest: str | None = None
     contrast: str | None = None
+    limit: float | None = None
+    tightens: bool = False
+    when: str | None = None
+    severity: int | None = None
+    action: str | None = None
 
 
 @dataclass
 class Explanation:
-    """Enough to answer an appeal: the row, every rule's score and thresholds, policy, model and where it is on record."""
+    """Enough to answer an appeal: the row, every rule's score and thresholds, policy, model and where it is on record.
+
+    override: what a person decided about the row (decision, by, date, note), None for nothing.
+    """
 
     uid: str
     key: str
@@ -59,6 +76,7 @@ class Explanation:
     version: str
     commit: str
     notes: list[str] = field(default_factory=list)
+    override: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,15 +136,21 @@ def _explanation(
     row: dict[str, Any],
 ) -> Explanation:
     policy = plan.policy
-    rules = (
-        [] if failed or row.get("cf_decision") is None else [verdict(rule, row) for rule in rules_of(plan, content)]
-    )
+    rules = [] if failed or row.get("cf_decision") is None else [verdict(rule, row) for rule in rules_of(plan, content)]
     image = {key.removeprefix("cf_"): row[key] for key in _ROW[3:7] if row.get(key) is not None}
     notes = []
     if any(rule.calibrated is False for rule in rules):
         notes.append(
             "Thresholds marked uncalibrated are as written in the policy; nobody measured them for this model."
         )
+    override = _override(directory, plan, row)
+    if any(rule.result == ESCALATE for rule in rules):
+        notes.append(
+            "The picture is on a list of known ones that are escalated: it is rejected, never copied and never shown"
+            + ("; a person's decision does not change that." if override else ".")
+        )
+    elif override is not None:
+        notes.append("A person's decision wins over the rules; what they said is recorded all the same.")
     if commit.get("damaged"):
         notes.append(f"The shard is damaged: {commit.get('bytes_unread', 0):,} bytes after its last row were not read.")
     return Explanation(
@@ -147,33 +171,75 @@ def _explanation(
         version=version,
         commit=name,
         notes=notes,
+        override=override,
     )
+
+
+def _override(directory: Directory, plan: Plan, row: dict[str, Any]) -> dict[str, Any] | None:
+    """What a person decided, with who, when and why as far as the run still has it."""
+    made = next((reason for reason in row.get("cf_reasons") or [] if reason["rule"] == OVERRIDE), None)
+    if made is None:
+        return None
+    found = None
+    try:
+        policy = Policy.from_canonical(plan.policy or {})
+        if policy.overrides is not None:
+            found = policy.overrides.find(row["cf_uid"], Attachments(directory))
+    except RefusedError:  # the run's copy of the list is gone; the decision is in the row
+        pass
+    return {**(found or {}), "decision": made["band"]}
 
 
 def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
     """What a rule said about an annotated row."""
     """What the rule said about an annotated row (its columns by name)."""
     value = row.get(f"cf_score.{rule.id}")
-    fired = next((reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id), None)
+    own = [reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id]
+    fired = next((reason for reason in own if reason["band"] != TIGHTEN), None)
+    when = rule.spec.get("when")
+    on_missing = rule.spec.get("on_missing") or "review"
+    unscored = "skipped" if when is not None and on_missing != "keep" else "missing"
     return RuleVerdict(
         id=rule.id,
         kind=rule.kind,
         measures=_measures(rule),
         score=value,
-        result=fired["band"] if fired else "missing" if value is None else "keep",
+        result=fired["band"] if fired else unscored if value is None else "keep",
         thresholds=[
             {"band": b.name, "direction": b.direction, "threshold": b.threshold, "from": b.source, **b.evidence}
             for b in rule.bands
         ],
         calibrated=rule.calibrated,
-        on_missing=rule.spec.get("on_missing") or "review",
+        on_missing=on_missing,
         nearest=fired["nearest"] if fired else None,
         contrast=fired["contrast"] if fired else None,
+        limit=fired["threshold"] if fired else None,
+        tightens=len(own) > (fired is not None),
+        when=in_words(when) if when is not None else None,
+        severity=rule.spec.get("severity"),
+        action=rule.spec.get("action"),
     )
 
 
 def sentence(rule: RuleVerdict) -> str:
     """One rule's part in the decision, in plain words."""
+    said = _sentence(rule)
+    if rule.tightens:
+        said += "; so it moved the thresholds of other rules"
+    if rule.severity and rule.result in ("review", "reject", ESCALATE):
+        said += f"; severity {rule.severity}"
+    if rule.action and rule.kind != "known" and rule.result in ("review", "reject"):
+        said += f"; action {text.clean(rule.action, 64)}"
+    return said
+
+
+def _sentence(rule: RuleVerdict) -> str:
+    if rule.result == "skipped":
+        return f"does not apply to this row (only when {text.clean(rule.when, 300)})"
+    if rule.score is None and rule.when is not None and rule.on_missing == "keep":
+        return f"does not apply to this row, or could not be evaluated (only when {text.clean(rule.when, 300)})"
+    if rule.kind == "known" and rule.score is not None:
+        return _known(rule, rule.score)
     if rule.score is None:
         does = {"review": "sends the row to review", "reject": "rejects the row", "keep": "lets the row pass"}
         return f"could not be evaluated, which {does.get(rule.on_missing, 'sends the row to review')}"
@@ -184,10 +250,26 @@ def sentence(rule: RuleVerdict) -> str:
     limit = next(item for item in rule.thresholds if item["band"] == rule.result)
     origin = {"calibrated": "calibrated", "dataset": "fixed over the dataset", "written": "as written in the policy"}
     said = f"{rule.measures} {text.score(rule.score, limit['threshold'])} is {_limit(limit, rule.score)}, {origin[limit['from']]}"
-    if rule.nearest:
+    if rule.limit is not None and abs(rule.limit - limit["threshold"]) > 1e-6 * max(1.0, abs(limit["threshold"])):
+        said = (
+            f"{rule.measures} {text.score(rule.score, rule.limit)} is {limit['direction']} "
+            f"{text.score(rule.limit, rule.score)}, to which another rule moved the threshold {limit['threshold']:g}"
+        )
+    if rule.nearest and rule.kind in ("text", "safety"):
+        said += f"; {'found' if rule.kind == 'text' else 'by'} “{text.clean(rule.nearest, 120)}”"
+    elif rule.nearest:
         said += f"; nearest to “{text.clean(rule.nearest, 120)}”"
         said += f", told apart from “{text.clean(rule.contrast, 120)}”" if rule.contrast else ""
     return said
+
+
+def _known(rule: RuleVerdict, score: float) -> str:
+    if score == 0.0:
+        return "is on no list of this rule"
+    bits = round((1.0 - score) * 64)
+    how = "the very file" if "sha256" in rule.measures else f"{bits} of 64 bits differ"
+    does = {ESCALATE: "is escalated", "reject": "is rejected", "review": "goes to review"}
+    return f"is on the list of known pictures ({how}), so it {does.get(rule.result, 'is on record')}"
 
 
 def _limit(limit: dict[str, Any], score: float) -> str:
@@ -202,7 +284,28 @@ def _measures(rule: RuleData) -> str:
         return f"the score of {rule.spec['fraction']['of']}"
     if rule.kind == "concept":
         return str(rule.spec["concept"].get("score", "probability"))
+    if rule.kind == "safety":
+        return "the highest similarity to a concept above its threshold"
+    if rule.kind == "pixels":
+        return PIXELS[rule.spec["pixels"]].metadata
+    if rule.kind == "text":
+        return _text_measure(rule.spec["text"])
+    if rule.kind == "known":
+        return f"known {'sha256' if 'sha256' in rule.spec['known'] else 'phash'}"
+    if rule.kind == "combine":
+        parts = rule.spec["combine"]["weighted"].items()
+        return "the sum of " + " + ".join(f"{weight:g} {name}" for name, weight in parts)
     if rule.kind == "head":
         head = rule.spec["head"]
         return f"the score of {head if isinstance(head, str) else head['name']}"
     return "similarity to the caption"
+
+
+def _text_measure(spec: dict[str, Any]) -> str:
+    where = text.clean(spec.get("column") or "the caption", 60)
+    if "language" in spec:
+        wanted = " or ".join(spec["language"][:6]) + (" and others" if len(spec["language"]) > 6 else "")
+        if "language_column" in spec:
+            return f"{text.clean(spec['language_column'], 60)} says {wanted}:"
+        return f"confidence that {where} is in {wanted}:"
+    return f"number of {'patterns' if 'matches' in spec else 'listed words'} in {where}:"

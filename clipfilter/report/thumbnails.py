@@ -28,6 +28,7 @@ _MAX_PIXELS = 64_000_000
 
 def add_thumbnails(examples: Examples, source_plan: dict[str, Any], mode: str) -> str | None:
     """Fill in `image` of the examples; mode "blur" or "show". Only rows that were kept are shown clearly under "blur".
+    Of escalated rows (`hidden`) the bytes are not even read.
 
     Returns a sentence about what could not be shown, None when everything could. Never raises for a source that
     cannot be read: a report outlives its source.
@@ -35,7 +36,8 @@ def add_thumbnails(examples: Examples, source_plan: dict[str, Any], mode: str) -
     from clipfilter.sources import Shard, Source
 
     wanted: dict[str, dict[int, Example]] = defaultdict(dict)
-    for example in examples.all():
+    shown = [example for example in examples.all() if not example.hidden]
+    for example in shown:
         wanted[example.commit][example.row] = example
     if not wanted:
         return None
@@ -58,13 +60,13 @@ def add_thumbnails(examples: Examples, source_plan: dict[str, Any], mode: str) -
         except Exception as error:
             log.warning("no thumbnails from %s: %s", examples.shards[commit].get("path"), error)
             problem = problem or _short(error)
-    missing = sum(example.image is None for example in examples.all())
+    missing = sum(example.image is None for example in shown)
     if not missing:
         return None
-    if missing == len(examples.all()):
+    if missing == len(shown):
         why = problem or "its images have changed"
         return f"The source could not be read again ({why}), {NO_THUMBNAILS}"
-    return f"{missing} of {len(examples.all())} thumbnails could not be read again from the source."
+    return f"{missing} of {len(shown)} thumbnails could not be read again from the source."
 
 
 def _fill(example: Example, data: bytes, mode: str) -> None:

@@ -35,6 +35,7 @@ _EARLIER_RUN = frozenset({
     "cf_shard", "cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_similarity",
     "cf_decision", "cf_reasons", "cf_brightness", "cf_contrast", "cf_blur", "cf_entropy", "cf_phash", "cf_captions",
     "cf_caption", "cf_error_class", "cf_error", "cf_source_json", "cf_override", "cf_kept_as", "cf_cluster",
+    "cf_colourfulness", "cf_severity", "cf_action",
     "cf_duplicate", "cf_duplicate_of", "cf_duplicate_kind", "cf_duplicate_cosine", "cf_duplicate_bits", "cf_negclip",
     "cf_normsim", "cf_balanced",
 })
