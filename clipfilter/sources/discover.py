@@ -16,7 +16,7 @@ from clipfilter.sources.tar import IMAGE_EXTENSIONS
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
-_SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log"})
+_SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log", "_ingest"})
 _SKIPPED_FILES = frozenset({"thumbs.db", "desktop.ini"})
 _WEB = ("http://", "https://")
 _LOOK_AT = 100_000  # files, before deciding what a folder without tars or Parquet holds
