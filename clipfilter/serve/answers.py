@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipfilter.errors import RefusedError
+from clipfilter.policies.schema import MODEL_KINDS
 from clipfilter.report import text
 from clipfilter.report.charts import bars
 from clipfilter.report.data import RuleData
@@ -24,7 +25,6 @@ from clipfilter.serve.query import MOST_FOUND, Found, RowsRequest
 from clipfilter.serve.run import Run
 
 _ROW = ("cf_uid", "cf_key", "cf_caption")
-_LABELABLE = ("concept", "alignment", "head")
 _CAPTION = 600
 
 
@@ -44,7 +44,7 @@ def about(run: Run, labels: LabelFile) -> dict[str, Any]:
         "scores": [name for name in run.columns.scores if not np.isnan(run.columns.scores[name]).all()],
         "columns": [name for name in run.vectors.schema.names if not name.startswith(("cf_reasons", "cf_source_json"))],
         "most_found": MOST_FOUND,
-        "labels": {rule.id: label_state(run, labels, rule.id) for rule in run.rules if rule.kind in _LABELABLE},
+        "labels": {rule.id: label_state(run, labels, rule.id) for rule in run.rules if rule.kind in MODEL_KINDS},
     }
 
 
@@ -61,7 +61,7 @@ def _rule(run: Run, rule: RuleData) -> dict[str, Any]:
         "of": rule.spec["fraction"]["of"] if rule.kind == "fraction" else None,
         "calibrated": rule.calibrated,
         "fixed": run.effects.movable(rule),
-        "labels": rule.kind in _LABELABLE,
+        "labels": rule.kind in MODEL_KINDS,
         "counts": columns.bands_of(columns.rules.index(rule.id)),
         "unscored": columns.rows - len(scores),
         "low": float(scores[0]) if len(scores) else None,
@@ -171,7 +171,7 @@ def row_explained(run: Run, position: int) -> dict[str, Any]:
     decision = row.get("cf_decision")
     verdicts = [verdict(rule, row) for rule in run.rules] if decision else []
     order = ("reject", "escalate", "review", "missing", "keep")
-    verdicts.sort(key=lambda item: order.index(item.result) if item.result in order else 0)
+    verdicts.sort(key=lambda item: order.index(item.result) if item.result in order else len(order))
     return {
         "position": position,
         "uid": row["cf_uid"],
@@ -219,7 +219,7 @@ def effect(run: Run, changes: Changes, *, exact: bool) -> dict[str, Any]:
 def labelled_row(run: Run, position: int, rule: str) -> dict[str, Any]:
     """What a labels file says of a row. Raises RefusedError where the row has no score of the rule."""
     own = run.rule(rule)
-    if own.kind not in _LABELABLE:
+    if own.kind not in MODEL_KINDS:
         raise RefusedError(f"{rule!r} is a {own.kind} rule, whose threshold depends on no model; it needs no labels.")
     if position >= run.columns.rows:
         raise RefusedError(f"there is no row {position}.")

@@ -16,9 +16,9 @@ from clipfilter.search.vectors import RunShard, RunVectors
 
 DECISIONS = ("keep", "review", "reject")
 #: What a rule did to a row: nothing, or the band of its reason; any band unknown here counts as a rejection.
-BANDS = ("", "review", "reject", "missing", "escalate")
+BANDS = ("", "review", "reject", "missing", "escalate", "tighten")
 SIMILARITY = "similarity"
-_SEVERITY = {"": 0, "review": 1, "reject": 2, "escalate": 2}
+_SEVERITY = {"": 0, "review": 1, "reject": 2, "escalate": 2, "tighten": 0}
 _THREADS = 4
 _BATCH = 65_536
 

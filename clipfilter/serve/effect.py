@@ -25,11 +25,14 @@ from clipfilter.serve.columns import DECISIONS, RunColumns
 
 #: rule -> band -> new value, as a policy writes it (a fraction for fraction rules, else a threshold).
 Changes = Mapping[str, Mapping[str, float]]
-#: (rule, new values by band, rows) -> their scores float32 as the changed policy would store them.
-Rescore = Callable[[RuleData, Mapping[str, float], np.ndarray], np.ndarray]
+#: (changes, rule, rows) -> scores of the rule float32, as the changed policy would store them.
+Rescore = Callable[[Changes, str, np.ndarray], np.ndarray]
 
-#: What a rule may say for its band to be a function of its own score alone.
-_PLAIN = {"id", "concept", "alignment", "head", "metadata", "fraction", "templates", "review", "reject", "on_missing"}
+#: What a rule may say for its band to be a function of its own score alone; rows that `when` excludes have no score.
+_PLAIN = {
+    "id", "concept", "alignment", "head", "safety", "metadata", "pixels", "text", "combine", "fraction", "templates",
+    "when", "review", "reject", "severity", "action", "on_missing",
+}  # fmt: skip
 _WHOLE = {"width", "height", "min_side", "max_side", "pixels", "caption_words", "caption_chars"}
 _REMEMBERED = 16
 
@@ -74,6 +77,7 @@ class Effects:
     def movable(self, rule: RuleData) -> str | None:
         """None where the rule's thresholds can be moved here, else a sentence why not."""
         odd = sorted(set(rule.spec) - _PLAIN)
+        odd += [f"{other.id} tightens it" for other in self.rules if rule.id in _tightened(other)]
         if odd:
             return (
                 f"The bands of {rule.id} depend on more than its score ({', '.join(odd)}); change the file and use "
@@ -113,7 +117,7 @@ class Effects:
             if not len(close):
                 continue
             if exact and self.rescore is not None:
-                again[rule] = close, self.rescore(self._rule(rule), {limit.name: limit.value for limit in own}, close)
+                again[rule] = close, self.rescore(changes, rule, close)
                 touched.append(close)
             else:
                 doubtful += len(close)
@@ -194,7 +198,8 @@ class Effects:
         for limit in limits:
             if limit.threshold == limit.old or rule.kind == "fraction":
                 continue
-            if rule.kind == "metadata" and rule.spec["metadata"] in _WHOLE and limit.value == np.float32(limit.value):
+            whole = rule.kind == "text" or rule.spec.get("metadata") in _WHOLE
+            if whole and limit.value == np.float32(limit.value):
                 continue  # whole numbers and an exact threshold: float32 tells them apart
             reach = _reach(rule, limit.value)
             ends = np.float32(limit.value - reach), np.float32(limit.value + reach)
@@ -229,7 +234,12 @@ def _outcome(scores: np.ndarray, limits: list[_Limit]) -> np.ndarray:
 def _reach(rule: RuleData, value: float) -> float:
     """How far a stored score may be from the one that decides at a threshold there; generous, since it only costs time."""
     ulps = 4 * float(np.spacing(np.float32(abs(value))))
-    if rule.kind == "metadata":
+    if rule.kind in ("metadata", "pixels"):
         return ulps
-    # The engine's own reach for heads grows with the length of their weights, which a run does not record.
-    return (1e-3 * max(1.0, abs(value)) if rule.kind == "head" else 2 * RECHECK) + ulps
+    # The engine's own reach for heads and sums grows with their weights, which a run does not record.
+    return (1e-3 * max(1.0, abs(value)) if rule.kind in ("head", "combine") else 2 * RECHECK) + ulps
+
+
+def _tightened(rule: RuleData) -> list[str]:
+    """The rules whose thresholds this one moves, row by row."""
+    return list(rule.spec.get("tighten", {}).get("rules", ()))

@@ -40,7 +40,7 @@ class RowsRequest(BaseModel):
 
     decision: Literal["", "keep", "review", "reject"] = ""
     rule: Name = ""
-    band: Literal["", "review", "reject", "missing", "escalate"] = ""
+    band: Literal["", "review", "reject", "missing", "escalate", "tighten"] = ""
     where: Annotated[str, Field(max_length=10_000)] = ""
     labels: Literal["", "sample", "labelled"] = ""
     label_rule: Name = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,11 @@ from clipfilter.engine.columns import annotate
 from clipfilter.engine.job import refuse_other_weights, stored_model
 from clipfilter.engine.worker import local_files, read_stored
 from clipfilter.errors import RefusedError
-from clipfilter.policies.schema import Policy
 from clipfilter.report.data import RuleData, rules_of
 from clipfilter.search.vectors import RunShard, RunVectors
 from clipfilter.serve.columns import RunColumns
-from clipfilter.serve.effect import Effects
+from clipfilter.serve.effect import Changes, Effects
+from clipfilter.serve.export import changed_policy
 from clipfilter.storage import Directory
 
 if TYPE_CHECKING:
@@ -108,24 +107,21 @@ class Run:
         assert self._encoder is not None
         return self._encoder
 
-    def _rescore(self, rule: RuleData, bands: Mapping[str, float], rows: np.ndarray) -> np.ndarray:
-        """Scores of one rule with other thresholds, float32 [n], by the engine's own code."""
-        return np.asarray(self.on_encoder(lambda encoder: self._scores(encoder, rule, bands, rows)), np.float32)
+    def _rescore(self, changes: Changes, rule: str, rows: np.ndarray) -> np.ndarray:
+        """Scores of one rule under moved thresholds, float32 [n], by the engine's own code."""
+        return np.asarray(self.on_encoder(lambda encoder: self._scores(encoder, changes, rule, rows)), np.float32)
 
-    def _scores(self, encoder: Encoder, rule: RuleData, bands: Mapping[str, float], rows: np.ndarray) -> np.ndarray:
+    def _scores(self, encoder: Encoder, changes: Changes, rule: str, rows: np.ndarray) -> np.ndarray:
         from clipfilter.policies import compile_policy
 
-        spec = dict(rule.spec)
-        for band in rule.bands:
-            spec[band.name] = {band.direction: bands.get(band.name, band.threshold)}
-        policy = Policy.from_canonical({"policy": "moved", "version": 1, "rules": [spec]})
+        policy = changed_policy(self.plan, changes)
         compiled = compile_policy(policy, encoder, decode="exact" if self.plan.options["decode"] == "exact" else "fast")
         numbers, inside = self.vectors.locate(rows)
         found = np.empty(len(rows), np.float32)
         for number in np.unique(numbers):
             mine = np.flatnonzero(numbers == number)
             stored, embeddings = self._stored(self.shards[number], pa.array(inside[mine]))
-            scored = annotate(stored, embeddings, encoder, compiled, None)[f"cf_score.{rule.id}"]
+            scored = annotate(stored, embeddings, encoder, compiled, None)[f"cf_score.{rule}"]
             found[mine] = scored.to_numpy().astype(np.float32)
         return found
 

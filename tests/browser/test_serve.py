@@ -107,7 +107,7 @@ def visit(address: str, question: Callable[[Tab], Awaitable[Any]], **look: Any) 
 
 
 async def until(page: Tab, expression: str, seconds: float = 60) -> Any:
-    """Wait until an expression is true; its value."""
+    """Wait until an expression (whose value is no element) is true; its value."""
     for _ in range(int(seconds / 0.1)):
         value = await page.ask(expression)
         if value:
@@ -156,7 +156,7 @@ async def search(page: Tab, text: str) -> list[str]:
 
 async def flipped(page: Tab) -> tuple[int, dict[str, str], str]:
     """How many rows the page says change; of the page shown, uid -> new decision; the changed policy's text."""
-    await until(page, "document.getElementById('flipped')")
+    await until(page, "!!document.getElementById('flipped')")
     view = "JSON.parse(sessionStorage.getItem('clipfilter-view')).view"
     rows = await page.call(
         "Runtime.evaluate",
@@ -249,7 +249,7 @@ def test_labels_by_key_survive_a_reload_and_are_a_labels_file(samples: Page) -> 
         seen.append(await page.ask(marks))
         await page.ask("document.querySelector('#grid .card').focus()")
         await press(page, "x")
-        await until(page, "!document.querySelector('#grid .card .mark')")
+        await until(page, "!document.querySelector('#grid .card').querySelector('.mark')")
         seen.append(await page.ask(marks))
         return seen
 

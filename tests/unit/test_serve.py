@@ -16,6 +16,7 @@ from clipfilter.policies.calibration import draw, open_scored, read_labels
 from clipfilter.report.data import rules_of
 from clipfilter.serve import answers
 from clipfilter.serve.columns import BANDS, DECISIONS
+from clipfilter.serve.effect import Effects
 from clipfilter.serve.export import PolicyText, changed_policy, changed_text, find_text
 from clipfilter.serve.guard import Guard, is_loopback
 from clipfilter.serve.labels import BY_HAND, LabelFile
@@ -364,6 +365,8 @@ def test_only_its_own_names_are_answered(listening: str, host: str, fine: bool) 
 
 
 def test_rules_of_a_policy_that_is_more_than_its_scores_stay(run: Run) -> None:
-    rule = rules_of(run.plan, run.content)[0]
-    rule.spec = {**rule.spec, "when": {}}
-    assert "policy diff" in str(run.effects.movable(rule))
+    modifier, rule = rules_of(run.plan, run.content)[:2]
+    modifier.spec = {**modifier.spec, "tighten": {"above": 0.5, "by": 0.1, "rules": [rule.id]}}
+    effects = Effects(run.columns, [modifier, rule], None)
+    assert "tighten" in str(effects.movable(modifier))
+    assert "policy diff" in str(effects.movable(rule))

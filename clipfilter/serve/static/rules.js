@@ -5,7 +5,7 @@ import { look, move, post, state, theRule } from "./state.js";
 import { drawDecisions } from "./app.js";
 
 const HEIGHT = 96;
-const KINDS = { concept: "Concept", alignment: "Match of picture and caption", head: "Head", metadata: "Metadata", fraction: "Best part" };
+const KINDS = { concept: "Concept", alignment: "Match of picture and caption", head: "Head", safety: "Safety check", pixels: "Pixel quality", text: "Caption text", known: "Known pictures", combine: "Weighted sum", metadata: "Metadata", fraction: "Best part" };
 let busy = false;
 let waiting = null;
 
