@@ -194,7 +194,7 @@ def published(options: MetricsOptions, job: str) -> Iterator[RunMetrics | None]:
         ) from error
     metrics = RunMetrics(job)
     registry = CollectorRegistry()
-    registry.register(metrics)  # type: ignore[arg-type]
+    registry.register(metrics)
     with contextlib.ExitStack() as stack:
         if options.port is not None:
             try:
