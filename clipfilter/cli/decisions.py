@@ -133,10 +133,11 @@ def _print_explanation(console: Console, found: Explanation) -> None:
         line((found.error["class"], "red"), f": {text.clean(found.error['message'])}")
     if found.override is not None:
         who = " ".join(text.clean(found.override[name], 80) for name in ("by", "date") if name in found.override)
-        said = f": {text.clean(found.override['note'])}" if "note" in found.override else ""
+        said = f" ({who})" if who else ""
+        said += f": {text.clean(found.override['note'])}" if "note" in found.override else ""
         line(
             (found.override["decision"], _STYLES[found.override["decision"]]),
-            f"  by a person{' (' + who + ')' if who else ''}{said}",
+            f"  by a person{said}",
         )
     if found.rules:
         console.print()

@@ -145,7 +145,7 @@ def is_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds texts."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def truth(condition: dict[str, Any], table: pa.Table) -> np.ndarray:
@@ -172,13 +172,13 @@ def _compare(leaf: dict[str, Any], table: pa.Table) -> np.ndarray:
         if pa.types.is_dictionary(column.type):
             column = pc.cast(column, column.type.value_type)
         if "present" in leaf:
-            return (np.asarray(column.is_valid()) == leaf["present"]).astype(np.int8)
+            return np.asarray(np.asarray(column.is_valid()) == leaf["present"], dtype=np.int8)
         if isinstance(leaf.get("is", [0.0])[0], str):
             hit = pc.is_in(column, value_set=pa.array(leaf["is"], column.type))
             return np.where(np.asarray(column.is_valid()), np.asarray(hit), np.int8(-1)).astype(np.int8)
     values = metadata_values(name, table)
     if "present" in leaf:
-        return (~np.isnan(values) == leaf["present"]).astype(np.int8)
+        return np.asarray(~np.isnan(values) == leaf["present"], dtype=np.int8)
     with np.errstate(invalid="ignore"):
         hit = np.isin(values, np.array(leaf["is"], dtype=np.float64)) if "is" in leaf else np.ones(len(values), bool)
         if "above" in leaf:

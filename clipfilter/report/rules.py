@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from clipfilter.models.heads import HEADS
+from clipfilter.policies.conditions import in_words
+from clipfilter.policies.kinds import PIXELS
 from clipfilter.report import charts, text
 from clipfilter.report.data import Band, RuleData, RunData
 from clipfilter.report.examples import HEADINGS, Example, Examples
@@ -24,6 +28,7 @@ _METADATA = {
     "contrast": "contrast of the picture",
     "blur": "sharpness measure of the picture",
     "entropy": "entropy of the picture’s grey levels",
+    "colourfulness": "colourfulness of the picture",
 }
 _ON_MISSING = {"review": "goes to review", "reject": "is rejected", "keep": "is let through"}
 
@@ -43,6 +48,7 @@ def _table(data: RunData) -> str:
     rows = []
     for rule in data.rules:
         counts = [rule.counts[band] for band in ("reject", "review", "missing")]
+        counts[0] += rule.counts["escalate"]
         label = "{:,} rejected, {:,} to review, {:,} not scored".format(*counts)
         parts = [*zip(("reject", "review", "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]
         rows.append(
@@ -96,6 +102,7 @@ def _rule(data: RunData, rule: RuleData, examples: Examples) -> str:
         f'<article class="rule" id="rule-{name}" aria-labelledby="name-{name}">',
         f'<div class="rule-head"><h3 id="name-{name}">{name}</h3>{chips}</div>',
         f"<p>{_meaning(rule)}</p>",
+        _escalated(rule),
         _chart(rule),
         _thresholds(rule),
         _buckets({bucket: rows for (owner, bucket), rows in examples.by_bucket.items() if owner == rule.id}, rule),
@@ -107,7 +114,11 @@ def _meaning(rule: RuleData) -> str:
     """What the score says, in words."""
     if rule.kind == "concept":
         concept = rule.spec["concept"]
-        said = f"Looks for {_phrases(concept['any_of'])}"
+        parts = [_phrases(concept["any_of"])] if concept.get("any_of") else []
+        parts += ["learned vectors"] if "vectors" in concept else []
+        said = f"Looks for {' or '.join(parts)}" if parts else "Looks"
+        if concept.get("all_of"):
+            said += f"{', together with' if parts else ' for all of'} {_phrases(concept['all_of'])}"
         if concept.get("but_not"):
             said += f", told apart from {_phrases(concept['but_not'])}"
         said += " and from what ordinary pictures show" if concept.get("generic") else ""
@@ -115,19 +126,74 @@ def _meaning(rule: RuleData) -> str:
             "probability": "The score is a probability: 0 not at all, 1 certainly",
             "margin": "The score is the best phrase’s similarity minus the best contrast’s",
             "cosine": "The score is the similarity (cosine) to the best phrase",
+            "calibrated": "The score is a probability calibrated on labels: of ten images with 0.9, nine are right",
         }
         said += f". {kinds.get(concept.get('score', 'probability'), 'The score is as the policy defines it')}."
     elif rule.kind == "alignment":
         said = "How well the caption fits the picture. The score is the cosine of both embeddings; higher fits better."
     elif rule.kind == "head":
         said = f"The score of {_head(rule.spec['head'])} on the embedding of the picture."
-    elif rule.kind == "metadata":
-        name = rule.spec["metadata"]
+    elif rule.kind == "safety":
+        said = _safety(rule.spec["safety"])
+    elif rule.kind == "text":
+        said = _text(rule.spec["text"])
+    elif rule.kind == "known":
+        said = _known(rule)
+    elif rule.kind == "combine":
+        parts = [f"{weight:g} × {text.esc(name)}" for name, weight in rule.spec["combine"]["weighted"].items()]
+        said = f"The weighted sum of other rules’ scores: {' + '.join(parts)}."
+    elif rule.kind in ("metadata", "pixels"):
+        name = rule.spec["metadata"] if rule.kind == "metadata" else PIXELS[rule.spec["pixels"]].metadata
         said = f"A number of the image: {text.esc(_METADATA.get(name, 'the column ' + name))}."
     else:
         said = f"Ranks all images by the score of {text.esc(rule.spec['fraction']['of'])}."
+    if "tighten" in rule.spec:
+        tighten = rule.spec["tighten"]
+        direction = "above" if "above" in tighten else "below"
+        names = ", ".join(text.esc(name) for name in tighten["rules"])
+        said += f" {direction.capitalize()} {tighten[direction]:g} it tightens the thresholds of {names} by {tighten['by']:g}."
+    if "when" in rule.spec:
+        said += f" It only applies when {text.esc(in_words(rule.spec['when']), 400)}."
     missing = rule.spec.get("on_missing", "review")
     return f"{said} An image without this score {_ON_MISSING.get(missing, missing)}."
+
+
+def _safety(spec: dict[str, Any]) -> str:
+    said = "A safety checker"
+    if "concepts" in spec:
+        said += f" for {_phrases([concept['text'] for concept in spec['concepts']])}"
+    if spec.get("special_care"):
+        said += f", stricter by {spec['adjustment']:g} where it sees "
+        said += _phrases([concept["text"] for concept in spec["special_care"]])
+    return f"{said}. The score is the highest similarity to a concept, less the threshold of that concept."
+
+
+def _text(spec: dict[str, Any]) -> str:
+    where = f"the column {text.esc(spec['column'])}" if "column" in spec else "the caption"
+    if "language" in spec:
+        names = ", ".join(spec["language"])
+        if "language_column" in spec:
+            return f"Whether the column {text.esc(spec['language_column'])} says {names}: 1 or 0."
+        return f"How sure it is that {where} is written in {names}; 0 where another language is likelier."
+    what = "patterns" if "matches" in spec else "words of the block list"
+    return f"How many {what} are found in {where}."
+
+
+def _known(rule: RuleData) -> str:
+    if "sha256" in rule.spec["known"]:
+        return "Whether the very file is on a list of known ones: 1 or 0."
+    bits = rule.spec["known"]["distance"]
+    return (
+        f"Whether the picture resembles one on a list of known ones: at most {bits} of 64 bits of their perceptual hashes "
+        "differ. The score is the share of bits that agree, 0 beyond."
+    )
+
+
+def _escalated(rule: RuleData) -> str:
+    if rule.spec.get("action") != "escalate":
+        return ""
+    count = plural(rule.counts["escalate"], "image")
+    return note(f"{count} escalated: rejected, never copied, and shown on no page, not even blurred.")
 
 
 def _head(spec: str | dict[str, str]) -> str:

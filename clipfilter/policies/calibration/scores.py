@@ -14,12 +14,12 @@ from clipfilter.engine import ledger
 from clipfilter.engine.plan import Plan, read_plan
 from clipfilter.errors import RefusedError
 from clipfilter.policies.compile import matching_calibration, rule_prompts_sha256
-from clipfilter.policies.schema import Band, Policy, Rule, json_sha256, suggest
+from clipfilter.policies.schema import MODEL_KINDS, Band, Policy, Rule, json_sha256, suggest
 from clipfilter.storage import Directory
 
 _BATCH = 16_384
 #: What a rule says besides what its scores are.
-_NOT_SCORE = ("id", "review", "reject", "on_missing")
+_NOT_SCORE = ("id", "review", "reject", "on_missing", "tighten", "severity", "action")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def open_scored(url: str) -> ScoredRun:
 
 def find_rule(policy: Policy, name: str | None) -> Rule:
     """The rule of this id, or the only one whose threshold depends on a model. Raises RefusedError."""
-    able = [rule for rule in policy.rules if rule.kind not in ("metadata", "fraction")]
+    able = [rule for rule in policy.rules if rule.kind in MODEL_KINDS]
     if name is None:
         if len(able) == 1:
             return able[0]
@@ -88,6 +88,11 @@ def find_rule(policy: Policy, name: str | None) -> Rule:
     if found not in able:
         raise RefusedError(
             f"{name!r} is a {found.kind} rule, whose threshold depends on no model; it needs no calibration."
+        )
+    if found.concept is not None and found.concept.score == "calibrated":
+        raise RefusedError(
+            f"the score of {name!r} is calibrated already; write score: probability, decide a run with that, and "
+            "calibrate on it."
         )
     return found
 
