@@ -1,6 +1,6 @@
 """Generate n images of a prompt, keep the best k: `clipfilter.best_of` with a text-to-image pipeline.
 
-    python pipelines/rank_generated.py "a green triangle" --n 12 --k 3 --out best
+    python pipelines/rank_generated.py "a red circle" --n 12 --k 3 --out best
     python pipelines/rank_generated.py "a lighthouse in a storm" --pipeline stabilityai/stable-diffusion-2-1 \\
         --n 16 --k 4 --policy generated-safety.yaml --model ViT-L-14/openai --steps 30 --out best
 

@@ -26,14 +26,15 @@ from clipfilter.ranking import RANKED, Ranker, best_of, rank
 from pipelines.rank_generated import Shapes, main
 from tests.support.engine import photos
 
-POLICY = parse_policy("""
+POLICY_TEXT = """
 policy: ranking-test
 version: 1
 rules:
   - {id: cats, concept: {any_of: ["a cat"]}, reject: {above: 0.9}}
   - {id: off-prompt, alignment: {}, reject: {below: 0.0}}
   - {id: flat, metadata: height, review: {below: 150}}
-""")
+"""
+POLICY = parse_policy(POLICY_TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,9 @@ def test_pictures_in_memory_rank_as_their_files_do(nano: Encoder, animals: dict[
         assert table["score"].equals(tables[0]["score"])
 
 
-def test_rejects_drop_out_with_the_reason_and_review_comes_last(nano: Encoder, animals: dict[str, bytes]) -> None:
+def test_rejects_drop_out_with_the_reason_and_review_comes_last(
+    nano: Encoder, animals: dict[str, bytes], tmp_path: Any
+) -> None:
     flat = Image.open(io.BytesIO(animals["farm_cow"])).crop((0, 0, 200, 120))
     given = [*animals.values(), flat, b"no image"]
     prompt = "a photo of a cat or a cow"
@@ -99,8 +102,8 @@ def test_rejects_drop_out_with_the_reason_and_review_comes_last(nano: Encoder, a
     # The prompt is the caption that alignment compares with; without a policy the cat would have been ranked.
     assert all("off-prompt" not in str(row) for row in table["cf_reasons"].to_pylist())
     assert rank(prompt, given, encoder=nano)["rank"].null_count == 1
-    same = rank(prompt, given, by="policy:caption-match", encoder=nano)
-    assert set(same["cf_decision"].to_pylist()) <= {"keep", "review", "reject", None}
+    (tmp_path / "p.yaml").write_text(POLICY_TEXT)
+    assert rank(prompt, given, by=f"policy:{tmp_path}/p.yaml", encoder=nano).equals(table)
 
 
 def test_a_head_orders_by_its_score(nano: Encoder, animals: dict[str, bytes], tmp_path: Any) -> None:
@@ -149,17 +152,17 @@ rules:
 
 
 def test_the_best_of_what_a_pipeline_draws(nano: Encoder) -> None:
-    best = best_of(Shapes(), "a green triangle", 24, 2, encoder=nano, seed=100)
+    best = best_of(Shapes(), "a red circle", 24, 2, encoder=nano, seed=100)
     assert len(best.images) == len(best.seeds) == 2
     for image in best.images:
         colours = {colour for _, colour in image.getcolors()}
-        assert (0, 128, 0) in colours, "the best pictures are not green"
+        assert (255, 0, 0) in colours, "the best pictures are not red"
     assert best.table.num_rows == 24
     assert best.table["image"].to_pylist()[0] == f"seed {best.seeds[0]}"
     # A candidate is its seed: neither the batch nor how many there are changes it.
     one = Shapes()("x", generator=[torch.Generator().manual_seed(best.seeds[0])]).images[0]
     assert one.tobytes() == best.images[0].tobytes()
-    batched = best_of(Shapes(), "a green triangle", 24, 2, encoder=nano, seed=100, batch_size=7)
+    batched = best_of(Shapes(), "a red circle", 24, 2, encoder=nano, seed=100, batch_size=7)
     assert batched.seeds == best.seeds
 
 
@@ -196,9 +199,7 @@ def test_the_pipeline_is_called_as_diffusers_pipelines_are(nano: Encoder) -> Non
 
 
 def test_the_example_script_keeps_the_best(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    main(
-        ["a green triangle", "--n", "8", "--k", "3", "--out", str(tmp_path / "best"), "--device", "cpu", "--seed", "5"]
-    )
+    main(["a red circle", "--n", "8", "--k", "3", "--out", str(tmp_path / "best"), "--device", "cpu", "--seed", "5"])
     ranking = json.loads((tmp_path / "best" / "ranking.json").read_text())
     kept = sorted(path.name for path in (tmp_path / "best").glob("*.png"))
     assert kept == [f"{row['rank']}-{row['image'].replace(' ', '-')}.png" for row in ranking[:3]]
@@ -233,7 +234,7 @@ def test_the_command_shows_the_order_and_why_others_dropped_out(
     assert "missing_image" in printed
 
 
-def test_ranking_is_part_of_the_api(nano: Encoder) -> None:
+def test_ranking_is_part_of_the_api() -> None:
     assert clipfilter.rank is rank
     assert clipfilter.best_of is best_of
-    assert Ranker(nano, "policy:caption-match").by == "clip"
+    assert clipfilter.Ranker is Ranker
