@@ -133,7 +133,7 @@ def _classify(
 ) -> None:
     from clipfilter.cli.evaluate import row_progress
     from clipfilter.engine.job import EXIT_DONE, EXIT_FAILURES
-    from clipfilter.engine.stream import open_inputs, stream_options
+    from clipfilter.engine.stream import StoredRun, open_inputs, stream_options
     from clipfilter.sources import SourceOptions
     from clipfilter.zero_shot.classify import classify_stream
     from clipfilter.zero_shot.labels import LabelScorer
@@ -154,6 +154,8 @@ def _classify(
                 shown += table.slice(0, max(0, _LISTED - len(shown))).to_pylist()
     if not as_json and not quiet:
         _print(shown, counts, scorer, lost, [name for name in (csv_file, parquet) if name])
+    if all(isinstance(item, StoredRun) for item in inputs):  # its failures were judged when it was made
+        raise typer.Exit(EXIT_DONE)
     rows, failed = counts.total(), counts[None]
     if lost or failed > max_failures * rows:
         print(
@@ -294,9 +296,9 @@ def _print_lines(console: Console, rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("image", overflow="fold")
-    table.add_column("label")
+    table.add_column("label", no_wrap=True)
     table.add_column("score", justify="right")
-    table.add_column("next")
+    table.add_column("next", no_wrap=True, overflow="ellipsis")
     for row in rows:
         name = Text(text.clean(row["image"]))
         if row["cf_labels"] is None:
