@@ -56,6 +56,8 @@ def _print(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file has no width: nothing is cut off
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("night", "date"):
         table.add_column(name)
@@ -85,7 +87,7 @@ def _cells(night: dict[str, Any]) -> list[Any]:
     total = night.get("totals", {}).get("rows")
     return [
         str(night["night"]),
-        night["started"].replace("T", " ").removesuffix("+00:00"),
+        night["started"][:16].replace("T", " "),
         str(int(night["version"])) if night.get("version") else "",
         f"{new:,}" if new else "",
         *rows,

@@ -50,9 +50,37 @@ def _options(
 
 def add_commands(to: typer.Typer) -> None:
     """Register every command, in the order of the help."""
-    from clipfilter.cli import classify, evaluate, history, jobs, models, nightly, policies, rank, runs, search, serve, train
+    from clipfilter.cli import (
+        classify,
+        evaluate,
+        history,
+        ingest,
+        jobs,
+        models,
+        nightly,
+        policies,
+        rank,
+        runs,
+        search,
+        serve,
+        train,
+    )
 
-    for module in (jobs, runs, nightly, history, classify, search, rank, serve, evaluate, train, policies, models):
+    for module in (
+        jobs,
+        runs,
+        ingest,
+        nightly,
+        history,
+        classify,
+        search,
+        rank,
+        serve,
+        evaluate,
+        train,
+        policies,
+        models,
+    ):
         module.add_to(to)
     for command in to.registered_commands:  # the whole sentence in the list; click would cut it off
         command.short_help = inspect.getdoc(command.callback)
