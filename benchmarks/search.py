@@ -257,7 +257,8 @@ def measure(work: Path, rows: int) -> dict[str, Any]:
 def show(results: dict[str, Any]) -> None:
     exact, large = results["exact"], results["approximate"]
     print(
-        f"{results['photos']:,} photos, noise of norm {results['noise']:.2f}, {results['threads']} threads, load {results['load']:.1f}"
+        f"{results['photos']:,} photos, noise of norm {results['noise']:.2f}, "
+        f"{results['threads']} threads, load {results['load']:.1f}"
     )
     print(f"\n{exact['rows']:,} rows of {exact['dim']} numbers      median      fastest")
     for name, (median, fastest) in exact["milliseconds"].items():

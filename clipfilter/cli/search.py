@@ -48,10 +48,10 @@ def index(
     if as_json:
         typer.echo(json.dumps(asdict(made), indent=1))
         return
-    dropped = f", {made.segments_dropped:,} superseded ones left out" if made.segments_dropped else ""
+    dropped = f", superseded and left out: {made.segments_dropped:,}" if made.segments_dropped else ""
     typer.echo(
-        f"{made.rows:,} rows of {made.segments:,} shards in {made.lists:,} lists, {text.size(made.bytes)}: "
-        f"{made.segments_new:,} shards are new{dropped}"
+        f"{made.rows:,} rows in {made.lists:,} lists, {text.size(made.bytes)}; "
+        f"shards: {made.segments:,}, new: {made.segments_new:,}{dropped}"
     )
     typer.echo(f"index    {made.to} (number {made.manifest})")
 
@@ -135,8 +135,6 @@ def _print(found: SearchResult, chosen: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from clipfilter.report import text
-
     console = Console()
     rows = found.hits.to_pylist()
     decided = any(row["cf_decision"] for row in rows)
@@ -147,7 +145,7 @@ def _print(found: SearchResult, chosen: list[str]) -> None:
     for name in names:
         table.add_column(name.removeprefix("cf_"), overflow="ellipsis", no_wrap=name == "cf_key")
     for row in rows:
-        cells = [Text(text.clean(row[name] if row[name] is not None else "", 120)) for name in names]
+        cells = [Text(_shown(row[name])) for name in names]
         for name, cell in zip(names, cells, strict=True):
             cell.style = _STYLES.get(row[name], "") if name == "cf_decision" else ""
         table.add_row(str(row["rank"]), f"{row['cosine']:.3f}", *cells)
@@ -158,6 +156,14 @@ def _print(found: SearchResult, chosen: list[str]) -> None:
     console.print(
         f"{found.method} search of {among}, model {found.model}", style="dim", highlight=False, soft_wrap=True
     )
+
+
+def _shown(value: object) -> str:
+    from clipfilter.report import text
+
+    if isinstance(value, float):
+        return text.score(value)
+    return "" if value is None else text.clean(value, 120)
 
 
 def add_to(app: typer.Typer) -> None:

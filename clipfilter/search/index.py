@@ -145,7 +145,7 @@ def require_faiss() -> Any:
 
 def identity(model: dict[str, Any]) -> dict[str, Any]:
     """The part of a model's fingerprint that an index is bound to."""
-    return {name: model.get(name) for name in ("model", "architecture", "weights_sha256", "preprocess", "decode")}
+    return {name: model.get(name) for name in ("model", "architecture", "weights_sha256", "preprocess")}
 
 
 def latest_manifest(directory: Directory) -> tuple[int, Manifest] | None:

@@ -209,8 +209,8 @@ class Searcher:
         if missing:
             rows = self.vectors.rows - index.rows
             self.notes.append(
-                f"{missing:,} of {len(index.covered):,} shards ({rows:,} rows) are newer than the index and were searched "
-                f"one by one; `clipfilter index {run}` takes them up."
+                f"{rows:,} rows ({missing:,} of {len(index.covered):,} shards) are newer than the index and were searched one "
+                f"by one; `clipfilter index {run}` takes them up."
             )
         return index
 

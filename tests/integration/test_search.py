@@ -103,11 +103,14 @@ def test_the_sheet_blurs_what_was_not_kept_and_leaves_out_what_was_escalated(fin
         decisions = found.hits["cf_decision"].to_pylist()
         assert {"keep", "reject"} <= set(decisions)
         first, second = cells(blurred, 100), cells(clear, 100)
+        shares = []
         for decision, hidden, shown in zip(decisions, first, second, strict=True):
             if decision == "keep":
                 np.testing.assert_array_equal(hidden, shown)
             else:
-                assert detail(hidden) < 0.35 * detail(shown)
+                shares.append(detail(hidden) / detail(shown))
+        assert max(shares) < 0.7
+        assert np.median(shares) < 0.3
         escalated = {decision: number for number, decision in enumerate(decisions)}["keep"]
         rows_at = searcher.vectors.rows_at
 
@@ -149,8 +152,8 @@ def test_run_and_index_on_an_object_store(finished: Any, tmp_path: Path, monkeyp
         exact = search_run("s3://bucket/run", "a cat", k=10)
         assert exact.positions.tolist() == local.positions.tolist()
         printed = cli("index", "s3://bucket/run", "--approximate")
-        assert "3 shards are new" in printed
-        assert "0 shards are new" in cli("index", "s3://bucket/run")
+        assert "shards: 3, new: 3" in printed
+        assert "shards: 3, new: 0" in cli("index", "s3://bucket/run")
         found = search_run("s3://bucket/run", "a cat", k=10)
         assert (found.method, found.notes) == ("approximate", [])
         both = np.intersect1d(found.positions, exact.positions)

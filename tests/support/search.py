@@ -14,7 +14,7 @@ from clipfilter.engine.plan import Plan
 from clipfilter.engine.writer import HASH_LENGTH
 from clipfilter.storage import Directory, file_sha256
 
-MODEL = {"model": "test", "architecture": "none", "weights_sha256": "a" * 64, "preprocess": {}, "decode": "fast"}
+MODEL = {"model": "test", "architecture": "none", "weights_sha256": "a" * 64, "preprocess": {}}
 
 
 def unit(rows: int, dim: int = 32, seed: int = 0, groups: int = 40) -> np.ndarray:
