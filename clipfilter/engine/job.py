@@ -284,10 +284,12 @@ def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], Dtype]
     """The plan's options and the dtype: what was asked for, else what the plan says, else the device's default."""
     request, existing = prepared.request, prepared.existing
     old = existing.options if existing else {}
-    labels = {} if request.labels is None else {"labels": request.labels.to_json()}
+    columns: dict[str, Any] = {} if request.labels is None else {"labels": request.labels.to_json()}
+    if request.job == "score" and prepared.policy is not None:
+        columns["scores"] = prepared.policy.canonical()
     if prepared.base:
         base = prepared.base[3]
-        return {"copy": False, "decode": base.options["decode"], **labels}, base.model.get("dtype", "fp32")
+        return {"copy": False, "decode": base.options["decode"], **columns}, base.model.get("dtype", "fp32")
     options = {
         "decode": request.decode,
         "batch_size": request.batch_size or old.get("batch_size") or DEFAULT_BATCH_SIZE[device],
@@ -296,7 +298,7 @@ def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], Dtype]
         "limit": request.limit,
         "sample": request.sample,
         "copy": request.copy and request.job == "run",
-        **labels,
+        **columns,
     }
     dtype = request.dtype or (existing.model.get("dtype") if existing else None) or DEFAULT_DTYPE[device]
     return options, dtype
@@ -318,7 +320,7 @@ def _refuse_other_plan(prepared: Preparation) -> None:
     wanted = old | {
         "job": prepared.request.job,
         "source": prepared.source_plan,
-        "policy_sha256": prepared.policy.sha256 if prepared.policy else None,
+        "policy_sha256": prepared.policy.sha256 if prepared.policy and prepared.policy.decides else None,
         "options": options | ({} if prepared.request.batch_size else {"batch_size": old["options"].get("batch_size")})
         if not prepared.base
         else options,
@@ -358,8 +360,8 @@ def _run(prepared: Preparation, executor: Executor, display: Display | None, beg
         plan = Plan(
             job=request.job,
             source=prepared.source_plan,
-            policy=spec.policy,
-            policy_sha256=policy.sha256 if policy else None,
+            policy=policy.canonical() if policy and policy.decides else None,
+            policy_sha256=policy.sha256 if policy and policy.decides else None,
             model={name: value for name, value in description["fingerprint"].items() if name != "backend"},
             options=options,
             text_column=prepared.text,

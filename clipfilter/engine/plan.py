@@ -27,9 +27,10 @@ class Plan:
     """What is to be done, in JSON terms. Two plans with the same `sha256` give the same result.
 
     source     : `Source.to_plan()`; of a job on a run (`of_run`), `{"run": URL, "version": NAME, "source": ...}`.
-    policy     : the resolved policy (`Policy.canonical()`), None for `embed` and a `score` without further columns.
+    policy     : the resolved policy (`Policy.canonical()`), None for `embed` and `score`.
     model      : the encoder's fingerprint.
-    options    : decode mode, batch size, captions, pixel limit, limit, sample, labels: all that can change a number.
+    options    : decode mode, batch size, captions, pixel limit, limit, sample, and the columns of a `score` (labels,
+                 scores): all that can change a number.
     text_column: whether caption embeddings are stored.
     """
 

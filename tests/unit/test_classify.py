@@ -302,6 +302,7 @@ def test_score_adds_columns_as_run_scores_them_and_decides_nothing(tars: Path, t
     run_job(JobRequest("run", str(tars), str(decided), policy=policy, engine="local", threads=1, batch_size=BATCH))
     assert run_job(job(tars, scored, policy=scores_of(load_policy(policy)))).exit_code == 0
     assert verify_run(str(scored)).problems == []
+    assert clipfilter.open_run(scored).plan.policy is None  # nothing was decided
     a, b = rows(decided), rows(scored)
     assert b["cf_decision"].null_count == b["cf_reasons"].null_count == len(b) == 14
     for name in ("cf_similarity", "cf_score.animals", "cf_score.off-caption", "cf_score.small"):
