@@ -9,6 +9,7 @@ any other, and that resumes when the command is repeated. docs/guide/beam.md exp
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from typing import Any
 
@@ -48,6 +49,7 @@ class RefilterConfig(Config):
 
 
 def main() -> int:
+    _quiet()
     given = arguments(__doc__)
     config = load_config(given.config, RefilterConfig)
     options = BeamOptions(config.beam.runner, dict(config.beam.options))
@@ -73,6 +75,14 @@ def main() -> int:
     return result.exit_code
 
 
+def _quiet() -> None:
+    """Warnings on stderr, without Beam's about packages for Google Cloud that other runners do without."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: "apitools not found" not in record.getMessage())
+    logging.basicConfig(handlers=[handler])
+
+
 def _show(totals: dict[str, Any], statistics: dict[str, Any], as_json: bool, out: str, version: str) -> None:
     if as_json:
         print(json.dumps({"out": out, "version": version, "totals": totals, "statistics": statistics}, indent=1))
@@ -86,7 +96,8 @@ def _show(totals: dict[str, Any], statistics: dict[str, Any], as_json: bool, out
         print(
             f"{'duplicates':<14} {statistics['duplicates']['rows']:,} in {statistics['duplicates']['groups']:,} groups"
         )
-        print(f"{'domains':<14} {statistics['domains']['rows']:,}")
+        if statistics["domains"]["rows"]:
+            print(f"{'domains':<14} {statistics['domains']['rows']:,}")
     print(f"dataset        {out} (version {int(version)})")
 
 

@@ -13,6 +13,7 @@ import typer
 from clipfilter.cli import jobs
 
 if TYPE_CHECKING:
+    from clipfilter.engine.metrics import MetricsOptions
     from clipfilter.nightly import NightRequest, NightResult
 
 
@@ -56,12 +57,16 @@ def nightly(
     ] = True,
     retry_failed: jobs.RetryFailed = False,
     max_failures: jobs.MaxFailures = 0.01,
+    metrics_port: jobs.MetricsPort = None,
+    metrics_host: jobs.MetricsHost = None,
+    metrics_file: jobs.MetricsFile = None,
     dry_run: jobs.DryRun = False,
     as_json: jobs.Json = False,
     quiet: jobs.Quiet = False,
 ) -> None:
     """Process only what is new or changed since the last night, append it as a new version, alert on drift or failure."""
     from clipfilter.engine.job import JobRequest
+    from clipfilter.engine.metrics import LOOPBACK, MetricsOptions
     from clipfilter.nightly import NightRequest
     from clipfilter.sources import SourceOptions
 
@@ -87,16 +92,22 @@ def nightly(
 
         show_plan(night_overview(request), None, as_json)
         return
-    raise typer.Exit(run_and_show(request, as_json=as_json, quiet=quiet))
+    metrics = MetricsOptions(metrics_port, metrics_host or LOOPBACK, metrics_file)
+    raise typer.Exit(run_and_show(request, as_json=as_json, quiet=quiet, metrics=metrics))
 
 
-def run_and_show(request: NightRequest, *, as_json: bool, quiet: bool) -> int:
+def run_and_show(request: NightRequest, *, as_json: bool, quiet: bool, metrics: MetricsOptions | None = None) -> int:
     """Run a night, print what it did; its exit code."""
     from clipfilter.cli import display
+    from clipfilter.engine.metrics import MetricsOptions, published, together
     from clipfilter.nightly import run_night
 
-    with contextlib.redirect_stdout(sys.stderr), display.progress(enabled=not (quiet or as_json)) as shown:
-        result = run_night(request, shown)
+    line = display.progress(enabled=not (quiet or as_json))
+    watch = published(metrics or MetricsOptions(), "nightly")
+    with contextlib.redirect_stdout(sys.stderr), watch as watched, line as shown:
+        result = run_night(request, together(shown, watched))
+        if watched is not None:
+            watched.finish(result)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=1))
     elif quiet:

@@ -16,22 +16,28 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from clipfilter.engine.driver import Display, Progress
 from clipfilter.errors import RefusedError
-
-if TYPE_CHECKING:
-    from clipfilter.engine.job import JobResult
 
 log = logging.getLogger("clipfilter.engine")
 
 LOOPBACK = "127.0.0.1"
 DECISIONS = ("keep", "review", "reject")
-#: Worker steps that keep the encoder busy.
-ENCODING = ("encode_images", "encode_texts")
 _FILE_SECONDS = 10.0
 _RATE_SECONDS = 30.0
+
+
+class Finished(Protocol):
+    """What is exported of a result: that of a job, or of a night."""
+
+    @property
+    def exit_code(self) -> int: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def totals(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class RunMetrics:
         self._current: Progress | None = None  # the driver's own object, to notice when the next stage begins
         self._stages: list[Progress] = []
         self._rates: list[tuple[float, int]] = []
-        self._result: JobResult | None = None
+        self._result: Finished | None = None
         self._finished = 0.0
         self._started = time.time()
 
@@ -74,7 +80,7 @@ class RunMetrics:
             self._stages[-1] = snapshot
             self._rates = [each for each in self._rates if now - each[0] <= _RATE_SECONDS] + [(now, snapshot.rows)]
 
-    def finish(self, result: JobResult) -> None:
+    def finish(self, result: Finished) -> None:
         """A job has ended, well or with too many failures."""
         with self._lock:
             self._result, self._finished, self._rates = result, time.time(), []
@@ -160,13 +166,15 @@ class RunMetrics:
             )
             yield gauge("clipfilter_finished_timestamp_seconds", "When the last job ended (Unix time).", finished)
             yield gauge(
-                "clipfilter_dataset_version", "Version of the dataset that the last job wrote.", int(result.version)
+                "clipfilter_dataset_version",
+                "Version of the dataset that the last job wrote.",
+                int(result.version or 0),
             )
             rows = GaugeMetricFamily(
                 "clipfilter_dataset_rows", "Rows of the dataset's version, by outcome.", labels=["job_kind", "outcome"]
             )
             for name in ("rows", "embedded", *DECISIONS, "failed"):
-                rows.add_metric([self._job, name], result.totals[name])
+                rows.add_metric([self._job, name], result.totals.get(name, 0))
             yield rows
 
 

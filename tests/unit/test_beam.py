@@ -7,12 +7,14 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
 
 from apache_beam.coders import coders, registry
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import AppliedPTransform, Pipeline, PipelineVisitor
 
 from clipfilter.beam import executor, statistics
@@ -23,6 +25,7 @@ from clipfilter.curation import fraction
 from clipfilter.curation.fraction import high_histogram, low_histogram
 from clipfilter.engine.worker import JobSpec, Task
 from clipfilter.errors import RefusedError
+from tests.docs.pages import REPO, blocks
 
 
 def test_hosts_are_those_of_the_address_and_of_nothing_else() -> None:
@@ -185,6 +188,21 @@ def test_options_become_the_flags_of_beam() -> None:
         BeamOptions(options={"direct_workers": 2}).pipeline()
     with pytest.raises(RefusedError, match="SparkleRunner"):
         BeamOptions("SparkleRunner").pipeline()
+
+
+def test_the_options_in_the_guide_are_beams() -> None:
+    known = PipelineOptions([]).get_all_options()
+    shown = [yaml.safe_load(b.text) for b in blocks(REPO / "docs/guide/beam.md") if b.language == "yaml"]
+    runners = [block["beam"] for block in shown if "beam" in block]
+    assert {r.get("runner", "DirectRunner") for r in runners} == {
+        "DirectRunner",
+        "DataflowRunner",
+        "FlinkRunner",
+        "SparkRunner",
+    }
+    for runner in runners:
+        assert set(runner["options"]) <= set(known)
+        BeamOptions(runner.get("runner", "DirectRunner"), runner["options"]).flags()
 
 
 def test_a_path_of_this_machine_is_refused_for_other_machines() -> None:

@@ -62,8 +62,9 @@ def refuse_unknown(commands: dict[str, Any], words: list[str], where: str) -> No
 # the image
 
 
-def test_the_dockerfile_is_linted() -> None:
-    done = subprocess.run([tool("hadolint"), str(INFRA / "Dockerfile")], capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.beam"])
+def test_a_dockerfile_is_linted(name: str) -> None:
+    done = subprocess.run([tool("hadolint"), str(INFRA / name)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -120,6 +121,13 @@ def test_secrets_come_from_the_environment_only() -> None:
                 continue
             for match in secret.finditer(line):
                 assert match[2].startswith(("$", "~", "{")), f"{path.name}:{number}: {line.strip()}"
+
+
+def test_the_beam_image_has_the_versions_that_were_tested() -> None:
+    text = (INFRA / "Dockerfile.beam").read_text()
+    python = re.search(r"PYTHON_IMAGE=python:(3\.\d+)", (INFRA / "Dockerfile").read_text())
+    assert python
+    assert f"beam_python{python[1]}_sdk:{pinned('apache-beam')}" in text
 
 
 # compose
