@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
-#: Pages whose examples have tests of their own (tests/unit/test_policies_load.py) or are sketches of an API.
-ELSEWHERE = {REPO / "docs/reference/policy.md", REPO / "docs/reference/sources.md"}
+#: Pages whose examples have tests of their own (tests/unit/test_policies_load.py, tests/integration/test_newcomer_walk.py)
+#: or are sketches of an API.
+ELSEWHERE = {REPO / "docs/reference/policy.md", REPO / "docs/reference/sources.md", REPO / "docs/guide/look.md"}
 _LANGUAGES = ("console", "bash", "python")
 _SECONDS = 300
 
