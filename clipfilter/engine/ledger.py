@@ -79,10 +79,8 @@ COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "
 
 
 def totals_of(commits: Iterable[dict[str, Any]], failed_shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sums over commits that a version records; every field is derived, so `verify` can repeat it."""
+    """The sums over commits (gone through once) that a version records; all derived, so `verify` can repeat it."""
     totals: dict[str, Any] = dict.fromkeys(COUNTS, 0)
-    escalated = sum(commit["counts"].get("escalated", 0) for commit in commits)
-    totals |= {"escalated": escalated} if escalated else {}  # among the rejected; most datasets have none
     classes: Counter[str] = Counter()
     rules: dict[str, Counter[str]] = {}
     sums: Counter[str] = Counter()
@@ -92,10 +90,13 @@ def totals_of(commits: Iterable[dict[str, Any]], failed_shards: list[dict[str, A
         classes.update(commit.get("failed_by_class", {}))
         for rule, bands in commit.get("rules", {}).items():
             rules.setdefault(rule, Counter()).update(bands)
+        sums["escalated"] += commit["counts"].get("escalated", 0)
         sums["shards"] += 1
         sums["damaged_shards"] += bool(commit.get("damaged"))
         sums["bytes_unread"] += commit.get("bytes_unread", 0)
         sums["captions_truncated"] += commit.get("captions_truncated", 0)
+    if sums["escalated"]:  # among the rejected; most datasets have none
+        totals["escalated"] = sums["escalated"]
     totals["failed_by_class"] = dict(sorted(classes.items()))
     totals["rules"] = {rule: dict(sorted(bands.items())) for rule, bands in rules.items()}
     totals["shards"] = sums["shards"]
