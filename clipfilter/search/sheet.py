@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from clipfilter.policies.deciding import escalated
 from clipfilter.report import text
 from clipfilter.report.examples import Example, Examples
 from clipfilter.report.thumbnails import add_thumbnails
@@ -23,7 +24,6 @@ _BACKGROUND, _EMPTY, _INK, _DIM = (255, 255, 255), (236, 238, 241), (24, 28, 33)
 _DECISIONS = {"keep": (26, 127, 55), "review": (154, 103, 0), "reject": (207, 34, 46)}
 #: Annotated columns that the sheet needs of each hit.
 _NEEDED = ("cf_row", "cf_key", "cf_sha256", "cf_decision", "cf_reasons")
-ESCALATE = "escalate"
 
 
 def contact_sheet(vectors: RunVectors, result: SearchResult, mode: str = "blur") -> tuple[bytes, str | None]:
@@ -32,13 +32,15 @@ def contact_sheet(vectors: RunVectors, result: SearchResult, mode: str = "blur")
     mode: "blur" blurs rows that a policy did not keep, in the pixels themselves; "show" shows them clearly. Rows that a
     policy escalated (band "escalate") are never read and never shown.
     """
-    rows = vectors.rows_at(result.positions, _NEEDED).to_pylist()
+    table = vectors.rows_at(result.positions, _NEEDED)
+    hidden = escalated(table["cf_reasons"]).tolist()
+    rows = table.drop_columns(["cf_reasons"]).to_pylist()
     cosines = result.hits["cosine"].to_pylist()
     numbers, _ = vectors.locate(result.positions)
     examples = Examples()
     shown: list[Example | None] = []
-    for row, cosine, number in zip(rows, cosines, numbers.tolist(), strict=True):
-        if is_escalated(row):
+    for row, cosine, number, never in zip(rows, cosines, numbers.tolist(), hidden, strict=True):
+        if never:
             shown.append(None)
             continue
         shard = vectors.shards[number]
@@ -60,12 +62,6 @@ def contact_sheet(vectors: RunVectors, result: SearchResult, mode: str = "blur")
     source = vectors.plan.source["source"] if vectors.plan.job == "filter" else vectors.plan.source
     problem = add_thumbnails(examples, source, mode)
     return _draw(rows, cosines, shown), problem
-
-
-def is_escalated(row: dict[str, Any]) -> bool:
-    """Whether a policy escalated this row (`cf_decision`, `cf_reasons`): no picture of it may be shown."""
-    bands = [reason["band"] for reason in row.get("cf_reasons") or []]
-    return ESCALATE in (row.get("cf_decision"), *bands)
 
 
 def _draw(rows: list[dict[str, Any]], cosines: list[float], shown: list[Example | None]) -> bytes:
