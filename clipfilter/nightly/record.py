@@ -30,7 +30,8 @@ def stamp(seconds: float) -> str:
 def begin(directory: Directory, now: float) -> int:
     """Take the next number; two nights that begin together get two numbers."""
     number = max(_numbers(directory), default=0) + 1
-    content = {"night": number, "started": stamp(now), "host": socket.gethostname(), "pid": os.getpid()}
+    content: dict[str, Any] = {"night": number, "started": stamp(now), "host": socket.gethostname(), "pid": os.getpid()}
+    content["born"] = _born(os.getpid())
     while not directory.create(_file(number, "begun"), _bytes(content)):
         number += 1
         content["night"] = number
@@ -99,16 +100,19 @@ def close_killed(directory: Directory, below: int) -> list[int]:
 
 def gave_up(begun: dict[str, Any]) -> bool:
     """Whether the process that began a night is gone: known on its own machine, else judged by its age."""
-    if begun["host"] == socket.gethostname():
-        try:
-            os.kill(begun["pid"], 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return bool(begun["pid"] == os.getpid())  # a container's only process often has the number of the one before
+    if begun["host"] == socket.gethostname() and begun["born"]:
+        return _born(begun["pid"]) != begun["born"]
     started = datetime.fromisoformat(begun["started"])
     return (datetime.now(UTC) - started).total_seconds() > _GIVEN_UP_SECONDS
+
+
+def _born(pid: int) -> str:
+    """When a process of this machine started, in ticks since boot (Linux); "" when there is none, or no way to know."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def _file(number: int, kind: str) -> str:
