@@ -52,6 +52,7 @@ def add_commands(to: typer.Typer) -> None:
     """Register every command, in the order of the help."""
     from clipfilter.cli import (
         classify,
+        curation,
         evaluate,
         history,
         ingest,
@@ -69,6 +70,7 @@ def add_commands(to: typer.Typer) -> None:
     for module in (
         jobs,
         runs,
+        curation,
         ingest,
         nightly,
         history,

@@ -36,12 +36,15 @@ def export(
             "--as", help="source: the source's own format; clip-retrieval: npy and metadata; datacomp: uid subset."
         ),
     ] = Form.source,
+    rows_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="Rows per file of the export [default: cut as the source is].")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the kept (or review) rows of a run as a dataset: the source's own bytes, never re-encoded."""
     from clipfilter.engine.export import export_run
 
-    summary = export_run(run, to, what=str(what), form=str(form))  # type: ignore[arg-type]
+    summary = export_run(run, to, what=str(what), form=str(form), rows_per_shard=rows_per_shard)  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
     else:

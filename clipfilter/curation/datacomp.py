@@ -7,6 +7,7 @@ whatever detector made it.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from clipfilter.curation.language import is_english
 from clipfilter.curation.uids import HALVES, uid_halves
 from clipfilter.curation.wordnet import WordNet
 from clipfilter.errors import RefusedError
-from clipfilter.storage import Directory
+from clipfilter.storage import Directory, normalise
 
 Arch = Literal["l14", "b32"]
 SCORE_COLUMN: dict[Arch, str] = {"l14": "clip_l14_similarity_score", "b32": "clip_b32_similarity_score"}
@@ -326,3 +327,16 @@ def make_baselines(
         "text-based": text_based,
     }
     return [kinds[name]() for name in dict.fromkeys(names)]
+
+
+def write_subset(uids: np.ndarray, url: str) -> str:
+    """Write a subset file (.npy of `HALVES`) atomically; its place. Raises RefusedError for another ending."""
+    folder, _, name = normalise(url).rpartition("/")
+    if not name.endswith(".npy"):
+        raise RefusedError(f"{url} must end with .npy, as DataComp's resharder expects.")
+    buffer = io.BytesIO()
+    np.save(buffer, uids, allow_pickle=False)
+    directory = Directory(folder or "/")
+    directory.replace(name, buffer.getvalue())
+    directory.clean_scratch(stale_only=False)
+    return f"{directory.url}/{name}"

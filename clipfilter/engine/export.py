@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter.curation.uids import HALVES, uid_halves
 from clipfilter.engine import ledger
 from clipfilter.engine.columns import vectors
 from clipfilter.engine.plan import Plan, of_run, read_plan
+from clipfilter.engine.repack import rechunk, repack_source
 from clipfilter.errors import RefusedError
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
@@ -27,7 +29,9 @@ _DECISION = {"kept": "keep", "review": "review"}
 _TABLES = (".csv", ".tsv", ".jsonl")
 
 
-def export_run(run: str, to: str, *, what: What = "kept", form: Form = "source") -> dict[str, Any]:
+def export_run(
+    run: str, to: str, *, what: What = "kept", form: Form = "source", rows_per_shard: int | None = None
+) -> dict[str, Any]:
     """Write the kept or review rows of a run's newest version to `to`.
 
     source        : shards in the source's own format, bytes never re-encoded, numbered from 0, none empty. Tars and
@@ -36,8 +40,10 @@ def export_run(run: str, to: str, *, what: What = "kept", form: Form = "source")
                     aligned by position.
     datacomp      : `subset.npy` of dtype "u8,u8": the two halves of each cf_uid, sorted (DataComp's resharder reads it).
 
-    Repeating an interrupted export finishes it. Raises RefusedError when the run holds no decisions, or when `to` holds
-    something else.
+    rows_per_shard: rows of each tar, Parquet file or .npy; None keeps the cuts of the source.
+
+    Repeating an interrupted export finishes it. Raises RefusedError when the run holds no decisions, when `to` holds
+    something else, or when rows per shard mean nothing for the form.
     """
     directory = Directory(run)
     plan = read_plan(directory)
@@ -48,8 +54,11 @@ def export_run(run: str, to: str, *, what: What = "kept", form: Form = "source")
         raise RefusedError(
             f"{run} holds no decisions; run `clipfilter filter {run} --policy ...` first, then export that."
         )
+    if rows_per_shard is not None and (rows_per_shard < 1 or form == "datacomp"):
+        raise RefusedError("--rows-per-shard is 1 or more, and a DataComp subset has no shards.")
     target = Directory(to)
     identity = {"run": directory.url, "plan": plan.sha256, "version": newest[0], "what": what, "form": form}
+    identity |= {"rows_per_shard": rows_per_shard} if rows_per_shard else {}
     if not target.create(MARKER, (json.dumps(identity, indent=1) + "\n").encode()):
         if target.read_json(MARKER) != identity:
             raise RefusedError(f"{to} holds another export; choose an empty directory.")
@@ -59,7 +68,7 @@ def export_run(run: str, to: str, *, what: What = "kept", form: Form = "source")
     commits = ledger.read_commits(directory, newest[1]["commits"])
     try:
         writer = {"source": _source_shards, "clip-retrieval": _clip_retrieval, "datacomp": _datacomp}[form]
-        rows, files = writer(directory, plan, commits, target, what)
+        rows, files = writer(directory, plan, commits, target, what, rows_per_shard)
     finally:
         target.clean_scratch(stale_only=False)
     return {"to": target.url, "what": what, "form": form, "rows": rows, "files": files}
@@ -78,9 +87,16 @@ def _chosen(
 
 
 def _source_shards(
-    directory: Directory, plan: Plan, commits: list[dict[str, Any]], target: Directory, what: What
+    directory: Directory,
+    plan: Plan,
+    commits: list[dict[str, Any]],
+    target: Directory,
+    what: What,
+    rows_per_shard: int | None,
 ) -> tuple[int, int]:
     source = Source.from_plan(plan.source["source"] if of_run(plan.source) else plan.source)
+    if rows_per_shard is not None:
+        return repack_source(source, _chosen(directory, commits, what), target, rows_per_shard)
     if source.kind in ("folder", "img2dataset-files"):
         return _source_folder(directory, source, commits, target, what)
     rows = files = 0
@@ -145,14 +161,21 @@ def _append_table(part: Path, whole: Path) -> None:
 
 
 def _clip_retrieval(
-    directory: Directory, plan: Plan, commits: list[dict[str, Any]], target: Directory, what: What
+    directory: Directory,
+    plan: Plan,
+    commits: list[dict[str, Any]],
+    target: Directory,
+    what: What,
+    rows_per_shard: int | None,
 ) -> tuple[int, int]:
-    digits = len(str(max(len(commits) - 1, 0)))
+    total = sum(commit["counts"][_DECISION[what]] for commit in commits)
+    parts: Iterable[tuple[pa.Table, ...]] = _with_embeddings(directory, commits, what)
+    if rows_per_shard is not None:
+        parts = rechunk(parts, rows_per_shard)
+    count = len(commits) if rows_per_shard is None else -(-total // rows_per_shard)
+    digits = len(str(max(count - 1, 0)))
     rows = files = 0
-    for number, (commit, table) in enumerate(_chosen(directory, commits, what)):
-        store = _embeddings(directory, commit)
-        positions = pc.index_in(table["cf_row"], value_set=store["cf_row"])
-        chosen = store.take(positions)
+    for number, (table, chosen) in enumerate(parts):
         dim = chosen.schema.field("image_emb").type.list_size
         part = f"{number:0{digits}d}"
         for name, column in (("img", "image_emb"), ("text", "text_emb")):
@@ -169,6 +192,15 @@ def _clip_retrieval(
         files += 1
         rows += table.num_rows
     return rows, files
+
+
+def _with_embeddings(
+    directory: Directory, commits: list[dict[str, Any]], what: What
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """The chosen rows of each shard, and their embeddings in the same order."""
+    for commit, table in _chosen(directory, commits, what):
+        store = _embeddings(directory, commit)
+        yield table, store.take(pc.index_in(table["cf_row"], value_set=store["cf_row"]))
 
 
 #: clip-retrieval calls these columns so; its own index and front end look for them.
@@ -191,17 +223,15 @@ def _embeddings(directory: Directory, commit: dict[str, Any]) -> pa.Table:
 
 
 def _datacomp(
-    directory: Directory, plan: Plan, commits: list[dict[str, Any]], target: Directory, what: What
+    directory: Directory,
+    plan: Plan,
+    commits: list[dict[str, Any]],
+    target: Directory,
+    what: What,
+    rows_per_shard: int | None,
 ) -> tuple[int, int]:
-    halves: list[np.ndarray] = []
-    for _, table in _chosen(directory, commits, what):
-        uids = table["cf_uid"].to_pylist()
-        if any(len(uid) != 32 for uid in uids):
-            raise RefusedError(
-                "a DataComp subset needs uids of 32 hex digits, which this source's uid column does not have."
-            )
-        halves.append(np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], dtype=np.dtype("u8,u8")))
-    subset = np.sort(np.concatenate(halves)) if halves else np.empty(0, np.dtype("u8,u8"))
+    halves = [uid_halves(table["cf_uid"]) for _, table in _chosen(directory, commits, what)]
+    subset = np.sort(np.concatenate(halves)) if halves else np.empty(0, HALVES)
     path = target.scratch() / "subset.npy"
     np.save(path, subset, allow_pickle=False)
     target.publish(path, "subset.npy")

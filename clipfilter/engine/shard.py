@@ -111,7 +111,7 @@ def process_shard(
     decides = final and policy is not None and policy.policy.decides
     table = annotate(embedded.rows, embedded.embeddings, encoder, policy, {} if decides else None, labels)
     sink.annotated(table, final=final)
-    report = _report(table, embedded.failed, decides)
+    report = shard_report(table, embedded.failed, decides)
     if decides:
         copy_decided(table, sink)
     times.add("decide_and_write", started)
@@ -144,7 +144,7 @@ def decide_shard(
     sink.annotated(table, final=final)
     if thresholds is not None and copy:
         copy_decided(table, sink)
-    return _report(table, failed, thresholds is not None)
+    return shard_report(table, failed, thresholds is not None)
 
 
 def copy_decided(table: pa.Table, sink: Sink) -> None:
@@ -296,7 +296,8 @@ def _empty_cuda_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def _report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardReport:
+def shard_report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardReport:
+    """The counts of a shard's annotated and failed rows."""
     from clipfilter.policies.deciding import escalated
 
     counts = {"rows": table.num_rows + failed.num_rows, "failed": failed.num_rows, "embedded": table.num_rows}

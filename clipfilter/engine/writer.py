@@ -42,7 +42,7 @@ class ShardWriter:
             path = self._folder / "embeddings"
             with pa.OSFile(str(path), "wb") as handle, pa.ipc.new_file(handle, table.schema) as writer:
                 writer.write_table(table, max_chunksize=_ROW_GROUP)
-            self._publish(path, "embeddings", ".arrow", table.num_rows)
+            self.publish(path, "embeddings", ".arrow", table.num_rows)
 
     def failed(self, table: pa.Table) -> None:
         if table.num_rows:
@@ -66,7 +66,7 @@ class ShardWriter:
                 f"{self._shard.path} changed while it was read: {len(rows)} rows were decided, {written} copied"
             )
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(self._shard.path).name.split(".")[0]).strip("_")[:48]
-        self._publish(path, what, extension, written, f"{stem or 'images'}-")
+        self.publish(path, what, extension, written, f"{stem or 'images'}-")
 
     def close(self) -> None:
         """Remove what was not published."""
@@ -75,9 +75,10 @@ class ShardWriter:
     def _parquet(self, table: pa.Table, folder: str) -> None:
         path = self._folder / folder
         pq.write_table(table.cast(parquet_schema(table.schema)), path, compression="zstd", row_group_size=_ROW_GROUP)
-        self._publish(path, folder, ".parquet", table.num_rows)
+        self.publish(path, folder, ".parquet", table.num_rows)
 
-    def _publish(self, path: Path, folder: str, extension: str, rows: int, prefix: str = "") -> None:
+    def publish(self, path: Path, folder: str, extension: str, rows: int, prefix: str = "") -> None:
+        """Give a finished file or folder its content's name below `folder`, and list it for the commit."""
         digest = file_sha256(path)
         size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
         name = f"{folder}/{prefix}{self._shard.id}-{digest[:HASH_LENGTH]}{extension}"

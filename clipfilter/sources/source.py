@@ -39,6 +39,10 @@ def _format_class(kind: str) -> Any:
         from clipfilter.sources.parquet import Parquet
 
         return Parquet
+    if kind == "import":
+        from clipfilter.sources.imported import Imported
+
+        return Imported
     from clipfilter.sources.folder import ImageFolder
 
     return ImageFolder

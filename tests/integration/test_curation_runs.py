@@ -1,0 +1,179 @@
+"""Curation on real runs: planted duplicates, scores and balancing as columns that policies use."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clipfilter.engine import ledger
+from clipfilter.engine.curate import add_balance, add_scores
+from clipfilter.engine.dedup import DedupOptions, find_duplicates
+from clipfilter.engine.job import JobRequest, run_job
+from clipfilter.engine.verify import verify_run
+from clipfilter.errors import RefusedError
+from clipfilter.storage import Directory
+from tests.support.engine import photos, policy_file
+from tests.support.sources import write_webdataset
+
+POLICY = """
+policy: no-duplicates
+version: 1
+rules:
+  - {id: duplicate, metadata: cf_duplicate, reject: {above: 0.5}}
+"""
+
+
+def recompressed(data: bytes, quality: int, scale: float) -> bytes:
+    image = Image.open(io.BytesIO(data))
+    buffer = io.BytesIO()
+    size = (round(image.width * scale), round(image.height * scale))
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def planted() -> list[dict[str, Any]]:
+    """40 photographs, 10 exact copies, 10 recompressed and 10 resized ones; `of` names the original."""
+    some = photos()[:40]
+    rows = [{"name": name, "jpg": data, "txt": text, "of": None} for name, data, text in some]
+    for number in range(10):
+        name, data, text = some[number]
+        rows.append({"name": f"{name}-copy", "jpg": data, "txt": text, "of": name})
+        name, data, text = some[number + 10]
+        rows.append({"name": f"{name}-q", "jpg": recompressed(data, 40, 1.0), "txt": text, "of": name})
+        name, data, text = some[number + 20]
+        rows.append({"name": f"{name}-s", "jpg": recompressed(data, 80, 0.6), "txt": text, "of": name})
+    return rows
+
+
+def write(folder: Path, rows: list[dict[str, Any]], shards: int) -> Path:
+    """Rows in tars; the uid is in the json, so it does not depend on where a row lies."""
+    samples = [
+        {
+            "__key__": f"{n:05d}",
+            "jpg": row["jpg"],
+            "txt": row["txt"],
+            "json": {"uid": f"{int.from_bytes(row['name'].encode()[-16:], 'big'):032x}", "name": row["name"]},
+        }
+        for n, row in enumerate(rows)
+    ]
+    for number, part in enumerate(np.array_split(np.arange(len(samples)), shards)):
+        write_webdataset(folder / f"{number:05d}.tar", [samples[i] for i in part])
+    return folder
+
+
+def table(run: str | Path) -> pa.Table:
+    directory = Directory(str(run))
+    newest = ledger.latest_version(directory)
+    assert newest is not None
+    files = [c["files"]["annotated"]["name"] for _, c in ledger.iter_commits(directory, newest[1]["commits"])]
+    return pa.concat_tables([pq.read_table(directory.path(file)) for file in files])
+
+
+def duplicates(run: str | Path) -> dict[str, tuple[str | None, str | None]]:
+    found = table(run)
+    names = dict(zip(found["cf_uid"].to_pylist(), found["name"].to_pylist(), strict=True))
+    rows = found.select(["name", "cf_duplicate_kind", "cf_duplicate_of"]).to_pylist()
+    return {r["name"]: (r["cf_duplicate_kind"], names.get(r["cf_duplicate_of"])) for r in rows}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("curation")
+    source = write(folder / "source", planted(), 3)
+    run_job(JobRequest("embed", str(source), str(folder / "run"), engine="local"))
+    return str(folder / "run")
+
+
+def test_planted_copies_are_found_and_nothing_else(run: str, tmp_path: Path) -> None:
+    found = find_duplicates(run, str(tmp_path / "out"), DedupOptions(near=6, semantic=0.97, clusters=2))
+    assert verify_run(str(tmp_path / "out")).problems == []
+    rows = duplicates(tmp_path / "out")
+    truth = {row["name"]: row["of"] for row in planted()}
+    groups = {name: of or name for name, of in truth.items()}
+    flagged = {name for name, (kind, _) in rows.items() if kind}
+    right = {name for name in flagged if groups[name] == groups[str(rows[name][1])]}
+    recall = len(right) / 30
+    precision = len(right) / len(flagged)
+    print(f"flagged {len(flagged)}, precision {precision:.3f}, recall {recall:.3f}, {found.duplicates}")
+    assert found.duplicates["exact"] == 10
+    assert recall >= 0.9
+    assert precision >= 0.9
+    for name, (kind, keeper) in rows.items():
+        assert kind is None or rows[str(keeper)][0] is None, f"{name} names {keeper}, which is not kept"
+        if name.endswith("-s") and name in right:
+            assert keeper == truth[name], "the one with more pixels stays"
+
+
+def test_results_do_not_depend_on_the_shards(run: str, tmp_path: Path) -> None:
+    rows = planted()
+    order = np.random.default_rng(0).permutation(len(rows))
+    source = write(tmp_path / "source", [rows[i] for i in order], 5)
+    run_job(JobRequest("embed", str(source), str(tmp_path / "run"), engine="local"))
+    options = DedupOptions(near=6, semantic=0.97, clusters=3)
+    find_duplicates(run, str(tmp_path / "a"), options)
+    find_duplicates(str(tmp_path / "run"), str(tmp_path / "b"), options)
+    assert duplicates(tmp_path / "a") == duplicates(tmp_path / "b")
+
+
+def test_a_policy_rejects_duplicates(run: str, tmp_path: Path) -> None:
+    found = find_duplicates(run, str(tmp_path / "out"), DedupOptions())
+    policy = policy_file(tmp_path, POLICY)
+    result = run_job(JobRequest("filter", str(tmp_path / "out"), str(tmp_path / "kept"), policy=policy, engine="local"))
+    assert result.totals["keep"] == found.to_json()["kept"]
+    assert result.totals["reject"] == sum(found.duplicates.values()) >= 10
+    assert verify_run(str(tmp_path / "kept")).problems == []
+
+
+def test_a_repeated_or_interrupted_command_ends_with_the_same_run(run: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = find_duplicates(run, str(out), DedupOptions())
+    before = {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*.parquet"))}
+    (out / "versions/000001.json").unlink()
+    next((out / "commits").iterdir()).unlink()
+    again = find_duplicates(run, str(out), DedupOptions())
+    assert again == first
+    assert {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*.parquet"))} == before
+    with pytest.raises(RefusedError, match="another plan"):
+        find_duplicates(run, str(out), DedupOptions(near=2))
+    with pytest.raises(RefusedError, match="already has the column"):
+        find_duplicates(str(out), str(tmp_path / "twice"), DedupOptions())
+    with pytest.raises(RefusedError, match="cosine"):
+        find_duplicates(run, str(tmp_path / "no"), DedupOptions(semantic=1.5))
+    with pytest.raises(RefusedError, match="wdth"):
+        find_duplicates(run, str(tmp_path / "no"), DedupOptions(prefer="wdth"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_scores_and_balance_are_columns_that_rules_can_rank(run: str, tmp_path: Path) -> None:
+    target = np.random.default_rng(0).standard_normal((20, 512)).astype(np.float32)
+    dim = json.loads(Path(run, "plan.json").read_text())["model"].get("dim")
+    store = next(Path(run, "embeddings").iterdir())
+    kind = pa.ipc.open_file(pa.memory_map(str(store))).schema.field("image_emb").type
+    assert dim is None or dim == kind.list_size
+    np.save(tmp_path / "target.npy", target[:, : kind.list_size])
+    add_scores(run, str(tmp_path / "scored"), negclip=True, target=str(tmp_path / "target.npy"), bank_size=20)
+    (tmp_path / "entries.txt").write_text("a\nthe\nof\n")
+    add_balance(str(tmp_path / "scored"), str(tmp_path / "balanced"), str(tmp_path / "entries.txt"), t=5)
+    found = table(tmp_path / "balanced")
+    assert found["cf_negclip"].null_count == found["cf_normsim"].null_count == 0
+    assert 0 < sum(found["cf_balanced"].to_pylist()) < found.num_rows
+    policy = policy_file(
+        tmp_path,
+        "{policy: p, version: 1, rules: [{id: n, metadata: cf_negclip}, {id: b, metadata: cf_balanced, reject: {below: 0.5}},"
+        " {id: best, fraction: {of: n}, reject: {outside_top: 0.3}}]}",
+    )
+    result = run_job(
+        JobRequest("filter", str(tmp_path / "balanced"), str(tmp_path / "kept"), policy=policy, engine="local")
+    )
+    assert 0 < result.totals["keep"] <= 22
+    np.save(tmp_path / "other.npy", target[:, :7])
+    with pytest.raises(RefusedError, match="7 numbers"):
+        add_scores(run, str(tmp_path / "no"), target=str(tmp_path / "other.npy"))
