@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipfilter.cli import audit, calibration, decisions, policy_show, policy_tests
+from clipfilter.cli import audit, calibration, decisions, policy_schema, policy_show, policy_tests
 from clipfilter.cli.policy_show import PolicyArgument
 
 policy_app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate policies.", rich_markup_mode=None)
@@ -35,6 +35,7 @@ def packs() -> None:
 decisions.add_to(policy_app)
 calibration.add_to(policy_app)
 audit.add_to(policy_app)
+policy_schema.add_to(policy_app)
 
 
 def add_to(app: typer.Typer) -> None:
