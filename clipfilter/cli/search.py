@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +46,8 @@ def index(
         else:
             typer.echo(f"{rows:,} rows are searched exactly, which needs no index (--approximate makes one anyway)")
         return
-    made = build_index(run, at, rebuild=rebuild)
+    with _progress(enabled=not as_json) as on_rows:
+        made = build_index(run, at, rebuild=rebuild, on_rows=on_rows)
     if as_json:
         typer.echo(json.dumps(asdict(made), indent=1))
         return
@@ -54,6 +57,18 @@ def index(
         f"shards: {made.segments:,}, new: {made.segments_new:,}{dropped}"
     )
     typer.echo(f"index    {made.to} (number {made.manifest})")
+
+
+@contextlib.contextmanager
+def _progress(*, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (enabled and console.is_terminal)) as shown:
+        task = shown.add_task("making lists")
+        yield lambda done, total: shown.update(task, description="encoding rows", completed=done, total=total)
 
 
 def search(

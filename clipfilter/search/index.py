@@ -112,22 +112,21 @@ def build_index(
     run: str,
     to: str | None = None,
     *,
-    lists: int | None = None,
     rebuild: bool = False,
     on_rows: Callable[[int, int], None] | None = None,
 ) -> IndexResult:
     """Make or update the approximate index of the newest version of `run`, in `to` or beside the run.
 
     Segments of shards that are there already are kept; new shards get theirs, those of superseded shards are left out.
-    lists: number of lists (default: about twice the root of the rows, a power of two). rebuild: train and encode anew.
-    on_rows: told (rows done, rows to do). Memory: the training sample, then that of one shard.
+    rebuild: train and encode anew. on_rows: told (rows done, rows to do). Memory: the training sample, then that of one
+    shard.
     Raises RefusedError when faiss is missing, or `to` holds the index of another model or is no index.
     """
     require_faiss()
     with RunVectors.open(run) as vectors:
         directory = Directory(index_url(vectors.url, to))
         try:
-            return _build(vectors, directory, lists, rebuild, on_rows)
+            return _build(vectors, directory, rebuild, on_rows)
         finally:
             directory.clean_scratch(stale_only=False)
 
@@ -175,15 +174,14 @@ def latest_manifest(directory: Directory) -> tuple[int, Manifest] | None:
 def _build(
     vectors: RunVectors,
     directory: Directory,
-    lists: int | None,
     rebuild: bool,
     on_rows: Callable[[int, int], None] | None,
 ) -> IndexResult:
     found = _existing(vectors, directory, rebuild)
-    wanted = lists or default_lists(vectors.rows)
+    wanted = default_lists(vectors.rows)
     old = found[1] if found else None
     outgrown = old is not None and wanted >= _OUTGROWN * old.lists
-    keep = old is not None and not rebuild and not outgrown and (lists is None or lists == old.lists)
+    keep = old is not None and not rebuild and not outgrown
     if old is not None and keep:
         quantizer = Quantizer.read(directory, old)
         manifest_quantizer, trained_rows = old.quantizer, old.trained_rows

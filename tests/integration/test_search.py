@@ -93,6 +93,10 @@ def test_a_filter_is_searched_with_its_own_decisions(finished: Any, tmp_path: Pa
     cosines = dict(zip(base.hits["cf_uid"].to_pylist(), base.hits["cosine"].to_pylist(), strict=True))
     assert len(mine.hits) > 0
     assert all(cosines[row["cf_uid"]] == row["cosine"] for row in mine.hits.to_pylist())
+    build_index(finished.out, str(tmp_path / "index"))  # one index for the run and all its filters
+    with Searcher(str(out), index=str(tmp_path / "index")) as searcher:
+        assert searcher.notes == []
+        assert searcher.search(["a bird"], k=3).hits["cosine"].to_pylist() == base.hits["cosine"].to_pylist()[:3]
 
 
 def test_the_sheet_blurs_what_was_not_kept_and_leaves_out_what_was_escalated(

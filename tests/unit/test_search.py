@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from clipfilter.errors import RefusedError
+from clipfilter.images.preprocess import PreprocessConfig
 from clipfilter.search import RunVectors, Searcher, build_index, parse_where, query_vector, top_k
 from clipfilter.search import approximate as approximate_module
 from clipfilter.search.approximate import ApproximateIndex
@@ -352,7 +353,7 @@ class TestQuery:
     )
     def test_what_is_no_query_is_refused(self, given: dict[str, Any], sentence: str) -> None:
         encoder: Any = _Encoder(up=[0.0, 1.0])
-        encoder.preprocess = None
+        encoder.preprocess = PreprocessConfig(32, (0.5,) * 3, (0.5,) * 3)
         with pytest.raises(RefusedError, match=sentence):
             query_vector(encoder, **given)
 
