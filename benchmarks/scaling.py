@@ -31,7 +31,9 @@ FACTS_BYTES = 98  # of an embeddings row without its vectors: 3 170 bytes per ro
 ANNOTATED_BYTES = 318  # zstd Parquet, captioned Flickr8k
 COMMIT_BYTES = 1_400
 COMMIT_MEMORY = 7_200  # of a parsed commit in the driver
-REQUESTS_PER_SHARD = {"read": 6, "write": 8}
+READS_PER_SHARD, WRITES_PER_SHARD = 16, 5  # GET and HEAD; PUT. Of a run that keeps images, with small shards
+UPLOAD_PART = 50_000_000  # bytes; a larger kept shard is uploaded in parts, one PUT each and two requests more
+DECIDED_PER_CORE = 45_000  # rows of one CPU second: read, four rules of marketplace-safety, written
 DIMENSIONS = {"ViT-B-32": 512, "ViT-L-14": 768}
 
 # Published by others for other software, on hardware we have not had: clip-retrieval on an A100.
@@ -52,12 +54,17 @@ class Cost:
     driver_memory: int
     reads: int
     writes: int
+    decide_core_hours: float
 
 
-def cost(images: int, model: str, pixels: str = "470x390", captions: bool = True) -> Cost:
-    """The cost of `clipfilter run` with one GPU's published rate for the model; linear in the images."""
+def cost(images: int, model: str, pixels: str = "470x390", captions: bool = True, kept_bytes: int = 18_000) -> Cost:
+    """The cost of `clipfilter run` with one GPU's published rate for the model; linear in the images.
+
+    kept_bytes: bytes of kept images, per image of the source (60 kB, three in ten kept).
+    """
     shards = -(-images // ROWS_PER_SHARD)
     rate = PEER_GPU_IMAGES_PER_SECOND[model]
+    parts = -(-ROWS_PER_SHARD * kept_bytes // UPLOAD_PART)
     vectors = 2 * DIMENSIONS[model] * (2 if captions else 1)
     return Cost(
         images=images,
@@ -68,8 +75,9 @@ def cost(images: int, model: str, pixels: str = "470x390", captions: bool = True
         annotated_bytes=images * ANNOTATED_BYTES,
         commit_bytes=shards * COMMIT_BYTES,
         driver_memory=shards * COMMIT_MEMORY,
-        reads=shards * REQUESTS_PER_SHARD["read"],
-        writes=shards * REQUESTS_PER_SHARD["write"],
+        reads=shards * READS_PER_SHARD,
+        writes=shards * (WRITES_PER_SHARD + (parts + 1 if parts > 1 else 0)),
+        decide_core_hours=images / DECIDED_PER_CORE / 3600,
     )
 
 
@@ -107,7 +115,10 @@ def tables() -> str:
     ]
     for images, name in ((100_000_000, "100 million"), (5_000_000_000, "5 billion")):
         c = cost(images, "ViT-L-14")
-        lines.append(f"| {name} | {_bytes(c.commit_bytes)} | {_bytes(c.driver_memory)} | {_bytes(4 * images)} |")
+        lines.append(
+            f"| {name} | {c.decide_core_hours:.1f} | {_bytes(c.commit_bytes)} | {_bytes(c.driver_memory)} | "
+            f"{_bytes(4 * images)} |"
+        )
     return "\n".join(lines)
 
 
@@ -191,6 +202,34 @@ def requests() -> dict[str, Counter[str]]:
     return counted
 
 
+def decide(run: str, policy: str) -> float:
+    """Rows per CPU second of one core: stored rows read, decided and written as Parquet to a temporary file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from clipfilter.engine import ledger
+    from clipfilter.engine.columns import annotate
+    from clipfilter.engine.job import open_run, stored_model
+    from clipfilter.engine.worker import compile_for, local_files, read_stored
+    from clipfilter.models import load_encoder
+    from clipfilter.policies import load_policy
+    from clipfilter.sources import Source
+
+    pa.set_cpu_count(1)
+    origin, _, version, plan = open_run(run)
+    encoder = load_encoder(stored_model(plan), threads=1)
+    compiled = compile_for(Source.from_plan(plan.source), load_policy(policy), encoder, plan.options["decode"])
+    rows, began = 0, time.process_time()
+    for _, commit in ledger.iter_commits(origin, version["commits"]):
+        with local_files(origin, commit["files"], origin.scratch()) as local, tempfile.NamedTemporaryFile() as file:
+            stored, embeddings = read_stored(local["annotated"], local["embeddings"])
+            pq.write_table(annotate(stored, embeddings, encoder, compiled, {}), file.name, compression="zstd")
+            rows += stored.num_rows
+    seconds = time.process_time() - began
+    origin.clean_scratch(stale_only=False)
+    return rows / seconds
+
+
 def _wait(url: str) -> None:
     for _ in range(300):
         try:
@@ -206,6 +245,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--requests", action="store_true")
     parser.add_argument("--sizes", type=Path)
+    parser.add_argument("--decide", nargs=2, metavar=("RUN", "POLICY"))
     given = parser.parse_args()
     if given.requests:
         for name, counts in requests().items():
@@ -213,5 +253,7 @@ if __name__ == "__main__":
     elif given.sizes:
         for kind, size in sizes(given.sizes).items():
             print(f"{kind:<12} {size:,.0f} bytes")
+    elif given.decide:
+        print(f"{decide(*given.decide):,.0f} rows per CPU second")
     else:
         print(tables())
