@@ -108,7 +108,9 @@ class Effects:
 
     def _compute(self, changes: Changes, exact: bool) -> Effect:
         limits = {rule: self._limits(self._rule(rule), bands) for rule, bands in changes.items() if bands}
-        touched, again, doubtful = [np.empty(0, np.int32)], {}, 0
+        touched: list[np.ndarray] = []
+        again: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        doubtful = 0
         for rule, own in limits.items():
             touched += [
                 self._between(rule, limit.old, limit.threshold) for limit in own if limit.old != limit.threshold
@@ -121,8 +123,10 @@ class Effects:
                 touched.append(close)
             else:
                 doubtful += len(close)
-        rows = np.unique(np.concatenate(touched))
-        rows = rows[~self.columns.fixed[rows]]
+        mask = np.zeros(self.columns.rows, bool)
+        for part in touched:
+            mask[part] = True
+        rows = np.flatnonzero(mask & ~self.columns.fixed).astype(np.int32)
         worst = np.zeros(len(rows), np.int8)
         for number, rule in enumerate(self.columns.rules):
             outcome = self.columns.severity[number][self.columns.band[number, rows]]
@@ -138,13 +142,14 @@ class Effects:
         before = self.columns.decision[rows]
         flip = worst != before
         rows, before, after = rows[flip], before[flip], worst[flip]
-        pairs, counts = np.unique(before.astype(np.int64) * 3 + after, return_counts=True)
+        counts = np.bincount(before.astype(np.int64) * 3 + after, minlength=9)
         return Effect(
             rows=rows,
             after=after,
             changes={
                 (DECISIONS[pair // 3], DECISIONS[pair % 3]): count
-                for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)
+                for pair, count in enumerate(counts.tolist())
+                if count
             },
             rules={rule: self._counts(rule, own) for rule, own in limits.items()},
             thresholds={rule: {limit.name: limit.threshold for limit in own} for rule, own in limits.items()},

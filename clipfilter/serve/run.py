@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter.engine.columns import annotate
+from clipfilter.engine.compare import escalated_rows
 from clipfilter.engine.job import refuse_other_weights, stored_model
+from clipfilter.engine.plan import Plan, read_plan
 from clipfilter.engine.worker import local_files, read_stored
 from clipfilter.errors import RefusedError
 from clipfilter.report.data import RuleData, rules_of
@@ -43,6 +45,7 @@ class Run:
         self.content: dict[str, Any] = self.vectors.directory.read_json(f"versions/{self.version}.json")
         self.rules: list[RuleData] = rules_of(self.plan, self.content) if self.plan.policy is not None else []
         self.columns = RunColumns(self.vectors, self.rules)
+        self._hide_escalated_before()
         self.effects = Effects(self.columns, self.rules, self._rescore)
         self._model = model
         self._encoder: Encoder | None = None
@@ -96,6 +99,20 @@ class Run:
     def close(self) -> None:
         self._torch.shutdown(wait=True, cancel_futures=True)
         self.vectors.close()
+
+    def _hide_escalated_before(self) -> None:
+        """What an earlier decision of these rows escalated is not shown because a later one no longer says so."""
+        plan: Plan | None = self.plan
+        while plan is not None and plan.job == "filter":
+            url = plan.source["run"]
+            hidden = escalated_rows(url)
+            for shard in self.shards:
+                rows = [row for name, row in hidden if name == shard.shard["id"]]
+                if rows:
+                    part = range(shard.start, shard.start + shard.rows)
+                    numbers = self.vectors.rows_at(part, ["cf_row"])["cf_row"].to_numpy()
+                    self.columns.escalated[shard.start : shard.start + shard.rows] |= np.isin(numbers, rows)
+            plan = read_plan(Directory(url))
 
     def _load(self) -> Encoder:
         if self._encoder is None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
 from clipfilter.engine.plan import Plan
 from clipfilter.errors import RefusedError
 from clipfilter.policies import parse_policy
 from clipfilter.policies.calibration import draw, open_scored, read_labels
+from clipfilter.policies.deciding import REASONS
 from clipfilter.report.data import rules_of
 from clipfilter.serve import answers
+from clipfilter.serve.app import Server
 from clipfilter.serve.columns import BANDS, DECISIONS
 from clipfilter.serve.effect import Effects
 from clipfilter.serve.export import PolicyText, changed_policy, changed_text, find_text
@@ -336,6 +342,53 @@ def test_rows_without_a_score_and_other_rules_take_no_labels(built: Built, run: 
         answers.labelled_row(run, silent, "off-caption")
     with pytest.raises(RefusedError, match="metadata rule"):
         answers.labelled_row(run, 0, "small")
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def pictures(built: Built, tmp_path: Path, paths: list[str]) -> list[tuple[int, bytes]]:
+    """(status, body) of each of these paths, asked with the token."""
+    run, labels = Run(built.url), LabelFile(str(tmp_path / "labels.csv"))
+
+    async def asked() -> list[tuple[int, bytes]]:
+        server = Server(run, labels, None, "127.0.0.1")
+        async with TestClient(TestServer(server.application)) as client:
+            server.guard.port = client.port or 0
+            cookies = {server.guard.cookie: server.guard.token}
+            answers = [await client.get(path, cookies=cookies) for path in paths]
+            return [(answer.status, await answer.read()) for answer in answers]
+
+    try:
+        return asyncio.run(asked())
+    finally:
+        labels.close()
+        run.close()
+
+
+def test_pictures_are_encoded_anew_and_escalated_ones_never_shown(tmp_path: Path) -> None:
+    built = embedded_run(tmp_path / "run")
+    uid = built.rows[0]["cf_uid"]
+    first = next(
+        p for p in Path(built.url).glob("annotated/*.parquet") if uid in pq.read_table(p)["cf_uid"].to_pylist()
+    )
+    table = pq.read_table(first)
+    reasons = table["cf_reasons"].to_pylist()
+    place = next(i for i, row in enumerate(built.rows) if row["cf_reasons"])
+    reasons[place][0]["band"] = "escalate"
+    column = table.schema.get_field_index("cf_reasons")
+    pq.write_table(table.set_column(column, "cf_reasons", pa.array(reasons, REASONS)), first)
+    kept = next(i for i, row in enumerate(built.rows) if row["cf_decision"] == "keep")
+    source = {path.read_bytes() for path in built.source.glob("*.jpg")}
+    hidden = [f"/api/picture/{place}", f"/api/picture/{place}?clear=1", f"/api/picture/{place}?size=large&clear=1"]
+    found = pictures(built, tmp_path, [*hidden, f"/api/picture/{kept}", "/api/picture/100000", "/api/picture/x"])
+    assert [status for status, _ in found] == [403, 403, 403, 200, 404, 404]
+    assert found[3][1].startswith(b"\xff\xd8")
+    assert found[3][1] not in source
+    # A file that was replaced since is not the picture that was decided.
+    for path in built.source.glob("*.jpg"):
+        path.write_bytes(path.read_bytes() + b"0")
+    assert pictures(built, tmp_path, [f"/api/picture/{kept}"])[0][0] == 404
 
 
 # ---------------------------------------------------------------- the guard

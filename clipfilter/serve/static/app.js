@@ -1,6 +1,6 @@
 // Starts the page: the run's facts, the search, the filters.
 
-import { $, chip, count, h, say } from "./dom.js";
+import { $, chip, count, h, keepFocus, say } from "./dom.js";
 import { startDetail } from "./detail.js";
 import { drawActive, load, startGrid } from "./grid.js";
 import { drawLabels } from "./labels.js";
@@ -14,7 +14,7 @@ export function drawDecisions() {
   const { about, view, effect } = state;
   if (!about.policy) return;
   const choice = (value, name, n, after) => h("button", {
-    type: "button", class: `decision ${value}`, "aria-pressed": String(view.decision === value), onclick: () => look({ decision: value }),
+    type: "button", class: `decision ${value}`, "data-key": `decision ${value}`, "aria-pressed": String(view.decision === value), onclick: () => look({ decision: value }),
   }, h("span", { class: `dot ${value || "plain"}` }), name, h("b", {}, count(n)),
   after !== undefined && after !== n ? h("span", { class: "after" }, `→ ${count(after)}`) : null);
   $("decisions").replaceChildren(
@@ -112,7 +112,7 @@ async function start() {
   startSearch();
   startDetail();
   if (about.rules.length) await startRules();
-  onView(drawAll);
+  onView(() => keepFocus(drawAll));
   drawAll();
   await load();
 }

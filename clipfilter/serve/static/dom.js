@@ -15,6 +15,13 @@ export function fill(element, ...children) {
   element.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined));
 }
 
+/** Draw something anew; the keyboard stays on the element that has the same `data-key` afterwards. */
+export function keepFocus(draw) {
+  const key = document.activeElement?.dataset.key;
+  draw();
+  if (key && document.activeElement?.dataset.key !== key) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus();
+}
+
 /** The same as `h` for SVG. */
 export function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);

@@ -13,7 +13,7 @@ export function drawLabels() {
   const start = h("button", { type: "button", onclick: () => sample(rule.id, Math.round(+size.value) || 100) }, found.sample ? "Draw more" : "Draw");
   const done = found.sample ? h("progress", { max: found.sample, value: found.sample_done, "aria-label": "Sample labelled" }) : null;
   const looking = (name, text, off) => h("button", {
-    type: "button", disabled: off, "aria-pressed": String(view.labels === name), onclick: () => look({ labels: view.labels === name ? "" : name, flips: false }),
+    type: "button", "data-key": `look ${name}`, disabled: off, "aria-pressed": String(view.labels === name), onclick: () => look({ labels: view.labels === name ? "" : name, flips: false }),
   }, text);
   fill($("labels"),
     h("p", { class: "note" }, h("kbd", {}, "k"), " ", h("b", {}, rule.id), " should let it pass, ", h("kbd", {}, "r"), " is right to stop it, ",

@@ -1,6 +1,6 @@
 // The chosen rule: histogram of its scores, thresholds to move, and what moving them changes.
 
-import { $, chip, count, fill, h, number, plural, say, svg } from "./dom.js";
+import { $, chip, count, fill, h, keepFocus, number, plural, say, svg } from "./dom.js";
 import { look, move, post, state, theRule } from "./state.js";
 import { drawDecisions } from "./app.js";
 
@@ -8,6 +8,7 @@ const HEIGHT = 96;
 const KINDS = { concept: "Concept", alignment: "Match of picture and caption", head: "Head", safety: "Safety check", pixels: "Pixel quality", text: "Caption text", known: "Known pictures", combine: "Weighted sum", metadata: "Metadata", fraction: "Best part" };
 let busy = false;
 let waiting = null;
+let shown = "";
 
 const values = (rule) => Object.fromEntries(rule.bands.map((band) => [band.name, state.view.changes[rule.id]?.[band.name] ?? band.value]));
 const moved = () => Object.keys(state.view.changes).length > 0;
@@ -20,7 +21,10 @@ export function drawRule() {
   const stopped = Object.entries(rule.counts).map(([band, n]) => `${count(n)} ${band === "missing" ? "without a score" : band}`).join(", ");
   $("rule-note").textContent = `${KINDS[rule.kind] ?? rule.kind}${rule.of ? ` of ${rule.of}` : ""}, ${from || "without thresholds"}. Stops ${stopped || "nothing"}.`;
   drawHistogram(rule);
-  $("sliders").replaceChildren(...(rule.fixed ? [h("p", { class: "note" }, rule.fixed)] : rule.bands.map((band) => slider(rule, band))));
+  if (shown !== rule.id) {  // not anew while somebody holds one
+    shown = rule.id;
+    fill($("sliders"), rule.fixed ? h("p", { class: "note" }, rule.fixed) : rule.bands.map((band) => slider(rule, band)));
+  }
   drawEffect();
 }
 
@@ -120,8 +124,7 @@ async function ask(final) {
       state.effect = null;
       state.effectProblem = error.message;
     }
-    drawEffect();
-    drawDecisions();
+    keepFocus(() => { drawEffect(); drawDecisions(); });
     if (theRule().kind === "fraction") drawHistogram(theRule());
     if (exact && waiting === null && !state.effectProblem) look({ flips: state.view.flips && moved() });
   }
@@ -141,7 +144,7 @@ function drawEffect() {
     found.doubtful ? h("p", { class: "note" }, `${plural(found.doubtful, "picture")} stand too close to tell while you move.`) : null,
     others.length ? h("p", { class: "note" }, `Moved too: ${others.join(", ")}.`) : null,
     h("div", { class: "buttons" },
-      h("button", { type: "button", id: "show-flips", "aria-pressed": String(state.view.flips), disabled: !found.flipped, onclick: () => look({ flips: !state.view.flips, labels: "" }) }, "Show them"),
+      h("button", { type: "button", id: "show-flips", "data-key": "show-flips", "aria-pressed": String(state.view.flips), disabled: !found.flipped, onclick: () => look({ flips: !state.view.flips, labels: "" }) }, "Show them"),
       h("button", { type: "button", onclick: reset }, "Put back"),
       h("button", { type: "button", class: "primary", id: "export", onclick: save }, "Save policy")),
   );
@@ -150,8 +153,8 @@ function drawEffect() {
 function reset() {
   state.effect = null;
   state.effectProblem = null;
+  shown = "";
   look({ changes: {}, flips: false });
-  drawDecisions();
 }
 
 async function save() {
