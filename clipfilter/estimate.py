@@ -67,7 +67,7 @@ def estimate_job(request: JobRequest, cost: CostConfig, shards: Sequence[Shard] 
     if cost.images_per_second is not None:
         rate, rate_from = cost.images_per_second, "given"
     else:
-        batch = min(request.batch_size or 64, 64)
+        batch = min(request.batch_size or 256, 16 if device == "cpu" else 256)
         rate, rate_from = measured_rate(encoder, batch), f"the model alone on this machine's {device}"
     hours = images / rate / 3600
     vectors = 2 * encoder.dim * (1 + (request.captions != "none" and source.has_captions is not False))

@@ -72,11 +72,9 @@ def web() -> Iterator[Web]:
             elif kind in ("404", "500", "503", "410", "403"):
                 self._answer(b"no", status=int(kind), kind="text/plain")
             elif kind == "redirect":
-                self._redirect(f"/good/{name}")
+                self._redirect(f"/good/{10_000 + seed}.jpg")
             elif kind == "loop":
                 self._redirect(path)
-            elif kind == "inside":  # to another machine's loopback
-                self._redirect(f"http://localhost:{self.server.server_address[1]}/good/{name}")
             elif kind == "file":
                 self._redirect("file:///etc/hostname")
             elif kind == "html":
