@@ -87,8 +87,8 @@ class Pictures:
             future.set_exception(NoPictureError(problem))
             future.exception()  # nobody may be waiting any more
             return
+        self._cached_bytes += len(jpeg) - len(self._cache.pop(wanted, b""))
         self._cache[wanted] = jpeg
-        self._cached_bytes += len(jpeg)
         while self._cached_bytes > _CACHE_BYTES:
             self._cached_bytes -= len(self._cache.popitem(last=False)[1])
         future.set_result(jpeg)

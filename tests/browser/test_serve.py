@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import csv
 import json
 import shutil
@@ -409,6 +410,16 @@ def test_answers_forbid_all_that_the_page_does_not_need(samples: Page) -> None:
         assert b"Traceback" not in body
 
 
+def test_a_picture_finds_its_like(samples: Page) -> None:
+    picture = base64.b64encode((PHOTOS / "kitten.jpg").read_bytes()).decode()
+    status, body = ask(samples.server, "/api/image", json.dumps({"data": picture}).encode())
+    assert status == 200
+    wanted = json.dumps({"image": json.loads(body)["image"], "limit": 3}).encode()
+    rows = json.loads(ask(samples.server, "/api/rows", wanted)[1])["rows"]
+    assert rows[0]["key"] == "kitten.jpg"
+    assert rows[0]["cosine"] > 0.99
+
+
 def test_ctrl_c_ends_it_and_one_labels_file_has_one_server(samples: Page, tmp_path: Path) -> None:
     with served(samples.run, tmp_path / "own.csv") as first:
         with (
@@ -441,6 +452,10 @@ def test_seven_thousand_rows(flickr: Page, tmp_path: Path) -> None:
         await slide(page, "review", 0.41)
         await slide(page, "reject", 0.6127)
         found["both"] = await flipped(page)
+        await choose(page, "rule", "weakest-captions")
+        await slide(page, "review", 0.8)
+        found["all three"] = await flipped(page)
+        await choose(page, "rule", "dangerous-animal")
         await settled(page)
         await page.ask("document.querySelector('#grid .card').focus()")
         for number, key in enumerate("rkr", 1):
@@ -460,7 +475,7 @@ def test_seven_thousand_rows(flickr: Page, tmp_path: Path) -> None:
     assert SCRIPT in found["body"]
     assert found["taken"] is False
     assert found["complaints"] == []
-    for count, rows, text in (found["moved"], found["both"]):
+    for count, rows, text in (found["moved"], found["both"], found["all three"]):
         expected = diff(flickr, text, tmp_path)
         assert count == expected.flipped > 100
         if expected.flipped <= 200:
