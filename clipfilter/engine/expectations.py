@@ -190,9 +190,9 @@ def _result(
         return result
     reasons = {reason["rule"]: reason for reason in row["cf_reasons"]}
     for rule in policy.rules:
-        fired = reasons.get(rule.id, {})
+        fired, score = reasons.get(rule.id, {}), row.get(f"cf_score.{rule.id}")
         result.rules[rule.id] = RuleOutcome(
-            fired.get("band", "keep"), row.get(f"cf_score.{rule.id}"), fired.get("nearest"), fired.get("contrast")
+            fired.get("band", "missing" if score is None else "keep"), score, fired.get("nearest"), fired.get("contrast")
         )
     result.decision = row["cf_decision"]
     if test.expect is not None and result.decision != test.expect:

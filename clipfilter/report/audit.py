@@ -63,7 +63,7 @@ def export_decisions(run: str, out: str, *, kind: str = AUDIT, mapping: str | No
             for row in _rows(directory, content["commits"]):
                 made = exporter.row(*row)
                 decisions[_decision(row[3], row[2])] += 1
-                file.write(json.dumps(made, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+                file.write(json.dumps(made, allow_nan=False, separators=(",", ":")) + "\n")
         target.publish(temporary, name)
     finally:
         target.clean_scratch(stale_only=False)

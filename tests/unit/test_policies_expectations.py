@@ -74,9 +74,7 @@ def test_what_is_wrong_is_said_for_every_test(nano: Encoder, tmp_path: Path) -> 
     missing, decision, rules = report.results
     assert missing.decision == "failed"
     assert missing.problems == [f"there is no image {tmp_path}/nowhere.jpg"]
-    assert decision.problems == ["keep instead of reject: few-words says missing, price says missing"] or (
-        decision.problems[0].startswith("keep instead of reject")
-    )
+    assert decision.problems == ["keep instead of reject"]
     assert rules.problems == [
         "few-words says missing instead of keep",
         "few-words has no score, which should be above 5",
