@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationInfo, model_serializer, model_validator
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.fields import Model, choice, suggest, text
+from clipfilter.policies.attachments import Attachment, Attachments, attach
+from clipfilter.policies.fields import Model, choice, fail, shown, suggest, text
 from clipfilter.policies.known import DigestTable, name_digests
 
 DECISIONS = ("keep", "review", "reject")
@@ -126,3 +127,63 @@ def override_of(table: pa.Table, uid: str) -> dict[str, Any] | None:
     """The override of one row, with who, when and why; None where it has none."""
     rows = table.filter(pc.equal(table["cf_uid"], uid))
     return {name: value for name, value in rows.to_pylist()[0].items() if value} if rows.num_rows else None
+
+
+class Overrides(Model):
+    """Human decisions by uid: listed in the policy, or in a file beside it."""
+
+    rows: tuple[Override, ...] | None = None
+    source: Attachment | None = None
+
+    @model_validator(mode="after")
+    def _once(self) -> Overrides:
+        seen: set[str] = set()
+        for place, row in enumerate(self.rows or ()):
+            if row.cf_uid in seen:
+                fail(f"the cf_uid {shown(row.cf_uid)} is there twice", place, "cf_uid")
+            seen.add(row.cf_uid)
+        return self
+
+    @model_serializer
+    def _plain(self) -> Any:
+        if self.rows is not None:
+            return [row.model_dump(mode="json", exclude_none=True) for row in self.rows]
+        return {"sha256": self.source.sha256 if self.source else None}
+
+    def table(self, files: Attachments) -> OverrideTable:
+        """All of them, ready to be looked up. Raises RefusedError."""
+        if self.rows is not None:
+            return OverrideTable.of([row.cf_uid for row in self.rows], [row.decision for row in self.rows])
+        assert self.source is not None
+        read = read_overrides(files.path(self.source), self.source.sha256)
+        return OverrideTable.of(read["cf_uid"].to_pylist(), read["decision"].to_pylist())
+
+    def find(self, uid: str, files: Attachments) -> dict[str, Any] | None:
+        """One row's override: decision, by, date, note; None where it has none. Raises RefusedError."""
+        if self.rows is not None:
+            return next((row.model_dump(exclude_none=True) for row in self.rows if row.cf_uid == uid), None)
+        assert self.source is not None
+        read = read_overrides(files.path(self.source), self.source.sha256)
+        return override_of(read, uid)
+
+
+def _given(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list | tuple):
+        if len(value) > MAX_LISTED:
+            fail(
+                f"there are {len(value):,} overrides, more than the {MAX_LISTED:,} a policy may list; "
+                "put them into a CSV file and name that",
+                MAX_LISTED,
+            )
+        return {"rows": tuple(value)}
+    source = attach(value, info)
+    if isinstance(value, str) or "file" in value:
+        attachment = Attachment.model_validate(source)
+        try:
+            read_overrides(Attachments().path(attachment), attachment.sha256)
+        except RefusedError as error:
+            fail(str(error))
+    return {"source": source}
+
+
+OverridesField = Annotated[Overrides, BeforeValidator(_given)]
