@@ -125,14 +125,17 @@ def _print_details(console: Console, totals: dict[str, Any]) -> None:
     if totals["rules"]:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("rule")
-        for name in ("review", "reject", "missing"):
+        # What only some policies have (lists of known pictures, modifiers, human decisions) gets a column where it occurs.
+        seen = {band for bands in totals["rules"].values() for band in bands}
+        names = ["review", "reject", "missing", *(name for name in ("escalate", "tighten", "keep") if name in seen)]
+        for name in names:
             table.add_column(name, justify="right")
         for rule, bands in totals["rules"].items():
-            table.add_row(
-                rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in ("review", "reject", "missing"))
-            )
+            table.add_row(rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in names))
         console.print()
         console.print(table)
+    if totals.get("escalated"):
+        console.print(Text(f"{totals['escalated']:,} escalated: among the rejected, never shown or copied", "red"))
     if totals["failed_by_class"]:
         failures = ", ".join(f"{count:,} {name}" for name, count in totals["failed_by_class"].items())
         console.print(Text(f"failed: {failures}", _COLOURS["failed"]))
