@@ -33,7 +33,7 @@ COMMIT_BYTES = 1_400
 COMMIT_MEMORY = 7_200  # of a parsed commit in the driver
 READS_PER_SHARD, WRITES_PER_SHARD = 16, 5  # GET and HEAD; PUT. Of a run that keeps images, with small shards
 UPLOAD_PART = 50_000_000  # bytes; a larger kept shard is uploaded in parts, one PUT each and two requests more
-DECIDED_PER_CORE = 33_000  # rows of one CPU second: read, four rules of marketplace-safety, written; the slowest of four passes
+DECIDED_PER_CORE = 33_000  # rows of one CPU second, four rules; the slowest of four passes
 DIMENSIONS = {"ViT-B-32": 512, "ViT-L-14": 768}
 
 # Published by others for other software, on hardware we have not had: clip-retrieval on an A100.

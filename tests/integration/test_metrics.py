@@ -170,6 +170,29 @@ def test_the_command_serves_and_writes_a_file(policy: str, tmp_path: Path) -> No
     assert last["clipfilter_rows_total", "decided", "embedded"] == version["totals"]["embedded"]
 
 
+def test_a_night_has_metrics_too(policy: str, tmp_path: Path) -> None:
+    dataset, file = write_tars(tmp_path / "tars", 1, 12), tmp_path / "clipfilter.prom"
+    cli(
+        "nightly",
+        str(dataset),
+        "-p",
+        policy,
+        "-o",
+        str(tmp_path / "out"),
+        "-q",
+        "--engine",
+        "local",
+        "--metrics-file",
+        str(file),
+    )
+    assert 'job_kind="nightly"' in file.read_text()
+    last = parse(file.read_text())
+    totals = json.loads((tmp_path / "out/versions/000001.json").read_text())["totals"]
+    assert last["clipfilter_dataset_rows", "", "rows"] == totals["rows"] == 12
+    for name in ("keep", "review", "reject"):
+        assert last["clipfilter_decisions_total", "decided", name] == totals[name]
+
+
 def test_a_taken_port_and_a_bad_file_are_refused_before_work(dataset: Path, policy: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
