@@ -1,7 +1,8 @@
 // One picture, large, and why it was decided as it was.
 
 import { $, chip, h, number, say } from "./dom.js";
-import { get, look, state } from "./state.js";
+import { label } from "./grid.js";
+import { get, look, state, theRule } from "./state.js";
 
 export async function openDetail(row) {
   let found;
@@ -34,6 +35,10 @@ export async function openDetail(row) {
       h("div", { class: "detail-picture" },
         found.escalated ? h("p", { class: "nothing" }, "Escalated: this picture is never shown.") : image,
         h("div", { class: "buttons" }, found.escalated || clear ? null : show,
+          theRule()?.labels ? [
+            h("button", { type: "button", onclick: () => { dialog.close(); label(0); } }, h("kbd", {}, "k"), " Let it pass"),
+            h("button", { type: "button", onclick: () => { dialog.close(); label(1); } }, h("kbd", {}, "r"), " Right to stop"),
+          ] : null,
           h("button", { type: "button", onclick: () => { dialog.close(); look({ like: row.position, text: "", image: "", sort: "" }); } }, "Find similar"))),
       h("div", {},
         found.rules.length ? h("h3", {}, "Why") : null,

@@ -12,7 +12,7 @@ export function h(tag, attributes = {}, ...children) {
 
 /** Make these the children of an element; null and undefined are left out. */
 export function fill(element, ...children) {
-  element.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.replaceChildren(...children.flat(2).filter((child) => child !== null && child !== undefined));
 }
 
 /** Draw something anew; the keyboard stays on the element that has the same `data-key` afterwards. */

@@ -133,7 +133,8 @@ async function step(by) {
 
 const columns = () => getComputedStyle($("grid")).gridTemplateColumns.split(" ").length;
 
-async function label(value) {
+/** Label the focused picture: 1 (the rule is right to stop it), 0 (it should pass), or null (take back, or skip). */
+export async function label(value) {
   const row = rows[here];
   const rule = theRule();
   if (!row || !rule?.labels) return say(rule ? `${rule.id} is a ${rule.kind} rule, whose threshold needs no labels.` : "There is no rule to label for.");
@@ -163,14 +164,18 @@ const KEYS = {
 export function startGrid() {
   onView(() => load());
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-    const typing = event.target.closest("input, select, textarea, button, a");
-    if (event.key === "/" && !event.target.closest("input, textarea")) {
+    if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
+    if ($("detail").open) {
+      if (!"krx".includes(event.key)) return;
+      $("detail").close();
+    }
+    const typing = event.target.closest?.("input, select, textarea, button, a");
+    if (event.key === "/" && !event.target.closest?.("input, textarea")) {
       event.preventDefault();
       $("text").focus();
       return;
     }
-    if (typing || !(event.key in KEYS)) return;
+    if (!(event.key in KEYS) || (typing && typing.isConnected && !typing.closest("dialog"))) return;
     event.preventDefault();
     KEYS[event.key]();
   });
