@@ -19,7 +19,9 @@ MAX_DISTANCE = 16
 DIGITS = {"sha256": 64, "phash": 16}
 
 _WORDS = 4  # a perceptual hash is cut into four words of 16 bits
-_FEW = 512  # lists up to this length are compared whole
+_FEW = 512  # lists up to this length are compared whole,
+_WIDEST = 2  # and so are longer ones where more bits of a word may differ: there is too much to look up
+_IN_CACHE = 1 << 17
 _AT_ONCE = 1 << 21
 
 
@@ -126,8 +128,8 @@ class PerceptualIndex:
     def nearest(self, hashes: np.ndarray) -> np.ndarray:
         """Bits by which each hash (uint64 [m]) differs from its nearest in the list, int64 [m]; 64 beyond `distance`."""
         best = np.full(len(hashes), 64, dtype=np.int64)
-        if len(self.hashes) <= _FEW:
-            step = max(1, _AT_ONCE // len(self.hashes))
+        if len(self.hashes) <= _FEW or self.distance // _WORDS > _WIDEST:
+            step = max(1, _IN_CACHE // len(self.hashes))
             for start in range(0, len(hashes), step):
                 part = hashes[start : start + step]
                 best[start : start + step] = np.bitwise_count(part[:, None] ^ self.hashes[None]).min(axis=1)
