@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from clipfilter.sources.tar_shards import TarShards, row_members
 from clipfilter.storage import Directory
 
 MARKER = "reshard.json"
+_UID = re.compile(r"[0-9a-fA-F]{1,32}")
 
 
 @dataclass
@@ -100,7 +102,9 @@ def _copy(tar: TarFile, name: str, subset: tuple[np.ndarray, np.ndarray], shards
         try:
             fields = {} if document is None else json.loads(tar.read(document))
             uid = str(fields["uid"])
-            high, low = int(uid[:16], 16), int(uid[16:], 16)
+            if not _UID.fullmatch(uid):
+                raise ValueError(uid)
+            high, low = divmod(int(uid, 16), 2**64)
         except (ValueError, KeyError, TypeError):
             result.problems.append(f"{name}: {tar.index.keys[row]} has no json with a uid of 32 hex digits")
             continue

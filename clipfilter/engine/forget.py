@@ -34,6 +34,7 @@ from clipfilter.engine.verify import DATA_FOLDERS
 from clipfilter.engine.worker import machine
 from clipfilter.engine.writer import ShardWriter
 from clipfilter.errors import RefusedError
+from clipfilter.policies.attachments import FOLDER as ATTACHMENTS
 from clipfilter.sources import Shard
 from clipfilter.storage import Directory
 
@@ -103,7 +104,7 @@ def forget_rows(run: str, uids_file: str) -> Forgotten:
     finally:
         directory.clean_scratch(stale_only=False)
         directory.clean_scratch(stale_only=True)
-    _note_what_is_left(directory, plan.source, result)
+    _note_what_is_left(directory, plan.source, uids, result)
     return result
 
 
@@ -369,7 +370,16 @@ def _remove(directory: Directory, name: str, result: Forgotten) -> None:
     result.deleted.append(name)
 
 
-def _note_what_is_left(directory: Directory, source: dict[str, Any], result: Forgotten) -> None:
+def _note_what_is_left(directory: Directory, source: dict[str, Any], uids: set[str], result: Forgotten) -> None:
+    wanted = re.compile(rb"[^\s,;\"']+")
+    names = {uid.encode() for uid in uids}
+    for file in directory.names(ATTACHMENTS):
+        # A list of overrides is part of the policy: without it the run could not be explained, so it is not cut.
+        if names & set(wanted.findall(directory.read_bytes(f"{ATTACHMENTS}/{file}"))):
+            result.notes.append(
+                f"{ATTACHMENTS}/{file[:12]}... is a list of the policy that names such a uid; take it out of the list, decide "
+                "into another directory and delete this run."
+            )
     url = source["source"]["url"] if "run" in source else source["url"]
     result.notes.append(
         f"the source {url} was not touched: remove the rows there too, or processing a changed shard brings them back."

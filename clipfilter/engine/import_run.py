@@ -99,6 +99,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
             text_column=text,
         ),
     )
+    writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
     committed: list[str] = []
     try:
@@ -110,7 +111,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
                     if (shard.id, "embedded") not in done:
                         here = slice(shard.start, shard.stop)
                         texts = None if text_emb is None else text_emb[here]
-                        _write(target, plan, name, shard, rows, image[here], texts, encoder, names, source, text)
+                        writer.write(name, shard, rows, image[here], texts)
         version, written = ledger.write_version(target, embedded_version(plan, committed, [], target))
     finally:
         target.clean_scratch(stale_only=False)
@@ -324,64 +325,73 @@ def _shards(directory: Directory, part: _Part, schema: pa.Schema, size: int) -> 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    target: Directory,
-    plan: Plan,
-    name: ledger.CommitName,
-    shard: Shard,
-    metadata: pa.Table,
-    image: np.ndarray,
-    text: np.ndarray | None,
-    encoder: Encoder,
-    names: dict[str, str | None],
-    source: Source,
-    text_column: bool,
-) -> None:
-    started = time.time()
-    n = metadata.num_rows
-    identity = _identity(shard, metadata, names)
-    image_emb, good = _unit(image)
-    caption = identity["cf_caption"]
-    has_text = np.zeros(n, bool)
-    columns = {"cf_shard": identity["cf_shard"], "cf_row": identity["cf_row"], "cf_uid": identity["cf_uid"]}
-    columns["image_emb"] = vector_column(image_emb)
-    if text_column:
-        text_emb, usable = _unit(text) if text is not None else (np.zeros_like(image_emb), has_text)
-        has_text = usable & (np.asarray(caption.is_valid()) if names["caption"] else True)
-        columns["text_emb"] = vector_column(text_emb, has_text)
-    for fact in FACTS:
-        columns[fact.name] = identity.get(fact.name, pa.nulls(n, fact.type))
-    store = pa.table({field.name: columns[field.name] for field in embeddings_schema(encoder.dim, text_column)})
-    travelling = metadata.rename_columns([travel_name(column) for column in metadata.column_names]).select(
-        source.schema.names
-    )
-    rows = pa.table({**{c: travelling[c] for c in travelling.column_names}, **{c: identity[c] for c in IDENTITY.names}})
-    mask = pa.array(good)
-    error = RowError(ENCODE_ERROR, "the embedding is zero or not finite")
-    failed = failed_table(shard.id, rows.filter(pa.array(~good)), [error] * int((~good).sum()))
-    rows, store = rows.filter(mask).combine_chunks(), store.filter(mask).combine_chunks()
-    writer = ShardWriter(target, shard, None)
-    try:
-        writer.embeddings(store)
-        writer.failed(failed)
-        writer.annotated(annotate(rows, store, encoder, None, None), final=True)
-        commit = {
-            "shard": shard.to_json(),
-            "stage": "embedded",
-            "generation": name.generation,
-            "plan": plan.sha256,
-            "counts": {"rows": n, "failed": failed.num_rows, "embedded": rows.num_rows},
-            "failed_by_class": {ENCODE_ERROR: failed.num_rows} if failed.num_rows else {},
-            "rules": {},
-            "captions_truncated": 0,
-            "damaged": False,
-            "bytes_unread": 0,
-            "files": writer.files,
-            "work": {"started": round(started, 3), "finished": round(time.time(), 3), "machine": machine()},
-        }
-        ledger.write_commit(target, name, commit)
-    finally:
-        writer.close()
+@dataclass(frozen=True)
+class _Writer:
+    """What every shard is written with. names: what the metadata's columns are used as; text: whether there are texts."""
+
+    target: Directory
+    plan: Plan
+    encoder: Encoder
+    names: dict[str, str | None]
+    source: Source
+    text: bool
+
+    def write(
+        self, name: ledger.CommitName, shard: Shard, metadata: pa.Table, image: np.ndarray, text: np.ndarray | None
+    ) -> None:
+        """Write and commit one shard: aligned metadata, image vectors [n, d] and text vectors (None: not in this part)."""
+        started = time.time()
+        rows, store, failed = self._tables(shard, metadata, image, text)
+        writer = ShardWriter(self.target, shard, None)
+        try:
+            writer.embeddings(store)
+            writer.failed(failed)
+            writer.annotated(annotate(rows, store, self.encoder, None, None), final=True)
+            count = failed.num_rows
+            commit = {
+                "shard": shard.to_json(),
+                "stage": "embedded",
+                "generation": name.generation,
+                "plan": self.plan.sha256,
+                "counts": {"rows": metadata.num_rows, "failed": count, "embedded": rows.num_rows},
+                "failed_by_class": {ENCODE_ERROR: count} if count else {},
+                "rules": {},
+                "captions_truncated": 0,
+                "damaged": False,
+                "bytes_unread": 0,
+                "files": writer.files,
+                "work": {"started": round(started, 3), "finished": round(time.time(), 3), "machine": machine()},
+            }
+            ledger.write_commit(self.target, name, commit)
+        finally:
+            writer.close()
+
+    def _tables(
+        self, shard: Shard, metadata: pa.Table, image: np.ndarray, text: np.ndarray | None
+    ) -> tuple[pa.Table, pa.Table, pa.Table]:
+        """Rows, embeddings (equally long) and failed rows."""
+        n = metadata.num_rows
+        identity = _identity(shard, metadata, self.names)
+        image_emb, good = _unit(image)
+        columns = {name: identity[name] for name in ("cf_shard", "cf_row", "cf_uid")}
+        columns["image_emb"] = vector_column(image_emb)
+        if self.text:
+            text_emb, usable = (np.zeros_like(image_emb), np.zeros(n, bool)) if text is None else _unit(text)
+            if self.names["caption"] is not None:
+                usable &= np.asarray(identity["cf_caption"].is_valid())
+            columns["text_emb"] = vector_column(text_emb, usable)
+        for fact in FACTS:
+            columns[fact.name] = identity.get(fact.name, pa.nulls(n, fact.type))
+        store = pa.table({name: columns[name] for name in embeddings_schema(self.encoder.dim, self.text).names})
+        travelling = metadata.rename_columns([travel_name(column) for column in metadata.column_names])
+        rows = pa.table({name: travelling[name] for name in self.source.schema.names} | identity)
+        problem = RowError(ENCODE_ERROR, "the embedding is zero or not finite")
+        failed = rows.filter(pa.array(~good))
+        return (
+            rows.filter(pa.array(good)).combine_chunks(),
+            store.filter(pa.array(good)).combine_chunks(),
+            failed_table(shard.id, failed, [problem] * failed.num_rows),
+        )
 
 
 def _unit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

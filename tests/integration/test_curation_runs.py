@@ -19,6 +19,7 @@ from PIL import Image
 from clipfilter.engine import ledger
 from clipfilter.engine.curate import add_balance, add_scores
 from clipfilter.engine.dedup import DedupOptions, find_duplicates
+from clipfilter.engine.derive import EmbeddedRun
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
@@ -127,15 +128,6 @@ def test_results_do_not_depend_on_the_shards(run: str, tmp_path: Path) -> None:
     assert duplicates(tmp_path / "a") == duplicates(tmp_path / "b")
 
 
-def test_a_policy_rejects_duplicates(run: str, tmp_path: Path) -> None:
-    found = find_duplicates(run, str(tmp_path / "out"), DedupOptions())
-    policy = policy_file(tmp_path, POLICY)
-    result = run_job(JobRequest("filter", str(tmp_path / "out"), str(tmp_path / "kept"), policy=policy, engine="local"))
-    assert result.totals["keep"] == found.to_json()["kept"]
-    assert result.totals["reject"] == sum(found.duplicates.values()) >= 10
-    assert verify_run(str(tmp_path / "kept")).problems == []
-
-
 def test_a_repeated_or_interrupted_command_ends_with_the_same_run(run: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = find_duplicates(run, str(out), DedupOptions())
@@ -157,12 +149,9 @@ def test_a_repeated_or_interrupted_command_ends_with_the_same_run(run: str, tmp_
 
 
 def test_scores_and_balance_are_columns_that_rules_can_rank(run: str, tmp_path: Path) -> None:
-    target = np.random.default_rng(0).standard_normal((20, 512)).astype(np.float32)
-    dim = json.loads(Path(run, "plan.json").read_text())["model"].get("dim")
-    store = next(Path(run, "embeddings").iterdir())
-    kind = pa.ipc.open_file(pa.memory_map(str(store))).schema.field("image_emb").type
-    assert dim is None or dim == kind.list_size
-    np.save(tmp_path / "target.npy", target[:, : kind.list_size])
+    dim = EmbeddedRun(run).dim
+    target = np.random.default_rng(0).standard_normal((20, dim)).astype(np.float32)
+    np.save(tmp_path / "target.npy", target)
     add_scores(run, str(tmp_path / "scored"), negclip=True, target=str(tmp_path / "target.npy"), bank_size=20)
     (tmp_path / "entries.txt").write_text("a\nthe\nof\n")
     add_balance(str(tmp_path / "scored"), str(tmp_path / "balanced"), str(tmp_path / "entries.txt"), t=5)
@@ -203,7 +192,8 @@ def test_the_pipeline_goes_from_images_to_shards_and_repeats_nothing(tmp_path: P
     assert not (tmp_path / "out").exists()
     first = json.loads(pipeline("--json"))
     assert first["duplicates"]["exact"] == 10
-    assert first["decisions"]["keep"] == first["exported"]["rows"]
+    assert first["decisions"]["keep"] == first["exported"]["rows"] == 70 - sum(first["duplicates"].values())
+    assert verify_run(str(tmp_path / "out/000001/decided")).problems == []
     sizes = json.loads((tmp_path / "dataset/000001/sizes.json").read_text())
     assert sum(sizes.values()) == first["decisions"]["keep"]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("commits/*")}
