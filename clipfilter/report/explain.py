@@ -191,7 +191,6 @@ def _override(directory: Directory, plan: Plan, row: dict[str, Any]) -> dict[str
 
 
 def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
-    """What a rule said about an annotated row."""
     """What the rule said about an annotated row (its columns by name)."""
     value = row.get(f"cf_score.{rule.id}")
     own = [reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id]
