@@ -181,7 +181,7 @@ def _image(test: Expectation, folder: Path) -> bytes | str:
 def _result(
     policy: Policy, test: Expectation, place: int, row: dict[str, Any] | None, broken: dict[str, Any] | None
 ) -> TestResult:
-    wanted = [test.expect] if test.expect else []
+    wanted: list[str] = [test.expect] if test.expect else []
     wanted += [f"{name}: {_wanted(rule)}" for name, rule in (test.rules or {}).items()]
     name = test.name or (Path(test.image).name if test.image else test.caption) or f"test {place + 1}"
     result = TestResult(name, test.image, test.caption, ", ".join(wanted), "failed")
@@ -220,6 +220,6 @@ def _said(reason: dict[str, Any]) -> str:
 
 
 def _wanted(rule: RuleExpectation) -> str:
-    parts = [rule.band] if rule.band else []
+    parts: list[str] = [rule.band] if rule.band else []
     parts += [f"{name} {value:g}" for name in ("above", "below") if (value := getattr(rule, name)) is not None]
     return " ".join(parts)
