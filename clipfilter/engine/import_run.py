@@ -265,14 +265,15 @@ def _columns(
             raise RefusedError(f"the metadata has no column {given!r} ({flag}); it has {', '.join(have.names)[:300]}.")
         return given or next((name for name in guesses if name in have.names), None)
 
-    sizes = ("original_width", "original_height") if "original_width" in have.names else ("width", "height")
+    pairs = (("original_width", "original_height"), ("width", "height"), ("cf_width", "cf_height"))
+    sizes = next((pair for pair in pairs if set(pair) <= set(have.names)), pairs[0])
     return schema, {
         "caption": choose(options.caption_column, "--caption-column", _CAPTIONS),
-        "uid": choose(options.uid_column, "--uid-column", ("uid",)),
+        "uid": choose(options.uid_column, "--uid-column", ("uid", "cf_uid")),
         "key": choose(options.key_column, "--key-column", _KEYS),
         "width": choose(None, "", sizes[:1]),
         "height": choose(None, "", sizes[1:]),
-        "sha256": choose(None, "", ("sha256",)),
+        "sha256": choose(None, "", ("sha256", "cf_sha256")),
     }
 
 
