@@ -295,10 +295,11 @@ def _print_lines(console: Console, rows: list[dict[str, Any]]) -> None:
     from clipfilter.report import text
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("image", overflow="fold")
-    table.add_column("label", no_wrap=True)
-    table.add_column("score", justify="right")
-    table.add_column("next", no_wrap=True, overflow="ellipsis")
+    # The widths keep names and scores on a terminal of 80 columns, whatever an error has to say.
+    table.add_column("image", overflow="fold", min_width=20)
+    table.add_column("label", no_wrap=True, max_width=22)
+    table.add_column("score", justify="right", min_width=6)
+    table.add_column("next", no_wrap=True, overflow="ellipsis", max_width=24)
     for row in rows:
         name = Text(text.clean(row["image"]))
         if row["cf_labels"] is None:
