@@ -27,6 +27,8 @@ from clipfilter.storage import Directory
 from tests.support.engine import REPO, photos, policy_file
 from tests.support.sources import write_webdataset
 
+pytestmark = pytest.mark.integration
+
 POLICY = """
 policy: no-duplicates
 version: 1

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +29,10 @@ from clipfilter.policies import parse_policy
 from clipfilter.storage import Directory
 from tests.support.engine import FRACTION_POLICY, PHOTOS, POLICY, policy_file, samples
 from tests.support.policies import embeddings
+from tests.support.s3 import s3_server
 from tests.support.sources import write_parquet, write_webdataset
+
+pytestmark = pytest.mark.integration
 
 SIMPLE = (
     "{policy: p, version: 1, rules: [{id: sim, alignment: {}},"
@@ -373,3 +377,21 @@ def test_exports_are_cut_to_rows_per_shard(runs: Path, tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"tars/{number:08d}_stats.json").read_text())["successes"] == size
     with pytest.raises(RefusedError, match="another export"):
         export_run(str(runs / "filter"), str(tmp_path / "tars"), rows_per_shard=6)
+
+
+# --- on an object store ----------------------------------------------------------------------------------------------
+
+
+def test_columns_and_forgetting_on_s3(runs: Path) -> None:
+    with s3_server():
+        fs = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
+        fs.mkdir("forget")
+        fs.put(str(runs / "run"), "forget/run", recursive=True)
+        found = find_duplicates("s3://forget/run", "s3://forget/unique", DedupOptions(semantic=0.9))
+        assert found.rows == 23
+        assert verify_run("s3://forget/unique").problems == []
+        for name in ("run", "unique"):
+            assert forget_rows(f"s3://forget/{name}", str(runs / "uids.txt")).rows == 2
+            assert verify_run(f"s3://forget/{name}").problems == []
+            fs.get(f"forget/{name}", str(runs / f"fetched-{name}"), recursive=True)
+            assert remaining(runs / f"fetched-{name}", *NEEDLES) == []
