@@ -204,7 +204,7 @@ class Effects:
             if limit.threshold == limit.old or rule.kind == "fraction":
                 continue
             whole = rule.kind == "text" or rule.spec.get("metadata") in _WHOLE
-            if whole and limit.value == np.float32(limit.value):
+            if whole and limit.value == float(np.float32(limit.value)):
                 continue  # whole numbers and an exact threshold: float32 tells them apart
             reach = _reach(rule, limit.value)
             ends = np.float32(limit.value - reach), np.float32(limit.value + reach)

@@ -290,7 +290,7 @@ def test_a_random_sample_is_labelled_in_its_order(samples: Page) -> None:
 def test_what_was_not_kept_is_blurred_in_its_pixels_until_it_is_asked_for(samples: Page) -> None:
     async def question(page: Tab) -> list[list[str]]:
         await page.ask("[...document.querySelectorAll('.decision')].find(b => b.classList.contains('reject')).click()")
-        await until(page, "document.querySelectorAll('#grid .reveal').length > 2")
+        await until(page, "[...document.querySelectorAll('#grid .card')].every(e => e.querySelector('.reveal'))")
         images = "[...document.querySelectorAll('#grid img')].slice(0, 2).map(i => i.getAttribute('src'))"
         before = await page.ask(images)
         await page.ask("document.querySelector('#grid .card').focus()")
