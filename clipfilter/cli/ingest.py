@@ -49,7 +49,7 @@ def ingest(
         typer.Option("--private", help="Also fetch from private addresses, and through the environment's proxies."),
     ] = False,
     max_failures: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of downloads that may fail before the exit code is 3.")
+        float, typer.Option(min=0, max=1, help="Share of all rows that may have failed before the exit code is 3.")
     ] = 0.9,
     dry_run: DryRun = False,
     as_json: Json = False,

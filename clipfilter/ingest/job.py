@@ -35,8 +35,8 @@ class IngestRequest:
     image_size: scale images down to this shorter side, as JPEG of quality 95; None stores the bytes as they came.
     retry: which rows of earlier runs are fetched again: all that failed, those whose failure may pass, or none.
     timeout: seconds of one wait for a server; deadline: seconds of one whole download. private: also fetch from addresses
-    that are not on the public internet, and use the environment's proxies. max_failures: share of tonight's rows that may
-    fail before the exit code says so.
+    that are not on the public internet, and use the environment's proxies. max_failures: share of all rows that may
+    have failed before the exit code says so.
     """
 
     urls: str
@@ -123,13 +123,11 @@ def ingest(request: IngestRequest, progress: Any = None) -> IngestResult:
         counts = states.write_status(directory)
         directory.clean_scratch(stale_only=False)
         directory.clean_scratch(stale_only=True)
-    failed = sum(count for state, count in fetched.items() if state.startswith("failed"))
-    total = sum(fetched.values())
+    failed = sum(count for state, count in counts.items() if state.startswith("failed"))
+    total = sum(counts.values())
     messages = []
-    if total and failed > request.max_failures * total:
-        messages.append(
-            f"{failed:,} of {total:,} downloads failed, more than {request.max_failures:.0%} (--max-failures)."
-        )
+    if failed > request.max_failures * total:
+        messages.append(f"{failed:,} of {total:,} rows failed, more than {request.max_failures:.0%} (--max-failures).")
     return IngestResult(
         out=directory.url,
         rows=pending.rows,

@@ -101,7 +101,7 @@ def close_killed(directory: Directory, below: int) -> list[int]:
 def gave_up(begun: dict[str, Any]) -> bool:
     """Whether the process that began a night is gone: known on its own machine, else judged by its age."""
     if begun["host"] == socket.gethostname() and begun["born"]:
-        return _born(begun["pid"]) != begun["born"]
+        return bool(_born(begun["pid"]) != begun["born"])
     started = datetime.fromisoformat(begun["started"])
     return (datetime.now(UTC) - started).total_seconds() > _GIVEN_UP_SECONDS
 
