@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,9 +45,12 @@ class OverrideTable:
     codes: np.ndarray  # int8 [n]: 0 keep, 1 review, 2 reject
 
     @classmethod
-    def of(cls, uids: list[str], decisions: list[str]) -> OverrideTable:
-        codes = {name: code for code, name in enumerate(DECISIONS)}
-        return cls(DigestTable.of(name_digests(uids)), np.array([codes[name] for name in decisions], dtype=np.int8))
+    def of(cls, uids: pa.ChunkedArray, decisions: pa.ChunkedArray) -> OverrideTable:
+        """uids and decisions: texts, one of each per override."""
+        digests = [name_digests(chunk.to_pylist()) for chunk in uids.chunks]
+        codes = pc.index_in(decisions, value_set=pa.array(DECISIONS))
+        table = DigestTable.of(np.concatenate(digests) if digests else np.zeros((0, 16), dtype=np.uint8))
+        return cls(table, np.asarray(codes).astype(np.int8))
 
     def find(self, uids: pa.ChunkedArray) -> np.ndarray:
         """Code of each row's override, int8 [n]; -1 where it has none."""
@@ -56,12 +58,10 @@ class OverrideTable:
         return np.where(place >= 0, self.codes[place], np.int8(-1)).astype(np.int8)
 
 
-@lru_cache(maxsize=2)
-def read_overrides(path: Path, sha256: str) -> pa.Table:
+def read_overrides(path: Path) -> pa.Table:
     """The overrides of a CSV file with a header, or of JSON Lines: cf_uid, decision, by, date, note as text.
 
-    Other columns are left out. sha256: of the file, so that a changed file is read again. Raises RefusedError with the
-    row.
+    Other columns are left out. Raises RefusedError with the row.
     """
     try:
         with path.open("rb") as file:
@@ -153,17 +153,18 @@ class Overrides(Model):
     def table(self, files: Attachments) -> OverrideTable:
         """All of them, ready to be looked up. Raises RefusedError."""
         if self.rows is not None:
-            return OverrideTable.of([row.cf_uid for row in self.rows], [row.decision for row in self.rows])
+            columns = ([row.cf_uid for row in self.rows], [row.decision for row in self.rows])
+            return OverrideTable.of(*(pa.chunked_array([values], pa.string()) for values in columns))
         assert self.source is not None
-        read = read_overrides(files.path(self.source), self.source.sha256)
-        return OverrideTable.of(read["cf_uid"].to_pylist(), read["decision"].to_pylist())
+        read = read_overrides(files.path(self.source))
+        return OverrideTable.of(read["cf_uid"], read["decision"])
 
     def find(self, uid: str, files: Attachments) -> dict[str, Any] | None:
         """One row's override: decision, by, date, note; None where it has none. Raises RefusedError."""
         if self.rows is not None:
             return next((row.model_dump(exclude_none=True) for row in self.rows if row.cf_uid == uid), None)
         assert self.source is not None
-        read = read_overrides(files.path(self.source), self.source.sha256)
+        read = read_overrides(files.path(self.source))
         return override_of(read, uid)
 
 
@@ -180,7 +181,7 @@ def _given(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, str) or "file" in value:
         attachment = Attachment.model_validate(source)
         try:
-            read_overrides(Attachments().path(attachment), attachment.sha256)
+            read_overrides(Attachments().path(attachment))
         except RefusedError as error:
             fail(str(error))
     return {"source": source}
