@@ -6,6 +6,7 @@ import numpy as np
 
 _BLOCK = 1024
 _CENTROIDS = 8192  # per product, so that its result stays small
+_SUMMED = 65_536  # rows in float64 at once
 #: A row whose two best centroids are this near to each other is assigned again in float64.
 _CLOSE = 1e-5
 
@@ -58,11 +59,15 @@ def fit_centroids(sample: np.ndarray, k: int, iterations: int = 10) -> np.ndarra
     centroids = _unit(sample[:k].astype(np.float64)).astype(np.float32)
     for _ in range(iterations):
         labels = nearest_centroids(sample, centroids)
+        sums = np.zeros(centroids.shape, np.float64)
         order = np.argsort(labels, kind="stable")
-        present, starts = np.unique(labels[order], return_index=True)
-        sums = np.add.reduceat(sample[order].astype(np.float64), starts, axis=0)
+        for start in range(0, len(order), _SUMMED):
+            part = order[start : start + _SUMMED]
+            present, starts = np.unique(labels[part], return_index=True)
+            sums[present] += np.add.reduceat(sample[part].astype(np.float64), starts, axis=0)
         moved = centroids.copy()
-        moved[present] = _unit(sums).astype(np.float32)
+        filled = np.unique(labels)
+        moved[filled] = _unit(sums[filled]).astype(np.float32)
         if np.array_equal(moved, centroids):
             break
         centroids = moved

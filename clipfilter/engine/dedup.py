@@ -33,6 +33,7 @@ COLUMNS = pa.schema(
 KINDS = ("exact", "near", "semantic")
 _SAMPLE_PER_CLUSTER = 64
 _ROWS_PER_CLUSTER = 1000
+_MOST_CLUSTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class DedupOptions:
 
     near: largest Hamming distance of perceptual hashes (0 to 31), None for not at all. semantic: smallest cosine
     (1 - eps), None for not at all. prefer: the metadata number of which the higher one is kept, ties by uid; None is uid
-    alone. clusters: k-means clusters, within which embeddings are compared; None is one per thousand rows.
+    alone. clusters: k-means clusters, within which embeddings are compared; None is one per thousand rows, at most 20 000.
     """
 
     exact: bool = True
@@ -100,8 +101,10 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
     order, each among what the ones before kept; a keeper that goes later takes its duplicates along. Every part is
     computed in the canonical order of the rows, so that neither the order of shards nor who computes them matters.
 
-    Memory: about 80 bytes per row, the near pairs, and one cluster of embeddings; the embeddings that are compared wait in
-    a scratch file of `out`. Raises RefusedError for options that make no sense or do not fit the run.
+    Memory: about 80 bytes per row, the near pairs, 64 embeddings per cluster while these are fitted, and then one
+    cluster of embeddings; the embeddings that are compared wait in a scratch file of `out`.
+
+    Raises RefusedError for options that make no sense or do not fit the run.
     """
     source = EmbeddedRun(run)
     _check(source, options)
@@ -211,7 +214,7 @@ def _semantic(
     """(rows of one cluster in canonical order, their keepers' places in it) of every cluster."""
     assert options.semantic is not None
     n, total = len(candidates), len(rows.keys)
-    k = min(options.clusters or max(1, n // _ROWS_PER_CLUSTER), n)
+    k = min(options.clusters or min(max(1, n // _ROWS_PER_CLUSTER), _MOST_CLUSTERS), n)
     dim = run.dim
     chosen = candidates[smallest(seeded_hash(rows.keys[candidates], options.seed, "clusters"), k * _SAMPLE_PER_CLUSTER)]
     sample = np.empty((len(chosen), dim), np.float16)

@@ -39,6 +39,8 @@ from clipfilter.sources import Shard
 from clipfilter.storage import Directory
 
 _TABLES = ("annotated", "failed", "scored", "embeddings")
+#: Where rows are looked for; embeddings are those of the annotated (or scored) rows of the same commit.
+_SEARCHED = ("annotated", "failed", "scored")
 _COPIES = {"kept": "keep", "review": "review"}
 #: For people, or made of the data: written again by their own commands.
 _DERIVED = ("report.html", "run.json", "run.log")
@@ -117,7 +119,7 @@ def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[le
     names: list[ledger.CommitName] = []
     for _, commit in ledger.iter_commits(directory, [f"commits/{name}" for name in directory.names("commits")]):
         names.append(ledger.CommitName(commit["shard"]["id"], commit["stage"], commit["generation"]))
-        for folder in _TABLES:
+        for folder in _SEARCHED:
             if folder in commit["files"]:
                 for uid, row in _matches(directory, commit["files"][folder]["name"], values):
                     found.add(uid)
@@ -146,9 +148,7 @@ def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> boo
     commit = directory.read_json(name.path)
     wanted = pa.array(sorted(rows), pa.int64())
     for folder, entry in commit["files"].items():
-        if folder in _COPIES:
-            continue
-        if not rows:
+        if not rows or folder not in _SEARCHED:
             if not directory.exists(entry["name"]):
                 return True
             continue
@@ -162,10 +162,8 @@ def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> boo
 
 
 def _read(directory: Directory, file: str, columns: list[str]) -> pa.Table | None:
-    """These columns of a data file, None where it lacks one."""
+    """These columns of a Parquet file, None where it lacks one."""
     with directory.open(file) as handle:
-        if file.endswith(".arrow"):
-            return pa.ipc.open_file(handle).read_all().select(columns)
         parquet = pq.ParquetFile(handle)
         return parquet.read(columns=columns) if set(columns) <= set(parquet.schema_arrow.names) else None
 
@@ -196,6 +194,9 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
             if folder in commit["files"]:
                 old = tables["annotated"].filter(pc.equal(tables["annotated"]["cf_decision"], decision))
                 keep = ~np.isin(np.asarray(old["cf_row"]), np.asarray(drop))
+                if keep.all():
+                    writer.files[folder] = commit["files"][folder]
+                    continue
                 _copy(directory, commit["files"][folder]["name"], old, keep, shard, writer, folder)
         failed = left.get("failed", FAILED.empty_table())
         rows_table = left.get("annotated", left.get("scored", FAILED.empty_table()))

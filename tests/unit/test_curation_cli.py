@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from typer.testing import CliRunner
 
 from clipfilter.cli import curation
 from clipfilter.errors import RefusedError
+from clipfilter.pipeline_config import load_config
+from clipfilter.policies import load_policy
+from tests.support.engine import REPO
 from tests.support.sources import write_webdataset
 
 
@@ -62,3 +66,17 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="run"):
             run(*arguments)
     assert not (tmp_path / "a").exists()
+
+
+def test_the_config_of_the_pipeline_loads_with_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("curate_pipeline", REPO / "pipelines" / "curate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(REPO)
+    # The names of the annotations are looked up in the module when it is not imported by name.
+    module.CurateConfig.model_rebuild(_types_namespace=vars(module))
+    config = load_config("pipelines/curate.yaml", module.CurateConfig)
+    assert load_policy(config.policy).rules[0].id == "duplicate"
+    assert (config.dedup.near, config.dedup.semantic, config.export.form) == (4, None, "source")
