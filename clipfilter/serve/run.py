@@ -130,9 +130,11 @@ class Run:
 
     def _scores(self, encoder: Encoder, changes: Changes, rule: str, rows: np.ndarray) -> np.ndarray:
         from clipfilter.policies import compile_policy
+        from clipfilter.policies.attachments import Attachments
 
         policy = changed_policy(self.plan, changes)
-        compiled = compile_policy(policy, encoder, decode="exact" if self.plan.options["decode"] == "exact" else "fast")
+        decode = "exact" if self.plan.options["decode"] == "exact" else "fast"
+        compiled = compile_policy(policy, encoder, decode=decode, files=Attachments(Directory(self.url)))
         numbers, inside = self.vectors.locate(rows)
         found = np.empty(len(rows), np.float32)
         for number in np.unique(numbers):
