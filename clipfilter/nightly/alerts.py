@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -13,6 +14,7 @@ from clipfilter.errors import RefusedError
 
 _SECONDS = 10
 _ATTEMPTS = 3
+_WAIT_SECONDS = 1.0  # before the second attempt; three times as long before the third
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ def send(url: str, run: str, night: int | None, alerts: list[Alert], facts: dict
     """
     text = f"clipfilter nightly {run}: " + "; ".join(alert.message for alert in alerts)
     body = {"text": text, "run": run, "night": night, "alerts": [asdict(alert) for alert in alerts], **facts}
-    request = urllib.request.Request(  # noqa: S310 (check_webhook lets only HTTP pass)
-        url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "clipfilter"}
-    )
     problem = "no attempt was made"
     for attempt in range(_ATTEMPTS):
         if attempt:
-            time.sleep(2.0**attempt - 1)
+            time.sleep(_WAIT_SECONDS * (2**attempt - 1))
         try:
+            request = urllib.request.Request(  # noqa: S310 (check_webhook lets only HTTP pass)
+                url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "clipfilter"}
+            )
             with urllib.request.urlopen(request, timeout=_SECONDS):  # noqa: S310
                 return None
         except urllib.error.HTTPError as error:
@@ -54,6 +56,6 @@ def send(url: str, run: str, night: int | None, alerts: list[Alert], facts: dict
                 break
         except OSError as error:
             problem = str(getattr(error, "reason", None) or error or type(error).__name__)
-        except ValueError as error:  # an address that cannot be one
+        except (ValueError, http.client.HTTPException) as error:  # an address that cannot be one
             return type(error).__name__
     return problem

@@ -70,19 +70,23 @@ class Arrivals:
 
     units: shards to process. vanished: ids of shards of the version whose file is gone. replaced: ids of shards of a
     changed file that its new listing does not have. changed_paths: files of the version to process again. known_paths:
-    all that the listing has.
+    all that the listing has. retried: ids of shards in the very state that the version has, to be tried once more.
     """
 
     units: list[Unit] = field(default_factory=list)
     listed: int = 0
     new: int = 0
     changed: int = 0
-    again: int = 0
     set_aside: int = 0
     vanished: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     changed_paths: set[str] = field(default_factory=set)
     known_paths: set[str] = field(default_factory=set)
+    retried: set[str] = field(default_factory=set)
+
+    @property
+    def again(self) -> int:
+        return len(self.retried)
 
     @property
     def fresh(self) -> int:
@@ -110,7 +114,7 @@ def find_arrivals(base: Base, listing: Iterable[Shard], *, retry_failed: bool) -
             continue
         found.units.append(Unit(shard))
         if same:
-            found.again += 1
+            found.retried.add(shard.id)
         elif shard.path in held_paths:
             found.changed += 1
         else:
@@ -133,7 +137,7 @@ class Appending:
         self.arrivals = arrivals
         self.missing = missing
         self.refit = refit
-        self.added: list[str] = []  # commits of arrivals that are in the version
+        self.added: list[str] = []  # commits of what is new or changed and in the version; not of second tries
         self.failed: list[dict[str, Any]] = []
 
     def units(self, source: Source) -> Iterator[Unit]:
@@ -215,7 +219,7 @@ class Appending:
             if identity in touched or paths.get(identity) in taken:
                 continue
             now[identity] = name
-            if identity in paths:
+            if identity in paths and identity not in self.arrivals.retried:
                 self.added.append(name)
         failed = {entry["shard"]["id"]: entry for entry in (newest["failed_shards"] if newest else [])}
         failed = {

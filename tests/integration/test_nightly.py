@@ -17,6 +17,7 @@ import pytest
 from clipfilter.engine.export import export_run
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.engine.verify import verify_run
+from clipfilter.errors import RefusedError
 from clipfilter.nightly import NightRequest, NightResult, history, roll_back, run_night
 from tests.support.engine import REPO, cli, policy_file
 from tests.support.nights import (
@@ -235,3 +236,34 @@ def test_thresholds_stay_frozen_until_a_refit(week: Week) -> None:
     assert all((row["cf_decision"] == "reject") == (row["cf_score.match"] < limit) for row in rows)
     assert first.totals["rows"] == 30
     assert [n["outcome"] for n in history(str(week.out))["nights"]] == ["done", "done", "done", "rollback", "done"]
+
+
+def test_a_source_that_goes_away(week: Week) -> None:
+    arrive(week.source, "a.tar", photo_samples(4, 1))
+    arrive(week.source, "b.tar", photo_samples(4, 2))
+    week.night()
+    whole = dataset(week.out)
+    (week.source / "a.tar").rename(week.folder / "a.tar")
+    kept = week.night()
+    assert (kept.version, kept.shards["vanished"], week.kinds()) == ("000001", 1, ["silence"])
+    assert dataset(week.out) == whole
+    dropped = week.night(missing="drop")
+    assert (dropped.version, dropped.outcome, dropped.totals["rows"]) == ("000002", "done", 4)
+    assert dataset(week.out) == [row for row in whole if row["cf_shard"] == dataset(week.out)[0]["cf_shard"]]
+    assert verify_run(str(week.out)).problems == []
+    # An empty listing is more likely a broken mount than an empty dataset.
+    (week.source / "b.tar").rename(week.folder / "b.tar")
+    emptied = week.night(missing="drop")
+    assert (emptied.version, week.kinds()) == ("000002", ["failure", "silence"])
+    week.source.rename(week.folder / "away")
+    with pytest.raises(Exception, match="arrivals"):
+        week.night()
+    assert week.kinds() == ["failure"]
+    assert history(str(week.out))["nights"][-1]["outcome"] == "failed"
+    # What is refused before the night begins is told as well.
+    (week.folder / "away").rename(week.source)
+    week.policy = policy_file(week.folder, FRACTION_POLICY, "other.yaml")
+    with pytest.raises(RefusedError, match="another plan"):
+        week.night()
+    assert week.kinds() == ["failure"]
+    assert len(history(str(week.out))["nights"]) == 5

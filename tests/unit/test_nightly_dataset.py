@@ -129,6 +129,8 @@ def test_damaged_shards_are_tried_again_on_request(book: Ledger) -> None:
     assert find_arrivals(Base.read(book.directory), [A], retry_failed=False).units == []
     again = find_arrivals(Base.read(book.directory), [A], retry_failed=True)
     assert (again.again, again.fresh, again.units) == (1, 0, [Unit(A)])
+    version = book.night([A], retry=True)
+    assert (version["version"], version["commits"]) == (2, [f"commits/{A.id}.decided.002.json"])
 
 
 def test_what_another_night_wrote_meanwhile_stands(book: Ledger) -> None:
