@@ -146,7 +146,7 @@ class _Exporter:
 
 
 #: Results that are worth a sentence; the rest only passed.
-_SAYING = frozenset({"review", "reject", "missing"})
+_SAYING = frozenset({"review", "reject", "missing", "escalate"})
 
 
 def _categories(plan: Plan, kind: str, mapping: str | None, rules: dict[str, RuleData]) -> dict[str, tuple[str, ...]]:
