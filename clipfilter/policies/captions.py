@@ -36,7 +36,7 @@ LANGUAGES = tuple(
 )
 #: More of a caption says nothing more about its language.
 _LANGUAGE_CHARS = 10_000
-_RE2_MEMORY = 64 * 1024 * 1024
+_RE2_MEMORY = 4 * 1024 * 1024  # for each pattern
 
 #: A rule's answer for one text: its score, and the position of what is shown as the reason among the rule's labels.
 Judge = Callable[[str], tuple[float, int]]
