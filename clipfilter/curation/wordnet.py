@@ -48,19 +48,12 @@ class WordNet:
         return None
 
     def _forms(self, word: str, part: str) -> list[str]:
+        """Morphy as nltk has it since 3.6.6: the word, then its exceptions or what one detachment makes of it."""
         known, exceptions = self._first[part], self._exceptions[part]
-        if word in exceptions:
-            return [form for form in (word, *exceptions[word]) if form in known]
-        forms = [word]
-        found = [word] if word in known else []
-        while forms:
-            forms = [
-                form.removesuffix(old) + new for form in forms for old, new in _ENDINGS[part] if form.endswith(old)
-            ]
-            found += [form for form in forms if form in known]
-            if found:
-                return found
-        return []
+        forms = exceptions.get(word)
+        if forms is None:
+            forms = [word.removesuffix(old) + new for old, new in _ENDINGS[part] if word.endswith(old)]
+        return [form for form in (word, *forms) if form in known]
 
 
 def read_entities(data: bytes, name: str) -> frozenset[int]:
