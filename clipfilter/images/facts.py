@@ -32,8 +32,8 @@ def image_facts(rgb: np.ndarray, size: tuple[int, int] | None = None) -> ImageFa
     size: (width, height) that the picture really has, where `rgb` holds it at another aspect ratio.
     Everything but colourfulness is measured on luma, and all at a longer side of at most `CANONICAL_SIDE` pixels
     (antialiased bilinear), so the numbers compare across image sizes and hardly depend on the decode mode.
-    `phash` is Krawetz's pHash as in `ImageHash.phash`: Lanczos to 32 x 32, DCT-II, the 8 x 8 lowest frequencies against their median; a few bits may
-    differ, since it starts from the small version.
+    `phash` is Krawetz's pHash as in `ImageHash.phash`: Lanczos to 32 x 32, DCT-II, the 8 x 8 lowest frequencies against
+    their median; a few bits may differ, since it starts from the small version.
     """
     planes = _canonical(rgb, size or (rgb.shape[1], rgb.shape[0]))
     gray = _luma(planes)
