@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,14 @@ import pytest
 from PIL import Image
 
 from clipfilter.engine import ledger
+from clipfilter.engine.compare import compare_policies
 from clipfilter.engine.curate import add_balance, add_scores
 from clipfilter.engine.dedup import DedupOptions, find_duplicates
 from clipfilter.engine.derive import EmbeddedRun
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
+from clipfilter.policies import parse_policy
 from clipfilter.storage import Directory
 from tests.support.engine import REPO, photos, policy_file
 from tests.support.sources import write_webdataset
@@ -99,34 +102,47 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "run")
 
 
-def test_planted_copies_are_found_and_nothing_else(run: str, tmp_path: Path) -> None:
-    found = find_duplicates(run, str(tmp_path / "out"), DedupOptions(near=6, semantic=0.97, clusters=2))
+@pytest.mark.parametrize(
+    ("options", "precision", "recall"),
+    [
+        (DedupOptions(near=None), 1.0, 1 / 3),
+        (DedupOptions(exact=False, near=4), 0.95, 0.95),
+        (DedupOptions(exact=False, near=None, semantic=0.95, clusters=2), 0.95, 0.5),
+        (DedupOptions(near=6, semantic=0.97, clusters=2), 0.95, 0.95),
+    ],
+    ids=["exact", "near", "semantic", "all"],
+)
+def test_planted_copies_are_found_and_little_else(
+    run: str, tmp_path: Path, options: DedupOptions, precision: float, recall: float
+) -> None:
+    found = find_duplicates(run, str(tmp_path / "out"), options)
     assert verify_run(str(tmp_path / "out")).problems == []
     rows = duplicates(tmp_path / "out")
     truth = {row["name"]: row["of"] for row in planted()}
     groups = {name: of or name for name, of in truth.items()}
     flagged = {name for name, (kind, _) in rows.items() if kind}
     right = {name for name in flagged if groups[name] == groups[str(rows[name][1])]}
-    recall = len(right) / 30
-    precision = len(right) / len(flagged)
-    print(f"flagged {len(flagged)}, precision {precision:.3f}, recall {recall:.3f}, {found.duplicates}")
-    assert found.duplicates["exact"] == 10
-    assert recall >= 0.9
-    assert precision >= 0.9
+    print(f"precision {len(right) / len(flagged):.3f}, recall {len(right) / 30:.3f}, {found.duplicates}")
+    assert len(right) >= precision * len(flagged)
+    assert len(right) >= recall * 30
+    if options.exact:
+        assert found.duplicates["exact"] == 10
     for name, (kind, keeper) in rows.items():
         assert kind is None or rows[str(keeper)][0] is None, f"{name} names {keeper}, which is not kept"
         if name.endswith("-s") and name in right:
             assert keeper == truth[name], "the one with more pixels stays"
 
 
-def test_results_do_not_depend_on_the_shards(run: str, tmp_path: Path) -> None:
-    rows = planted()
-    order = np.random.default_rng(0).permutation(len(rows))
-    source = write(tmp_path / "source", [rows[i] for i in order], 5)
-    run_job(JobRequest("embed", str(source), str(tmp_path / "run"), engine="local"))
+def test_results_do_not_depend_on_the_order_of_shards(run: str, tmp_path: Path) -> None:
+    """Other cuts of the same rows are in test_import_forget.py."""
+    shutil.copytree(run, tmp_path / "run")
+    version = tmp_path / "run/versions/000001.json"
+    content = json.loads(version.read_text())
+    version.write_text(json.dumps(content | {"commits": content["commits"][::-1]}))
     options = DedupOptions(near=6, semantic=0.97, clusters=3)
     find_duplicates(run, str(tmp_path / "a"), options)
     find_duplicates(str(tmp_path / "run"), str(tmp_path / "b"), options)
+    assert table(tmp_path / "a")["name"] != table(tmp_path / "b")["name"]
     assert duplicates(tmp_path / "a") == duplicates(tmp_path / "b")
 
 
@@ -160,15 +176,12 @@ def test_scores_and_balance_are_columns_that_rules_can_rank(run: str, tmp_path: 
     found = table(tmp_path / "balanced")
     assert found["cf_negclip"].null_count == found["cf_normsim"].null_count == 0
     assert 0 < sum(found["cf_balanced"].to_pylist()) < found.num_rows
-    policy = policy_file(
-        tmp_path,
+    policy = parse_policy(
         "{policy: p, version: 1, rules: [{id: n, metadata: cf_negclip}, {id: b, metadata: cf_balanced, reject: {below: 0.5}},"
-        " {id: best, fraction: {of: n}, reject: {outside_top: 0.3}}]}",
+        " {id: best, fraction: {of: n}, reject: {outside_top: 0.3}}]}"
     )
-    result = run_job(
-        JobRequest("filter", str(tmp_path / "balanced"), str(tmp_path / "kept"), policy=policy, engine="local")
-    )
-    assert 0 < result.totals["keep"] <= 22
+    decided = compare_policies(policy, policy, str(tmp_path / "balanced")).before.decisions
+    assert 0 < decided["keep"] <= 22
     np.save(tmp_path / "other.npy", target[:, :7])
     with pytest.raises(RefusedError, match="7 numbers"):
         add_scores(run, str(tmp_path / "no"), target=str(tmp_path / "other.npy"))
