@@ -14,7 +14,7 @@ from clipfilter.curation.clusters import fit_centroids, nearest_centroids
 from clipfilter.curation.duplicates import exact_duplicates, follow, near_duplicates, semantic_duplicates
 from clipfilter.curation.scores import smallest
 from clipfilter.curation.uids import canonical_order, seeded_hash, uid_keys
-from clipfilter.engine.columns import FACTS, vectors
+from clipfilter.engine.columns import vectors, with_facts
 from clipfilter.engine.derive import EmbeddedRun, RunShard, derive, refuse_existing
 from clipfilter.errors import RefusedError
 from clipfilter.policies.columns import check_metadata, metadata_values
@@ -152,7 +152,7 @@ def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
         keys.append(uid_keys(table["cf_uid"]))
         places.append(np.stack([np.full(n, shard.id, np.uint64), np.asarray(table["cf_row"]).astype(np.uint64)], 1))
         if options.prefer is not None:
-            preference.append(metadata_values(options.prefer, _with_facts(table, store)))
+            preference.append(metadata_values(options.prefer, with_facts(table, store)))
         digests.append(uid_keys(pc.utf8_slice_codeunits(table["cf_sha256"], 0, 32)))
         has_digest.append(np.asarray(table["cf_sha256"].is_valid()))
         hashes.append(np.asarray(store["cf_phash"].fill_null(0), np.uint64))
@@ -168,13 +168,6 @@ def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
         np.concatenate(hashes),
         np.concatenate(has_hash),
     )
-
-
-def _with_facts(table: pa.Table, store: pa.Table) -> pa.Table:
-    for name in FACTS.names:
-        if name not in table.column_names:
-            table = table.append_column(name, store[name])
-    return table
 
 
 def _search(run: EmbeddedRun, rows: _Rows, order: np.ndarray, options: DedupOptions, scratch: Directory) -> _Found:
