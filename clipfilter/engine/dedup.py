@@ -14,7 +14,7 @@ from clipfilter.curation.clusters import fit_centroids, nearest_centroids
 from clipfilter.curation.duplicates import exact_duplicates, follow, near_duplicates, semantic_duplicates
 from clipfilter.curation.scores import smallest
 from clipfilter.curation.uids import canonical_order, seeded_hash, uid_keys
-from clipfilter.engine.columns import vectors, with_facts
+from clipfilter.engine.columns import FACTS, vectors, with_facts
 from clipfilter.engine.derive import EmbeddedRun, RunShard, derive, refuse_existing
 from clipfilter.errors import RefusedError
 from clipfilter.policies.columns import check_metadata, metadata_values
