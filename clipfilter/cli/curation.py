@@ -158,7 +158,7 @@ def reshard(
     """Reduce tars to the rows of a uid subset, as DataComp's resharder does."""
     from dataclasses import asdict
 
-    from clipfilter.curation.reshard import reshard as run_reshard
+    from clipfilter.engine.reshard import reshard as run_reshard
 
     result = run_reshard(tars, subset, out, rows_per_shard)
     if as_json:

@@ -25,10 +25,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipfilter.curation.reshard import load_subset
 from clipfilter.engine import ledger
 from clipfilter.engine.columns import FAILED
 from clipfilter.engine.plan import read_plan
+from clipfilter.engine.reshard import load_subset
 from clipfilter.engine.shard import shard_report
 from clipfilter.engine.verify import DATA_FOLDERS
 from clipfilter.engine.worker import machine

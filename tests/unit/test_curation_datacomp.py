@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipfilter.curation import datacomp
-from clipfilter.curation.reshard import reshard
 from clipfilter.curation.wordnet import WordNet
+from clipfilter.engine.reshard import reshard
 from clipfilter.errors import RefusedError
 from tests.support.sources import write_webdataset
 
