@@ -138,9 +138,8 @@ def _print(result: NightResult) -> None:
     shown = [item for item in result.drift if item.alarm] or result.drift[:1]
     for item in shown:
         line(f"drift    {item.of}: PSI {item.psi:.3f}, limit {item.limit:.3f} ({item.m:,} against {item.n:,} rows)")
-    line(
-        f"dataset  {result.out} (version {int(result.version)}, {totals['rows']:,} rows in {totals['shards']:,} shards)"
-    )
+    held = f"{totals['rows']:,} rows in {totals['shards']:,} shard{'' if totals['shards'] == 1 else 's'}"
+    line(f"dataset  {result.out} (version {int(result.version)}, {held})")
     for alert in result.alerts:
         line(f"ALERT    {alert.kind}: {alert.message}", "red")
     for message in result.messages:
