@@ -192,7 +192,10 @@ def _result(
     for rule in policy.rules:
         fired, score = reasons.get(rule.id, {}), row.get(f"cf_score.{rule.id}")
         result.rules[rule.id] = RuleOutcome(
-            fired.get("band", "missing" if score is None else "keep"), score, fired.get("nearest"), fired.get("contrast")
+            fired.get("band", "missing" if score is None else "keep"),
+            score,
+            fired.get("nearest"),
+            fired.get("contrast"),
         )
     result.decision = row["cf_decision"]
     if test.expect is not None and result.decision != test.expect:
