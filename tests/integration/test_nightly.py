@@ -99,18 +99,18 @@ def test_seven_nights(week: Week) -> None:
     assert (second.exit_code, second.version, week.kinds()) == (0, "000002", [])
     assert second.counts["rows"] == ROWS
     assert {path: path.stat().st_mtime_ns for path in old} == old
-    assert dataset(week.out) == week.fresh()
+    before = dataset(week.out)
+    assert before == week.fresh()
 
     # Night 3: nothing arrives.
     third = week.night()
     assert (third.exit_code, third.outcome, third.version, week.kinds()) == (3, "unchanged", "000002", ["silence"])
-    assert dataset(week.out) == week.fresh()
+    assert dataset(week.out) == before
 
     # Night 4: a file has changed, another is new, and the job is killed in the middle.
     arrive(week.source, "b.tar", photo_samples(ROWS, 4))
     arrive(week.source, "d.tar", photo_samples(ROWS, 5))
     commits = set(week.out.glob("commits/*"))
-    before = dataset(week.out)
     del week.posted[:]
     process = subprocess.Popen(
         [sys.executable, "-m", "clipfilter", *week.command()], cwd=REPO, start_new_session=True,
