@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 from functools import cache
 from typing import Any
@@ -27,6 +28,23 @@ _KNOCK_SECONDS = 10.0
 def _token() -> str:
     """The secret of the clusters this process starts: one for all, since Ray reads it only once in a process."""
     return secrets.token_hex(32)
+
+
+def _ask_for_tokens() -> None:
+    """Have the clusters that this process starts obey only those who know their token, where nobody chose otherwise.
+
+    Ray reads its mode while it is imported. Set later, its servers would want a token that its client does not send.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if "ray" in sys.modules:
+        log.warning(
+            "Ray was imported before clipfilter could ask for tokens, so any process on this machine can use its cluster; "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN before the first import of ray."
+        )
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", _token())
 
 
 class EncoderActor:
@@ -82,9 +100,8 @@ class RayExecutor:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray's workers are nice by default; on a machine that does anything else the encoder would starve.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        if address is None and "RAY_AUTH_MODE" not in os.environ:
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ.setdefault("RAY_AUTH_TOKEN", _token())
+        if address is None:
+            _ask_for_tokens()
         import ray
 
         self._ray = ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -25,8 +26,11 @@ from tests.support.engine import REPO, cli
 from tests.support.sources import jpeg
 from tests.support.web import Web, web
 
-pytest.importorskip("img2dataset", reason="needs the extra `ingest`")
-pytestmark = pytest.mark.integration
+# Found, not imported: it imports Ray, which reads its authentication mode then, for all tests of this process.
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(importlib.util.find_spec("img2dataset") is None, reason="needs the extra `ingest`"),
+]
 
 #: How many URLs of each kind, and the state they must end in.
 KINDS = {

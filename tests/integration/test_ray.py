@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,25 @@ def test_ray_gives_the_very_files_of_the_local_executor(
     for engine in ("local", "ray"):
         cli("filter", run, "--policy", fraction, "--out", str(tmp_path / engine), "--engine", engine, "-q")
     assert data_files(tmp_path / "local") == data_files(tmp_path / "ray")
+
+
+def test_ray_may_be_imported_before(embedded: object, policy: str, tmp_path: Path) -> None:
+    """In a notebook it often is. Ray has read its authentication mode then, so the cluster does without tokens, and says so."""
+    program = (
+        "import logging, sys, ray\n"
+        "from clipfilter.engine.job import JobRequest, run_job\n"
+        "logging.basicConfig()\n"
+        "run_job(JobRequest('filter', sys.argv[1], sys.argv[3], policy=sys.argv[2], engine='ray'))\n"
+    )
+    out = str(tmp_path / "out")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", program, embedded.out, policy, out],  # type: ignore[attr-defined]
+        capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "RAY_AUTH_MODE=token" in done.stderr
+    assert not verify_run(out).problems
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
