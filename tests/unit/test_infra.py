@@ -135,9 +135,10 @@ def test_the_beam_image_has_the_versions_that_were_tested() -> None:
 # compose
 
 
-def test_compose_fits_the_part_of_the_specification_it_uses() -> None:
+def test_compose_fits_the_published_specification() -> None:
     compose = document("compose/compose.yaml")
-    schema = json.loads((SCHEMAS / "compose-part.json").read_text())
+    schema = json.loads((SCHEMAS / "compose-spec.json").read_text())
+    assert compose.pop("name") == "clipfilter"  # a key younger than this edition of the schema (2021)
     jsonschema.validate(compose, schema)
     typo = copy.deepcopy(compose)
     typo["services"]["head"]["healthcheck"]["tests"] = typo["services"]["head"]["healthcheck"].pop("test")
