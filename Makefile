@@ -27,13 +27,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/clipfilter run samples/photos --policy demo --out $(DEMO_OUT) --engine ray --thumbnails show --max-failures 0.1
 
-# Two at a time: most tests wait for processes to start more than they compute. What the second prints follows the first.
 test: $(READY) browser
-	@$(BIN)/python -m pytest tests/chaos tests/docs >$(VENV)/second.log 2>&1 & second=$$!; \
-	trap 'kill $$second 2>/dev/null' INT TERM; \
-	$(BIN)/python -m pytest tests/browser tests/integration tests/unit; first=$$?; \
-	wait $$second; second=$$?; cat $(VENV)/second.log; \
-	test $$first -eq 0 -a $$second -eq 0
+	$(BIN)/python -m pytest
 
 check: lint types unit
 
