@@ -40,8 +40,10 @@ def s3_server() -> Iterator[str]:
         else:
             raise RuntimeError("the S3 server did not start")
         os.environ.update(ours)
+        _forget_connections()
         yield url
     finally:
+        _forget_connections()
         server.terminate()
         server.wait()
         for name, value in before.items():
@@ -49,3 +51,10 @@ def s3_server() -> Iterator[str]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _forget_connections() -> None:
+    """fsspec keeps file systems by their arguments, and the endpoint is none: the next server has another port."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
