@@ -12,7 +12,6 @@ contradict each other.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from clipfilter.policies import conditions
+from clipfilter.policies import blocks, conditions
+from clipfilter.policies.blocks import BLOCK, similarity
 from clipfilter.policies.columns import metadata_values
 from clipfilter.policies.deciding import REASONS, Decisions, annotation, decide
 from clipfilter.policies.plans import RECHECK, ConceptPlan, HeadPlan, OpenedHead, concept_scores
@@ -35,8 +35,6 @@ __all__ = [
     "BLOCK", "REASONS", "RECHECK", "ConceptPlan", "Decisions", "HeadPlan", "Scores", "annotation", "concept_scores",
     "decide", "score", "settle", "similarity",
 ]  # fmt: skip
-
-BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -96,23 +94,22 @@ def score(
     for member in safety.members:
         heads[member.rule] = np.full(n, np.nan, dtype=np.float32)
     decides = {member.rule: np.full(n, -1, dtype=np.int32) for member in safety.members}
-    block = np.zeros((BLOCK, image_emb.shape[1]), dtype=np.float32)
-    texts = np.zeros_like(block)
+    block, texts = np.empty((2, BLOCK, image_emb.shape[1]), dtype=np.float32)
     products = np.empty((len(plan.weights), BLOCK), dtype=np.float32)
-    with _one_blas_thread():
+    # Rows that hold no usable embedding become NaN.
+    with _one_blas_thread(), np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, n, BLOCK):
             rows = slice(start, min(start + BLOCK, n))
             half = image_emb[rows]
-            _upcast(half, block)
-            usable = _usable(block)
+            blocks.upcast(half, block)
+            usable = blocks.usable(block)
             if text_emb is not None:
-                _upcast(text_emb[rows], texts)
-                cosine[rows] = _cosines(block, texts, usable)[: len(half)]
+                blocks.upcast(text_emb[rows], texts)
+                cosine[rows] = blocks.cosines(block, texts, usable)[: len(half)]
             if not plan.rules and not heads:
                 continue
             valid = usable[: len(half)]
-            with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN
-                np.matmul(plan.weights, block.T, out=products)
+            np.matmul(plan.weights, block.T, out=products)
             if plan.rules:
                 cosines = products[: len(plan.phrases)]
                 target = (concept[:, rows], nearest[:, rows], contrast[:, rows])
@@ -187,32 +184,6 @@ def _combined(rule: CompiledRule, values: dict[str, np.ndarray], skipped: dict[s
     return np.asarray(total)
 
 
-def similarity(image_emb: np.ndarray, text_emb: np.ndarray | None, has_text: np.ndarray | None) -> np.ndarray:
-    """Cosine of image and caption, float32 [n], exactly as `score` computes it; NaN without a caption.
-
-    image_emb, text_emb: float16 [n, d], unit norm; has_text: bool [n], or None for all.
-    """
-    n = len(image_emb)
-    result = np.full(n, np.nan, dtype=np.float32)
-    if text_emb is None or n == 0:
-        return result
-    images = np.zeros((BLOCK, image_emb.shape[1]), dtype=np.float32)
-    texts = np.zeros_like(images)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        _upcast(image_emb[start:stop], images)
-        _upcast(text_emb[start:stop], texts)
-        result[start:stop] = _cosines(images, texts, _usable(images))[: stop - start]
-    if has_text is not None:
-        result[~np.asarray(has_text, dtype=bool)] = np.nan
-    return result
-
-
-def _cosines(images: np.ndarray, texts: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Row-wise product of two blocks, NaN where either row is no embedding (usable says it of the images)."""
-    return np.where(usable & _usable(texts), np.vecdot(images, texts), np.float32(np.nan))
-
-
 def settle(exact: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
     """float64 scores as float32 that lie on the same side of every float32 threshold as they did in float64.
 
@@ -228,23 +199,6 @@ def settle(exact: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
     return stored
 
 
-def _upcast(half: np.ndarray, out: np.ndarray) -> None:
-    """float16 [m, d] into the first rows of a float32 block, the rest zero. Exact, whoever does it."""
-    size = len(half)
-    torch = sys.modules.get("torch")
-    if torch is not None and half.dtype == np.float16:
-        own = np.require(half, requirements=["C", "W"])  # torch takes no read-only memory map; a copy is cheap
-        torch.from_numpy(out)[:size].copy_(torch.from_numpy(own))  # many times as fast as numpy's cast
-    else:
-        out[:size] = half
-    out[size:] = 0.0
-
-
-def _usable(block: np.ndarray) -> np.ndarray:
-    squares = np.vecdot(block, block)
-    return np.asarray(np.isfinite(squares) & (squares > 0))
-
-
 def _score_concepts(
     plan: ConceptPlan,
     rules: Sequence[CompiledRule],
@@ -257,8 +211,7 @@ def _score_concepts(
 ) -> None:
     """One block of concept scores into `out` [R, m] from its cosines [k, BLOCK], and phrases of the rows that a band can
     concern."""
-    with np.errstate(invalid="ignore", over="ignore"):  # rows that hold no usable embedding become NaN below
-        out[:] = concept_scores(plan, cosines)[:, : len(half)]
+    out[:] = concept_scores(plan, cosines)[:, : len(half)]
     out[:, ~valid] = np.nan
 
     doubtful = np.abs(out[plan.threshold_rule] - plan.thresholds[:, None]) <= plan.doubt[:, None]
@@ -301,9 +254,8 @@ def _opened_scores(
     """One block of a head of several layers from the product [hidden, BLOCK] of its first, float32 [m]; close ones
     settled in float64 from the embedding."""
     network = opened.network
-    with np.errstate(invalid="ignore", over="ignore"):
-        hidden = product[:, : len(half)].T.astype(np.float64) + network.first[1]
-        values = network.rest(hidden + network.words(half)).astype(np.float32)
+    hidden = product[:, : len(half)].T.astype(np.float64) + network.first[1]
+    values = network.rest(hidden + network.words(half)).astype(np.float32)
     values[~valid] = np.nan
     close = np.abs(values - np.array(thresholds, dtype=np.float32)[:, None]) <= opened.near
     picked = np.flatnonzero(close.any(axis=0))
@@ -335,10 +287,9 @@ def _safety_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One block of a safety checker: scores float32 [m] and labels int32 [m] of the concepts that decide. What is close
     to a threshold, or to the limit of special care, is settled in float64."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        values, concept, care = member.scores(products[member.columns, : len(half)])
-        close = (np.abs(values - np.array(thresholds, dtype=np.float32)[:, None]) <= RECHECK).any(axis=0)
-        picked = np.flatnonzero(valid & (close | (care <= RECHECK)))
+    values, concept, care = member.scores(products[member.columns, : len(half)])
+    close = (np.abs(values - np.array(thresholds, dtype=np.float32)[:, None]) <= RECHECK).any(axis=0)
+    picked = np.flatnonzero(valid & (close | (care <= RECHECK)))
     if len(picked):
         weights = plan.weights[member.columns].astype(np.float64)
         # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are close.

@@ -1,0 +1,59 @@
+"""Blocks of stored embeddings as float32, always of 1024 rows: rows that are missing at the end are zeros, so that the shape
+of a product, and so its rounding, never depends on how many rows follow."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+BLOCK = 1024
+
+
+def upcast(half: np.ndarray, out: np.ndarray) -> None:
+    """float16 [m, d] into the first rows of a float32 block, the rest zero. Exact, whoever does it."""
+    size = len(half)
+    torch = sys.modules.get("torch")
+    if torch is not None and half.dtype == np.float16:
+        own = np.require(half, requirements=["C", "W"])  # torch takes no read-only memory map; a copy is cheap
+        torch.from_numpy(out)[:size].copy_(torch.from_numpy(own))  # many times as fast as numpy's cast
+    else:
+        out[:size] = half
+    out[size:] = 0.0
+
+
+def usable(block: np.ndarray) -> np.ndarray:
+    """Which rows hold an embedding, bool [m]: finite, and not all zeros."""
+    squares = np.vecdot(block, block)
+    return np.asarray(np.isfinite(squares) & (squares > 0))
+
+
+def cosines(images: np.ndarray, texts: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Row-wise product of two blocks, NaN where either row is no embedding (`valid` says it of the images)."""
+    result = np.vecdot(images, texts)
+    result[~valid] = np.nan
+    # Captions of zeros or of what is not finite show in the product, so that only few rows have to be looked at twice.
+    odd = np.flatnonzero(~np.isfinite(result) | (result == 0))
+    result[odd[~usable(texts[odd])]] = np.nan
+    return np.asarray(result)
+
+
+def similarity(image_emb: np.ndarray, text_emb: np.ndarray | None, has_text: np.ndarray | None) -> np.ndarray:
+    """Cosine of image and caption, float32 [n], exactly as a policy's `alignment` computes it; NaN without a caption.
+
+    image_emb, text_emb: float16 [n, d], unit norm; has_text: bool [n], or None for all.
+    """
+    n = len(image_emb)
+    result = np.full(n, np.nan, dtype=np.float32)
+    if text_emb is None or n == 0:
+        return result
+    images, texts = np.empty((2, BLOCK, image_emb.shape[1]), dtype=np.float32)
+    with np.errstate(invalid="ignore"):
+        for start in range(0, n, BLOCK):
+            stop = min(start + BLOCK, n)
+            upcast(image_emb[start:stop], images)
+            upcast(text_emb[start:stop], texts)
+            result[start:stop] = cosines(images, texts, usable(images))[: stop - start]
+    if has_text is not None:
+        result[~np.asarray(has_text, dtype=bool)] = np.nan
+    return result
