@@ -254,14 +254,16 @@ def _opened_scores(
     """One block of a head of several layers from the product [hidden, BLOCK] of its first, float32 [m]; close ones
     settled in float64 from the embedding."""
     network = opened.network
-    hidden = product[:, : len(half)].T.astype(np.float64) + network.first[1]
-    values = network.rest(hidden + network.words(half)).astype(np.float32)
+    hidden = product[:, : len(half)].T.astype(np.float64)
+    hidden += network.first[1]
+    hidden += network.words(half)
+    values = network.rest(hidden).astype(np.float32)
     values[~valid] = np.nan
     close = np.abs(values - np.array(thresholds, dtype=np.float32)[:, None]) <= opened.near
     picked = np.flatnonzero(close.any(axis=0))
     if len(picked):
         # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are close.
-        exact = np.concatenate([network.exact(half[row][None].astype(np.float64)) for row in picked])
+        exact = np.concatenate([network.exact(half[row : row + 1]) for row in picked])
         values[picked] = settle(exact, thresholds)
     return values
 

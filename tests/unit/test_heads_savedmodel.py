@@ -220,6 +220,19 @@ def test_words_are_what_percent_f_writes() -> None:
     np.testing.assert_array_equal(Vocabulary(keys, values.astype(float))(numbers), [last[text] for text in texts])
 
 
+def test_words_of_float16_are_those_of_the_same_numbers_in_float64() -> None:
+    from clipfilter.models.heads.network import NEGATIVE_ZERO, Vocabulary
+
+    keys = np.unique([NEGATIVE_ZERO, 0, *RNG.integers(-(10**6), 10**6, 400_000)])
+    vocabulary = Vocabulary(keys, RNG.normal(size=len(keys)))
+    numbers = np.arange(65536, dtype=np.uint16).view(np.float16)
+    numbers = numbers[np.isfinite(numbers)]
+    expected = vocabulary(numbers.astype(np.float64))
+    np.testing.assert_array_equal(vocabulary(numbers), expected)
+    np.testing.assert_array_equal(vocabulary(np.stack([numbers, -numbers], axis=1)[:, 0]), expected)  # not contiguous
+    assert 1000 < np.count_nonzero(expected) < len(expected)
+
+
 def test_members_that_are_missing_twice_or_too_large_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
