@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 RECHECK = 1e-5
 _OPENED_NEAR = 0.02  # where an error could move a score further than this, too many rows would be computed twice
 _VANISHING = 1e-30  # a sum of exponentials below this has lost digits
+_PIECE = 64  # columns reduced at once: with BLOCK rows 256 KiB, which stay in a processor's cache from step to step
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some groups of one size that are reduced at once."""
+
+    groups: slice
+    columns: slice
+    shape: tuple[int, int]  # how many groups, and their size
 
 
 @dataclass(frozen=True)
@@ -23,14 +34,14 @@ class ConceptPlan:
     """The concept rules of a policy as arrays: k phrase columns in G groups of neighbours, P parts that read groups, R
     rules whose score is the lowest of their parts.
 
-    A rule has one part for `any_of` and one for each phrase of `all_of`. Groups lie in order of their size, so that all
+    A rule has one part for `any_of` and one for each phrase of `all_of`. Groups lie in order of their size, so that many
     of one size are reduced at once. A group index of G means "no such group".
     """
 
     weights: np.ndarray  # float32 [k + h, dim]: unit rows of the phrases, then those of the heads and safety checkers
     phrases: tuple[str, ...]  # of every column
     bounds: tuple[tuple[int, int], ...]  # columns of every group
-    sizes: tuple[tuple[int, int, int], ...]  # first and last + 1 of the groups of one size, and that size
+    pieces: tuple[Piece, ...]  # all groups, in the order of their size
     group_of: np.ndarray  # intp [k]
     counted: np.ndarray | None  # float64 [k] how much each phrase counts, None where all count alike
     rules: tuple[str, ...]
@@ -91,12 +102,7 @@ class ConceptPlan:
             weights=np.ascontiguousarray(np.concatenate([weights[columns], weights[len(phrases) :]]), dtype=np.float32),
             phrases=tuple(phrases[column] for column in columns),
             bounds=bounds,
-            sizes=tuple(
-                (int(first), int(first + count), int(size))
-                for size, first, count in zip(
-                    *np.unique(sizes[:-1], return_index=True, return_counts=True), strict=True
-                )
-            ),
+            pieces=tuple(_pieces(bounds)),
             group_of=np.repeat(np.arange(len(bounds)), sizes[:-1].astype(np.intp)),
             counted=order,
             rules=tuple(rules),
@@ -129,6 +135,18 @@ class ConceptPlan:
                 [(near[first.index(rule)], generic[first.index(rule)]) for rule in rules], bounds
             ),
         )
+
+
+def _pieces(bounds: Sequence[tuple[int, int]]) -> Iterator[Piece]:
+    """Neighbouring groups of one size, so many that they have about `_PIECE` columns."""
+    first = 0
+    for size, alike in itertools.groupby(stop - start for start, stop in bounds):
+        end = first + sum(1 for _ in alike)
+        step = max(1, _PIECE // size)
+        for group in range(first, end, step):
+            last = min(group + step, end)
+            yield Piece(slice(group, last), slice(bounds[group][0], bounds[last - 1][1]), (last - group, size))
+        first = end
 
 
 def _rectangle(groups: Sequence[tuple[int, ...]], bounds: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -214,17 +232,14 @@ def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
 
 def _part_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
     """Scores [P, m] of the parts."""
-    kinds = np.array(plan.score_kinds)
-    soft = (kinds == "probability") & (not plan.sigmoid)
-    result = np.empty((len(plan.positives), cosines.shape[1]), dtype=cosines.dtype)
-    if soft.any():
-        result[:] = _probabilities(plan, cosines)
-    if soft.all():
-        return result
+    soft = [kind == "probability" and not plan.sigmoid for kind in plan.score_kinds]
+    if all(soft):
+        return _probabilities(plan, cosines)
+    result = _probabilities(plan, cosines) if any(soft) else np.empty((len(soft), cosines.shape[1]), cosines.dtype)
     scale, bias = cosines.dtype.type(plan.logit_scale), cosines.dtype.type(plan.logit_bias)
     if plan.counted is not None:
         cosines = cosines + (np.log(plan.counted) / plan.logit_scale).astype(cosines.dtype)[:, None]
-    top = _by_group(plan, np.maximum, cosines, -np.inf)
+    top = _highest(plan, cosines)
     positive, negative = top[plan.positives], np.maximum(top[plan.near], top[plan.generic])
     with np.errstate(invalid="ignore", over="ignore"):
         for row, kind in enumerate(plan.score_kinds):
@@ -240,24 +255,21 @@ def _part_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
 
 
 def _probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
-    """The softmax of every rule [R, m]: mean exponential of the positives against that of all it is contrasted with."""
-    dtype = cosines.dtype
-    scale = dtype.type(plan.logit_scale)
-    count = plan.counts.astype(dtype)[:, :, None]
+    """The softmax of every part [P, m]: mean exponential of the positives against that of all it is contrasted with."""
+    count = plan.counts.astype(cosines.dtype)[:, :, None]
     with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
-        powers = cosines - np.maximum.reduce(cosines, axis=0)
-        powers *= scale
-        np.exp(powers, out=powers)
-        if plan.counted is not None:
-            powers *= plan.counted.astype(dtype)[:, None]
-        total = _by_group(plan, np.add, powers, 0.0)
-        positive = total[plan.positives] / count[0]
-        both = (total[plan.near] + total[plan.generic]) / count[1]
+        total = _exponentials(plan, cosines, np.maximum.reduce(cosines, axis=0))
+        positive = total[plan.positives]
+        positive /= count[0]
+        both = total[plan.near]
+        both += total[plan.generic]
+        both /= count[1]
         both += positive
         result = np.divide(positive, both, out=positive)
         # Where a rule's phrases all lie far below the row's highest, their exponentials vanish beside it.
-        lost = np.flatnonzero((both < dtype.type(_VANISHING)).any(axis=0))
-        if len(lost):
+        vanished = both < cosines.dtype.type(_VANISHING)
+        if vanished.any():
+            lost = np.flatnonzero(vanished.any(axis=0))
             result[:, lost] = _distant_probabilities(plan, cosines[:, lost])
     return np.asarray(result)
 
@@ -266,13 +278,10 @@ def _distant_probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray
     """`_probabilities` with exponentials relative to the highest of each group, in which nothing vanishes."""
     dtype = cosines.dtype
     scale = dtype.type(plan.logit_scale)
-    top = _by_group(plan, np.maximum, cosines, -np.inf)
+    top = _highest(plan, cosines)
     positive, near, generic = top[plan.positives], top[plan.near], top[plan.generic]
     negative = np.maximum(near, generic)
-    powers = np.exp((cosines - top[plan.group_of]) * scale)
-    if plan.counted is not None:
-        powers *= plan.counted.astype(dtype)[:, None]
-    total = _by_group(plan, np.add, powers, 0.0)
+    total = _exponentials(plan, cosines, top[plan.group_of])
     against = total[plan.near] * np.exp(scale * (near - negative))
     against += total[plan.generic] * np.exp(scale * (generic - negative))
     ratio = (plan.counts[0] / plan.counts[1]).astype(dtype)[:, None]
@@ -280,14 +289,31 @@ def _distant_probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray
     return np.asarray(dtype.type(1) / (odds + dtype.type(1)))
 
 
-def _by_group(plan: ConceptPlan, reduce: np.ufunc, columns: np.ndarray, none: float) -> np.ndarray:
-    """`columns` [k, m] reduced over each group, [G + 1, m]; the last row, of the group that is none, holds `none`."""
-    width = columns.shape[1]
-    result = np.full((len(plan.bounds) + 1, width), none, dtype=columns.dtype)
-    for first, last, size in plan.sizes:
-        members = columns[plan.bounds[first][0] : plan.bounds[last - 1][1]]
-        reduce.reduce(members.reshape(last - first, size, width), axis=1, out=result[first:last])
-    return result
+def _exponentials(plan: ConceptPlan, cosines: np.ndarray, subtracted: np.ndarray) -> np.ndarray:
+    """Sums of exp(s * (cosine - subtracted)) over each group, [G + 1, m]; 0 for the group that is none.
+
+    cosines: [k, m]; subtracted: the same, or [m] for all columns. Weights multiply the exponentials.
+    """
+    scale = cosines.dtype.type(plan.logit_scale)
+    subtracted = np.broadcast_to(subtracted, cosines.shape)
+    total = np.zeros((len(plan.bounds) + 1, cosines.shape[1]), dtype=cosines.dtype)
+    for piece in plan.pieces:
+        powers = cosines[piece.columns] - subtracted[piece.columns]
+        powers *= scale
+        np.exp(powers, out=powers)
+        if plan.counted is not None:
+            powers *= plan.counted[piece.columns].astype(cosines.dtype)[:, None]
+        np.add.reduce(powers.reshape(*piece.shape, -1), axis=1, out=total[piece.groups])
+    return total
+
+
+def _highest(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
+    """The highest cosine of each group, [G + 1, m]; -inf for the group that is none."""
+    top = np.full((len(plan.bounds) + 1, cosines.shape[1]), -np.inf, dtype=cosines.dtype)
+    for piece in plan.pieces:
+        columns = cosines[piece.columns]
+        np.maximum.reduce(columns.reshape(*piece.shape, -1), axis=1, out=top[piece.groups])
+    return top
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
