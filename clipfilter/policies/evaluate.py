@@ -24,7 +24,7 @@ from clipfilter.policies import blocks, conditions
 from clipfilter.policies.blocks import BLOCK, similarity
 from clipfilter.policies.columns import metadata_values
 from clipfilter.policies.deciding import REASONS, Decisions, annotation, decide
-from clipfilter.policies.plans import RECHECK, ConceptPlan, HeadPlan, OpenedHead, concept_scores
+from clipfilter.policies.plans import RECHECK, ConceptPlan, HeadPlan, LinearHead, OpenedHead, concept_scores
 
 if TYPE_CHECKING:
     from clipfilter.models.heads import Head
@@ -84,6 +84,7 @@ def score(
     plan = compiled.concepts
     rules = {rule.id: rule for rule in compiled.rules}
     concept_rules = [rules[name] for name in plan.rules]
+    explained = _explained(plan, concept_rules)
     values: dict[str, np.ndarray] = {}
     concept = np.full((len(plan.rules), n), np.nan, dtype=np.float32)
     nearest = np.full((len(plan.rules), n), -1, dtype=np.int32)
@@ -113,10 +114,10 @@ def score(
             if plan.rules:
                 cosines = products[: len(plan.phrases)]
                 target = (concept[:, rows], nearest[:, rows], contrast[:, rows])
-                _score_concepts(plan, concept_rules, cosines, half, valid, *target)
+                _score_concepts(plan, concept_rules, explained, cosines, half, valid, *target)
             of_heads = products[len(plan.phrases) :]
-            for (name, head), product in zip(compiled.heads.linear, of_heads, strict=False):
-                heads[name][rows] = _linear_scores(head, product, half, valid, rules[name].thresholds)
+            for linear, product in zip(compiled.heads.linear, of_heads, strict=False):
+                heads[linear.rule][rows] = _linear_scores(linear, product, half, valid, rules[linear.rule].thresholds)
             for opened in compiled.heads.opened:
                 hidden = of_heads[opened.columns]
                 heads[opened.rule][rows] = _opened_scores(opened, hidden, half, valid, rules[opened.rule].thresholds)
@@ -202,6 +203,7 @@ def settle(exact: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
 def _score_concepts(
     plan: ConceptPlan,
     rules: Sequence[CompiledRule],
+    explained: tuple[np.ndarray, np.ndarray],
     cosines: np.ndarray,
     half: np.ndarray,
     valid: np.ndarray,
@@ -214,7 +216,9 @@ def _score_concepts(
     out[:] = concept_scores(plan, cosines)[:, : len(half)]
     out[:, ~valid] = np.nan
 
-    doubtful = np.abs(out[plan.threshold_rule] - plan.thresholds[:, None]) <= plan.doubt[:, None]
+    doubtful = np.zeros(out.shape, dtype=bool)
+    for thresholds in plan.thresholds:
+        doubtful |= np.abs(out - thresholds[:, None]) <= plan.doubt[:, None]
     picked = np.flatnonzero(doubtful.any(axis=0))
     if len(picked):
         weights = plan.weights[: len(plan.phrases)].astype(np.float64)
@@ -222,29 +226,27 @@ def _score_concepts(
         # close.
         exact_cosines = np.stack([weights @ half[row].astype(np.float64) for row in picked], axis=1)
         exact = concept_scores(plan, exact_cosines)
-        for position, rule in enumerate(rules):
-            chosen = doubtful[plan.threshold_rule == position].any(axis=0)[picked]
-            out[position, picked[chosen]] = settle(exact[position, chosen], rule.thresholds)
+        for position in np.flatnonzero(doubtful.any(axis=1)).tolist():
+            chosen = doubtful[position, picked]
+            out[position, picked[chosen]] = settle(exact[position, chosen], rules[position].thresholds)
 
-    of_rule, at = np.nonzero(_concerned(plan, rules, out, valid))
+    asked = (out > explained[0][:, None]) | (out < explained[1][:, None])
+    of_rule, at = np.divmod(np.flatnonzero(asked), len(half))  # faster than np.nonzero in 2-D
     nearest[of_rule, at] = _strongest(plan.positive_columns, cosines, of_rule, at)
     contrast[of_rule, at] = _strongest(plan.negative_columns, cosines, of_rule, at)
 
 
 def _linear_scores(
-    head: Head, product: np.ndarray, half: np.ndarray, valid: np.ndarray, thresholds: Sequence[float]
+    head: LinearHead, product: np.ndarray, half: np.ndarray, valid: np.ndarray, thresholds: Sequence[float]
 ) -> np.ndarray:
     """One block of a linear head from its column of the product, float32 [m]; close ones settled in float64."""
-    assert head.linear is not None
-    weight, bias = head.linear
-    values = np.where(valid, product[: len(half)] + np.float32(bias), np.float32(np.nan))
-    # The rounding of a product grows with the length of its factors, and the weights of a head are no unit vector.
-    near = RECHECK * max(1.0, float(np.linalg.norm(weight)), abs(bias))
-    close = np.abs(values - np.array(thresholds, dtype=np.float32)[:, None]) <= near
+    values = np.where(valid, product[: len(half)] + np.float32(head.bias), np.float32(np.nan))
+    close = np.abs(values - np.array(thresholds, dtype=np.float32)[:, None]) <= head.near
     picked = np.flatnonzero(close.any(axis=0))
     if len(picked):
-        wide = weight.astype(np.float64)
-        values[picked] = settle(np.array([half[row].astype(np.float64) @ wide + bias for row in picked]), thresholds)
+        wide = head.weight.astype(np.float64)
+        exact = np.array([half[row].astype(np.float64) @ wide + head.bias for row in picked])
+        values[picked] = settle(exact, thresholds)
     return values
 
 
@@ -301,23 +303,19 @@ def _safety_scores(
     return values, np.where(valid, concept + member.label, -1).astype(np.int32)
 
 
-def _concerned(plan: ConceptPlan, rules: Sequence[CompiledRule], values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Which nearest phrases may be asked for, bool [R, m]: rows in a band, or all where the dataset ranks the rule."""
+def _explained(plan: ConceptPlan, rules: Sequence[CompiledRule]) -> tuple[np.ndarray, np.ndarray]:
+    """Of which scores the nearest phrases may be asked, float32 [R] each: those above the first and those below the second,
+    which are in a band; all where the dataset ranks the rule."""
     above = np.full(len(rules), np.inf, dtype=np.float32)
     below = np.full(len(rules), -np.inf, dtype=np.float32)
-    ranked = np.zeros(len(rules), dtype=bool)
     for position, rule in enumerate(rules):
         if rule.id in plan.always_explained:
-            ranked[position] = True
+            above[position] = -np.inf
         elif rule.direction == "below":
             below[position] = max(rule.thresholds)
         elif rule.direction == "above":
             above[position] = min(rule.thresholds)
-    concerned = values > above[:, None]
-    if np.isfinite(below).any():
-        concerned |= values < below[:, None]
-    concerned[ranked] = valid
-    return np.asarray(concerned)
+    return above, below
 
 
 def _strongest(columns: np.ndarray, cosines: np.ndarray, of_rule: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -52,9 +52,8 @@ class ConceptPlan:
     counts: np.ndarray  # float64 [2, P]: how much all positives, how much all negatives count
     score_kinds: tuple[str, ...]  # [P] probability | margin | cosine
     curves: tuple[tuple[int, float, float], ...]  # rule, a, b of calibrated scores 1 / (1 + exp(-(a score + b)))
-    thresholds: np.ndarray  # float32 [T], of all concept rules
-    threshold_rule: np.ndarray  # intp [T], which rule each belongs to
-    doubt: np.ndarray  # float32 [T], how near to it a float32 score is computed again
+    thresholds: np.ndarray  # float32 [T, R], NaN where a rule has fewer than T
+    doubt: np.ndarray  # float32 [R], how near to its thresholds a float32 score is computed again
     always_explained: frozenset[str]
     logit_scale: float
     logit_bias: float
@@ -113,15 +112,10 @@ class ConceptPlan:
             counts=np.stack([masses[positives], masses[near] + masses[generic]]),
             score_kinds=tuple(member[4] for member in members),
             curves=tuple((rule, *curve) for rule, curve in sorted(bent.items())),
-            thresholds=np.array([value for own in thresholds for value in own], dtype=np.float32),
-            threshold_rule=np.repeat(np.arange(len(thresholds)), [len(own) for own in thresholds]).astype(np.intp),
+            thresholds=np.array(list(itertools.zip_longest(*thresholds, fillvalue=np.nan)), dtype=np.float32),
             # A curve moves an error by at most its steepest slope, a / 4.
             doubt=np.array(
-                [
-                    RECHECK * max(1.0, abs(bent.get(rule, (0.0, 0.0))[0]) / 4)
-                    for rule, own in enumerate(thresholds)
-                    for _ in own
-                ],
+                [RECHECK * max(1.0, abs(bent.get(rule, (0.0, 0.0))[0]) / 4) for rule in range(len(thresholds))],
                 dtype=np.float32,
             ),
             always_explained=frozenset(always_explained),
@@ -158,6 +152,17 @@ def _rectangle(groups: Sequence[tuple[int, ...]], bounds: Sequence[tuple[int, in
 
 
 @dataclass(frozen=True)
+class LinearHead:
+    """A head that is one affine map. near: how near to its thresholds a float32 score is computed again; the rounding of
+    a product grows with the length of its factors, and the weights of a head are no unit vector."""
+
+    rule: str
+    weight: np.ndarray  # float32 [dim]
+    bias: float
+    near: float
+
+
+@dataclass(frozen=True)
 class OpenedHead:
     """A head of several layers whose first one is part of the concepts' matrix.
 
@@ -175,15 +180,20 @@ class HeadPlan:
     """The head rules of a policy: linear heads and first layers as further columns of the concepts' matrix, the others
     as they are."""
 
-    linear: tuple[tuple[str, Head], ...]  # rule and head, in the order of the columns
+    linear: tuple[LinearHead, ...]  # in the order of the columns
     opened: tuple[OpenedHead, ...]
     curved: tuple[tuple[str, Head], ...]
     weights: np.ndarray  # float32 [h, dim]
 
     @classmethod
     def build(cls, members: Sequence[tuple[str, Head]], dim: int) -> HeadPlan:
-        linear = tuple(member for member in members if member[1].linear is not None)
-        rows = [head.linear[0][None] for _, head in linear if head.linear is not None]
+        linear = tuple(
+            LinearHead(rule, weight, bias, RECHECK * max(1.0, float(np.linalg.norm(weight)), abs(bias)))
+            for rule, head in members
+            if head.linear is not None
+            for weight, bias in [head.linear]
+        )
+        rows = [head.weight[None] for head in linear]
         opened: list[OpenedHead] = []
         curved: list[tuple[str, Head]] = []
         start = len(linear)
@@ -206,9 +216,8 @@ class HeadPlan:
     @property
     def rules(self) -> tuple[str, ...]:
         """Ids of the rules that are heads."""
-        return tuple(
-            [rule for rule, _ in self.linear] + [head.rule for head in self.opened] + [rule for rule, _ in self.curved]
-        )
+        columns = [head.rule for head in self.linear] + [head.rule for head in self.opened]
+        return tuple(columns + [rule for rule, _ in self.curved])
 
 
 def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
