@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -153,12 +155,9 @@ def _outcomes(
     if not bands and rule.tighten is None:
         return []
     values = scores.values[rule.id]
-    missing = np.isnan(values)
-    if any(np.isnan(threshold) for _, threshold in bands.values()):
-        missing = np.ones(len(values), dtype=bool)
-    if rule.id in scores.skipped:
-        missing &= ~scores.skipped[rule.id]
-    left = ~np.isnan(values) & ~missing
+    unknown = any(math.isnan(threshold) for _, threshold in bands.values())
+    missing = np.ones(len(values), dtype=bool) if unknown else np.isnan(values)
+    left = ~missing
     found = []
     for name in (ESCALATE, "reject", "review"):
         if name not in bands:
@@ -169,7 +168,10 @@ def _outcomes(
         rows = np.flatnonzero(fired)
         if shift is not None:
             shift.felt[rows] |= ~_beyond(values[rows], bands[name][0], np.float32(bands[name][1]))
-        found.append(_Outcome(position, _RANK[name], name, rows, np.broadcast_to(limit, len(values))[rows]))
+        own = limit[rows] if isinstance(limit, np.ndarray) else np.full(len(rows), limit)
+        found.append(_Outcome(position, _RANK[name], name, rows, own))
+    if rule.id in scores.skipped:
+        missing &= ~scores.skipped[rule.id]
     if rule.on_missing != "keep":
         rows = np.flatnonzero(missing)
         none = np.full(len(rows), np.nan, dtype=np.float32)
@@ -289,48 +291,57 @@ def _action(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int) -
 
 
 def _reasons(compiled: CompiledPolicy, scores: Scores, outcomes: Sequence[_Outcome]) -> pa.ListArray:
-    """All reasons as one list<struct> array, put together from flat arrays."""
-    n = scores.rows
-    per_row = np.zeros(n, dtype=np.int32)
-    for outcome in outcomes:
-        per_row[outcome.rows] += 1
-    offsets = np.zeros(n + 1, dtype=np.int32)
-    np.cumsum(per_row, out=offsets[1:])
-    total = int(offsets[-1])
-    cursor = offsets[:-1].copy()
-    rule_index, band_index = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32)
-    score, threshold = np.full(total, np.nan, dtype=np.float32), np.full(total, np.nan, dtype=np.float32)
-    nearest, contrast = np.full(total, -1, dtype=np.int32), np.full(total, -1, dtype=np.int32)
+    """All reasons as one list<struct> array: outcome after outcome in flat arrays, then sorted by row."""
+    fired = sorted((outcome for outcome in outcomes if len(outcome.rows)), key=lambda item: -item.rank)
+    rows = _joined(np.intp, [outcome.rows for outcome in fired])
+    order = np.argsort(rows, kind="stable")  # the reasons of one row stay in the order of their rank
+    offsets = np.zeros(scores.rows + 1, dtype=np.int32)
+    offsets[1:] = np.cumsum(np.bincount(rows, minlength=scores.rows))
 
-    for outcome in sorted(outcomes, key=lambda item: -item.rank):
-        rows = outcome.rows
-        at = cursor[rows]
-        cursor[rows] += 1
-        rule_index[at] = outcome.rule
-        band_index[at] = _ALL_BANDS.index(outcome.band)
-        if outcome.band == "missing" or outcome.rule == len(compiled.rules):
-            continue
-        rule = compiled.rules[outcome.rule]
-        score[at] = scores.values[rule.id][rows]
-        threshold[at] = outcome.threshold
-        source = rule.of or rule.id
-        if source in scores.nearest:
-            nearest[at] = scores.nearest[source][rows]
-        if source in scores.contrast:
-            contrast[at] = scores.contrast[source][rows]
+    lengths = np.array([len(outcome.rows) for outcome in fired], dtype=np.intp)
+    rule = np.repeat(np.array([outcome.rule for outcome in fired], dtype=np.int32), lengths)
+    band = np.repeat(np.array([_ALL_BANDS.index(outcome.band) for outcome in fired], dtype=np.int32), lengths)
+    threshold = _joined(np.float32, [outcome.threshold for outcome in fired])
+    scored = [_scored(compiled, outcome) for outcome in fired]
+    score = _found(scores.values, [name for name, _ in scored], fired, np.float32(np.nan))
+    nearest = _found(scores.nearest, [name for _, name in scored], fired, np.int32(-1))
+    contrast = _found(scores.contrast, [name for _, name in scored], fired, np.int32(-1))
 
     items = pa.StructArray.from_arrays(
         [
-            _strings(rule_index, pa.array(_names(compiled))),
-            _strings(band_index, pa.array(_ALL_BANDS)),
-            _floats(score),
-            _floats(threshold),
-            _strings(nearest, compiled.labels),
-            _strings(contrast, compiled.labels),
+            _strings(rule[order], pa.array(_names(compiled))),
+            _strings(band[order], pa.array(_ALL_BANDS)),
+            _floats(score[order]),
+            _floats(threshold[order]),
+            _strings(nearest[order], compiled.labels),
+            _strings(contrast[order], compiled.labels),
         ],
         fields=list(REASON),
     )
     return pa.ListArray.from_arrays(pa.array(offsets), items, type=REASONS)
+
+
+def _scored(compiled: CompiledPolicy, outcome: _Outcome) -> tuple[str, str]:
+    """The rules that hold the score and the phrases of an outcome; "" for a missing score and for a person's decision."""
+    if outcome.band == "missing" or outcome.rule == len(compiled.rules):
+        return "", ""
+    rule = compiled.rules[outcome.rule]
+    return rule.id, rule.of or rule.id
+
+
+def _found(
+    values: Mapping[str, np.ndarray], rules: Sequence[str], outcomes: Sequence[_Outcome], none: np.generic
+) -> np.ndarray:
+    """Each outcome's rows of its rule's values, one after the other; `none` where the rule has no values."""
+    parts = [
+        values[rule][outcome.rows] if rule in values else np.full(len(outcome.rows), none)
+        for rule, outcome in zip(rules, outcomes, strict=True)
+    ]
+    return _joined(none.dtype, parts)
+
+
+def _joined(dtype: npt.DTypeLike, parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=dtype), *parts])  # of no parts numpy would not know the type
 
 
 def _strings(index: np.ndarray, names: pa.StringArray) -> pa.Array:
