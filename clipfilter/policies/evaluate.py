@@ -221,10 +221,8 @@ def _score_concepts(
         doubtful |= np.abs(out - thresholds[:, None]) <= plan.doubt[:, None]
     picked = np.flatnonzero(doubtful.any(axis=0))
     if len(picked):
-        weights = plan.weights[: len(plan.phrases)].astype(np.float64)
-        # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are
-        # close.
-        exact_cosines = np.stack([weights @ half[row].astype(np.float64) for row in picked], axis=1)
+        # Row by row: the shape of the product, and so its rounding, does not depend on how many rows are close.
+        exact_cosines = np.stack([plan.exact_weights @ half[row].astype(np.float64) for row in picked], axis=1)
         exact = concept_scores(plan, exact_cosines)
         for position in np.flatnonzero(doubtful.any(axis=1)).tolist():
             chosen = doubtful[position, picked]

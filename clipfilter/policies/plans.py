@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +61,11 @@ class ConceptPlan:
     sigmoid: bool
     positive_columns: np.ndarray  # intp [R, P] columns of the positives, the first repeated to fill a row up
     negative_columns: np.ndarray  # intp [R, N] columns of near misses and generics; -1 where a rule has none
+
+    @cached_property
+    def exact_weights(self) -> np.ndarray:
+        """float64 [k, dim]: the phrases, for rows that are computed again."""
+        return self.weights[: len(self.phrases)].astype(np.float64)
 
     @classmethod
     def build(

@@ -80,14 +80,20 @@ class Layers:
             weight[:, list(self.vocabularies)] = 0.0
         return weight, bias
 
-    def words(self, embeddings: np.ndarray) -> np.ndarray:
-        """What the inputs that are read as words add to the first layer: any float [n, d] -> float64 [n, h]."""
+    @cached_property
+    def _word_weight(self) -> np.ndarray:
+        """The first layer's weights of the inputs that are read as words, float64 [h, words]."""
         positions = list(self.vocabularies)
         weight = self.weights[0][:, positions]
-        if self.scale is not None:
-            weight = weight / self.scale[positions]
-        values = [self.vocabularies[position](embeddings[:, position]) for position in positions]
-        return np.asarray(np.stack(values, axis=1) @ weight.T if values else np.zeros((len(embeddings), len(weight))))
+        return np.asarray(weight if self.scale is None else weight / self.scale[positions])
+
+    def words(self, embeddings: np.ndarray) -> np.ndarray:
+        """What the inputs that are read as words add to the first layer: any float [n, d] -> float64 [n, h]."""
+        if not self.vocabularies:
+            return np.zeros((len(embeddings), len(self.weights[0])))
+        values = np.array([vocabulary(embeddings[:, position]) for position, vocabulary in self.vocabularies.items()])
+        # Unit by unit in memory, which is how the product of the first layer lies that this is added to.
+        return np.asarray((self._word_weight @ values).T)
 
     def rest(self, hidden: np.ndarray) -> np.ndarray:
         """Scores float64 [n] from the first layer's sums, float64 [n, h]."""
