@@ -28,14 +28,15 @@ def usable(block: np.ndarray) -> np.ndarray:
     return np.asarray(np.isfinite(squares) & (squares > 0))
 
 
-def cosines(images: np.ndarray, texts: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Row-wise product of two blocks, NaN where either row is no embedding (`valid` says it of the images)."""
-    result = np.vecdot(images, texts)
-    result[~valid] = np.nan
-    # Captions of zeros or of what is not finite show in the product, so that only few rows have to be looked at twice.
-    odd = np.flatnonzero(~np.isfinite(result) | (result == 0))
-    result[odd[~usable(texts[odd])]] = np.nan
-    return np.asarray(result)
+def paired(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of two blocks: `usable(images)`, and their row-wise product, float32 [m], NaN where either row is no embedding."""
+    products = np.vecdot(images, texts)
+    valid = np.ones(len(products), dtype=bool)
+    # A row of zeros, or of what is not finite, shows in the product, so that only few rows have to be looked at.
+    odd = np.flatnonzero(~np.isfinite(products) | (products == 0))
+    valid[odd] = usable(images[odd])
+    products[odd[~(valid[odd] & usable(texts[odd]))]] = np.nan
+    return valid, products
 
 
 def similarity(image_emb: np.ndarray, text_emb: np.ndarray | None, has_text: np.ndarray | None) -> np.ndarray:
@@ -53,7 +54,7 @@ def similarity(image_emb: np.ndarray, text_emb: np.ndarray | None, has_text: np.
             stop = min(start + BLOCK, n)
             upcast(image_emb[start:stop], images)
             upcast(text_emb[start:stop], texts)
-            result[start:stop] = cosines(images, texts, usable(images))[: stop - start]
+            result[start:stop] = paired(images, texts)[1][: stop - start]
     if has_text is not None:
         result[~np.asarray(has_text, dtype=bool)] = np.nan
     return result

@@ -103,13 +103,13 @@ def score(
             rows = slice(start, min(start + BLOCK, n))
             half = image_emb[rows]
             blocks.upcast(half, block)
-            usable = blocks.usable(block)
-            if text_emb is not None:
+            if text_emb is None:
+                valid = blocks.usable(block)[: len(half)]
+            else:
                 blocks.upcast(text_emb[rows], texts)
-                cosine[rows] = blocks.cosines(block, texts, usable)[: len(half)]
+                valid, cosine[rows] = (part[: len(half)] for part in blocks.paired(block, texts))
             if not plan.rules and not heads:
                 continue
-            valid = usable[: len(half)]
             np.matmul(plan.weights, block.T, out=products)
             if plan.rules:
                 cosines = products[: len(plan.phrases)]
