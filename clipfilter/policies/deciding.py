@@ -122,7 +122,7 @@ def decide(compiled: CompiledPolicy, scores: Scores, thresholds: dict[str, float
     for position, rule in enumerate(compiled.rules):
         outcomes += _outcomes(compiled, position, rule, scores, thresholds, shifts.get(rule.id))
     outcomes += _modifiers(compiled, scores, shifts)
-    for outcome in sorted(outcomes, key=lambda item: item.rank):
+    for outcome in sorted(outcomes, key=lambda item: item.rank):  # the worst last, which stays
         codes[outcome.rows] = min(outcome.rank // 10, REJECT)
     if scores.overrides is not None:
         final = np.zeros(n, dtype=bool)

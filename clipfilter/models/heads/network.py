@@ -40,7 +40,10 @@ class Vocabulary:
         return self._look_up(np.arange(2**16, dtype=np.uint16).view(np.float16))
 
     def _look_up(self, column: np.ndarray) -> np.ndarray:
-        """A float16 or float32 number times a million is exact in float64, and rint rounds half to even as "%f" does."""
+        """Any float [n] -> float64 [n].
+
+        A float16 or float32 number times a million is exact in float64, and rint rounds half to even as "%f" does.
+        """
         if not len(self.keys):
             return np.zeros(len(column))
         with np.errstate(invalid="ignore"):  # nobody reads the value of what is not finite
