@@ -193,6 +193,22 @@ def test_memory_maps_and_plain_arrays_score_alike() -> None:
     np.testing.assert_array_equal(a, b)
 
 
+def test_memory_maps_score_alike_where_torch_cannot_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def refuse(array: np.ndarray) -> None:
+        raise BufferError("Cannot export readonly array")
+
+    policy = compiled()
+    images = near(policy, 1500)
+    shared = policy.score(images, images[::-1], None, sizes(1500))
+    images.flags.writeable = False
+    monkeypatch.setattr(torch, "from_dlpack", refuse)
+    copied = policy.score(images, images[::-1], None, sizes(1500))
+    np.testing.assert_array_equal(copied.values["weapons"], shared.values["weapons"])
+    np.testing.assert_array_equal(copied.similarity, shared.similarity)
+
+
 def test_threads_and_torch_change_no_bit(tmp_path: Path) -> None:
     code = """
 import sys, hashlib
