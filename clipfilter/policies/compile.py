@@ -253,6 +253,7 @@ def rule_prompts_sha256(policy: Policy) -> dict[str, str]:
             }
             identity |= {"all_of": concept.all_of} if concept.all_of else {}
             identity |= {"weights": concept.weights} if concept.weights else {}
+            identity |= {"background": concept.background} if concept.background is not None else {}
             identity |= {"vectors": concept.vectors.sha256} if concept.vectors is not None else {}
             found[rule.id] = json_sha256(identity)
         elif rule.safety is not None:

@@ -92,6 +92,7 @@ _DESCRIPTIONS: dict[str, dict[str, str]] = {
         "any_of": "Phrases of which one must be seen.",
         "but_not": "Near misses: what the concept is mistaken for.",
         "generic": "Also stand against ordinary things (true), none (false), or a version of that list.",
+        "background": "Also stand against a fixed cosine: what the model gives to things that have nothing to do with it.",
     },
 }
 

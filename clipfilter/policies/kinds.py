@@ -38,7 +38,8 @@ class Concept(Model):
     """A concept told in words: positives, near misses (`but_not`), and the versioned generic negatives.
 
     any_of: one of these must be seen. all_of: each of these must be. vectors: learned positives and negatives, which
-    stand beside the phrases. weights: how much a phrase counts, 1 where it is not named.
+    stand beside the phrases. weights: how much a phrase counts, 1 where it is not named. background: a cosine that stands
+    for "none of these" among what a probability is contrasted with; softmax models only, the others have their bias.
     """
 
     any_of: Phrases = ()
@@ -47,6 +48,7 @@ class Concept(Model):
     vectors: Attached | None = None
     weights: dict[str, Number] = {}  # noqa: RUF012
     generic: Generic = GENERIC_VERSION
+    background: Number | None = None
     score: Score = "probability"
 
     @model_validator(mode="before")
@@ -79,6 +81,7 @@ class Concept(Model):
             if other is not None:
                 fail(f"the phrase {shown(phrase)} is in {other} and in but_not", "but_not", place)
         self._check_weights()
+        self._check_background()
         if self.score != "cosine" and not self.but_not and not self.generic and not self._learned_negatives():
             fail(
                 f"a {self.score} needs something to compare with: give but_not, leave generic on, or use score: cosine",
@@ -101,6 +104,14 @@ class Concept(Model):
                 f"weights belong to probabilities; score: {self.score} takes the highest cosine whatever it weighs",
                 "weights",
             )
+
+    def _check_background(self) -> None:
+        if self.background is None:
+            return
+        if not -1.0 <= self.background <= 1.0:
+            fail(f"background is {self.background:g}, but must be a cosine, between -1 and 1", "background")
+        if self.score in ("margin", "cosine"):
+            fail(f"background belongs to probabilities; score: {self.score} has none", "background", key=True)
 
     def _learned_negatives(self) -> bool:
         if self.vectors is None:

@@ -34,6 +34,7 @@ class PhraseColumns:
         self._starts: list[int] = []
         self._shared: dict[Any, int] = {}  # generic groups are the same for most rules
         self._members: list[tuple[str, int, int, int, str]] = []
+        self._backgrounds: dict[str, float] = {}
 
     def add(self, rule: Rule, concept: Concept, policy: Policy, encoder: TextEncoder, files: Attachments) -> None:
         """One concept rule. Raises RefusedError where its learned vectors do not fit the model."""
@@ -49,6 +50,8 @@ class PhraseColumns:
         if (generic, templates) not in self._shared:
             self._shared[generic, templates] = self._group(generic, templates)
         score = "probability" if concept.score == "calibrated" else concept.score
+        if concept.background is not None and encoder.score_kind == "softmax":
+            self._backgrounds[rule.id] = concept.background
         for group in [first, *(self._group((phrase,), templates) for phrase in concept.all_of)]:
             if group >= 0:
                 self._members.append((rule.id, group, near, self._shared[generic, templates], score))
@@ -94,6 +97,7 @@ class PhraseColumns:
             logit_bias=float(encoder.logit_bias or 0.0),
             sigmoid=encoder.score_kind == "sigmoid",
             counted=np.array(self._counted) if any(weight != 1.0 for weight in self._counted) else None,
+            backgrounds=self._backgrounds,
             curves={name: curve for name in names if (curve := rules[name].curve) is not None},
         )
 

@@ -52,6 +52,7 @@ class ConceptPlan:
     generic: np.ndarray  # intp [P] group of generic negatives
     counts: np.ndarray  # float64 [2, P]: how much all positives, how much all negatives count
     score_kinds: tuple[str, ...]  # [P] probability | margin | cosine
+    backgrounds: tuple[tuple[int, float], ...]  # part, the cosine that stands for "none of these"
     curves: tuple[tuple[int, float, float], ...]  # rule, a, b of calibrated scores 1 / (1 + exp(-(a score + b)))
     thresholds: np.ndarray  # float32 [T, R], NaN where a rule has fewer than T
     doubt: np.ndarray  # float32 [R], how near to its thresholds a float32 score is computed again
@@ -82,6 +83,7 @@ class ConceptPlan:
         sigmoid: bool,
         counted: np.ndarray | None = None,
         curves: Mapping[str, tuple[float, float]] | None = None,
+        backgrounds: Mapping[str, float] | None = None,
     ) -> ConceptPlan:
         """members: (rule, groups of positives, near misses and generics or -1, score) of every part, those of a rule
         one after the other; thresholds: of every rule; counted: float64 [k] in the order of `phrases`."""
@@ -117,6 +119,9 @@ class ConceptPlan:
             generic=generic,
             counts=np.stack([masses[positives], masses[near] + masses[generic]]),
             score_kinds=tuple(member[4] for member in members),
+            backgrounds=tuple(
+                (part, backgrounds[name]) for part, name in enumerate(first) if backgrounds and name in backgrounds
+            ),
             curves=tuple((rule, *curve) for rule, curve in sorted(bent.items())),
             thresholds=np.array(list(itertools.zip_longest(*thresholds, fillvalue=np.nan)), dtype=np.float32),
             # A curve moves an error by at most its steepest slope, a / 4.
@@ -231,7 +236,8 @@ def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
     type). The score of a rule is the lowest of its parts.
 
     probability, softmax models: sigmoid(logmeanexp(s * positives) - logmeanexp(s * (near misses and
-    generics))), with s the model's logit scale: the softmax of the two, in which synonyms add no weight.
+    generics))), with s the model's logit scale: the softmax of the two, in which synonyms add no weight. A background
+    adds exp(s * background) to what the positives stand against.
     Sigmoid models: max over positives minus max over negatives of sigmoid(s * cosine + bias). margin: the
     same difference in cosines. cosine: the highest positive alone. Weights multiply exponentials, and so odds. A
     calibrated score is Platt's curve of the probability.
@@ -286,7 +292,23 @@ def _probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
         if vanished.any():
             lost = np.flatnonzero(vanished.any(axis=0))
             result[:, lost] = _distant_probabilities(plan, cosines[:, lost])
+        for part, background in plan.backgrounds:
+            result[part] = 1 / (1 / result[part] + _background_odds(plan, cosines, part, background))
     return np.asarray(result)
+
+
+def _background_odds(plan: ConceptPlan, cosines: np.ndarray, part: int, background: float) -> np.ndarray:
+    """How many times the positives of one part the background weighs, [m]."""
+    group = plan.positives[part]
+    columns = slice(*plan.bounds[group])
+    positives = cosines[columns]
+    scale = cosines.dtype.type(plan.logit_scale)
+    top = positives.max(axis=0)
+    exponentials = np.exp(scale * (positives - top))
+    if plan.counted is not None:
+        exponentials *= plan.counted[columns].astype(cosines.dtype)[:, None]
+    mean = exponentials.sum(axis=0) / cosines.dtype.type(plan.counts[0, part])
+    return np.asarray(np.exp(scale * (cosines.dtype.type(background) - top)) / mean)
 
 
 def _distant_probabilities(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:

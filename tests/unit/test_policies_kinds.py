@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from clipfilter.errors import RefusedError
 from clipfilter.images.facts import image_facts
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, load_policy, parse_policy, text_cache
+from clipfilter.policies.compile import rule_prompts_sha256
 from clipfilter.policies.conditions import truth
 from clipfilter.policies.kinds import PIXELS
 from tests.support.engine import PHOTOS
@@ -83,6 +84,58 @@ def test_weights_multiply_the_odds() -> None:
 
     best = np.maximum(odds(positive[:, 0], 1), odds(positive[:, 1], 5))
     np.testing.assert_allclose(values, best - np.maximum(*odds(negative, 1).T), atol=2e-5)
+
+
+def test_a_background_stands_against_what_is_like_no_phrase() -> None:
+    concept = {"any_of": ["a cat", {"text": "a lynx", "weight": 5}], "all_of": ["a hat"], "but_not": ["a dog", "a fox"]}
+    concept |= {"generic": False, "background": 0.2}
+    found = compiled(CAT, {"id": "c", "concept": concept, "reject": {"above": 0.3}})
+    images = near(found, 400)
+    values = found.score(images, None, None, table(400)).values
+    against = np.exp(20 * cosines(images, ["a dog", "a fox"])).mean(axis=1) + np.exp(20 * 0.2)
+    likely = [
+        np.exp(20 * cosines(images, ["a cat", "a lynx"])) @ [1 / 6, 5 / 6],
+        np.exp(20 * cosines(images, ["a hat"]))[:, 0],
+    ]
+    np.testing.assert_allclose(values["c"], np.min([a / (a + against) for a in likely], axis=0), atol=2e-5)
+    alone = compiled(CAT).score(images, None, None, table(400)).values["cat"]
+    np.testing.assert_allclose(values["cat"], alone, atol=2e-6)
+    far = -found.matrix.T[:1].astype(
+        np.float16
+    )  # unlike every phrase: without a background anything could be the score
+    assert found.score(far, None, None, table(1)).values["c"][0] < 0.02
+
+
+def test_a_background_is_part_of_the_prompts_hash_and_means_nothing_to_sigmoid_models() -> None:
+    told = {
+        "id": "c",
+        "concept": {"any_of": ["a cat"], "but_not": ["a dog"], "background": 0.2},
+        "reject": {"above": 0.5},
+    }
+    plain = {**told, "concept": {"any_of": ["a cat"], "but_not": ["a dog"]}}
+    hashes = [rule_prompts_sha256(parse_policy(policy(rule)))["c"] for rule in (told, plain)]
+    assert hashes[0] != hashes[1]
+    sigmoid = FakeEncoder(score_kind="sigmoid", logit_scale=20.0, logit_bias=-3.0)
+    images = near(compiled(plain), 50)
+    values = [
+        compiled(rule, encoder=sigmoid).score(images, None, None, table(50)).values["c"] for rule in (told, plain)
+    ]
+    np.testing.assert_array_equal(*values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"background": 1.5}, "background is 1.5, but must be a cosine, between -1 and 1"),
+        ({"background": "low"}, "is not a number"),
+        ({"background": 0.2, "score": "margin"}, "background belongs to probabilities; score: margin has none"),
+        ({"backgrund": 0.2}, "did you mean 'background'"),
+    ],
+)
+def test_a_background_that_cannot_be_is_refused(changes: dict[str, Any], complaint: str) -> None:
+    concept = {"any_of": ["a cat"], "but_not": ["a dog"], **changes}
+    with pytest.raises(RefusedError, match=complaint):
+        parse_policy(policy({"id": "c", "concept": concept, "reject": {"above": 0.1}}))
 
 
 @pytest.mark.parametrize("score", ["probability", "margin", "cosine"])
