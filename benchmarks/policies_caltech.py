@@ -9,6 +9,7 @@ class scores above one of the 2 000 others, ties counted half (Mann-Whitney), wi
 
 contrast    : probability of the positives against near misses and the generic negatives, as policies have it by default
 pruned      : the same without the near misses that `clipfilter policy show` warns of, from the texts alone
+background  : the contrast with `background`, the cosine that one in twenty unrelated photos of Flickr8k exceeds
 margin      : best cosine of the positives minus best cosine of the negatives
 bare cosine : best cosine of the positives, no negatives
 
@@ -35,7 +36,14 @@ from clipfilter.policies import compile_policy, parse_policy
 
 SHARED = Path(os.environ.get("CLIPFILTER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 PRUNED = "pruned"
-SCORES = {"contrast": "probability", "pruned": PRUNED, "margin": "margin", "bare cosine": "cosine"}
+BACKGROUND = "background"
+SCORES = {
+    "contrast": "probability",
+    "pruned": PRUNED,
+    "background": BACKGROUND,
+    "margin": "margin",
+    "bare cosine": "cosine",
+}
 CONCEPTS = {
     "weapons": {
         "class": "revolver",
@@ -56,7 +64,7 @@ CONCEPTS = {
 }  # fmt: skip
 
 
-def policy_text(crowded: dict[str, set[str]] | None = None) -> str:
+def policy_text(background: float, crowded: dict[str, set[str]] | None = None) -> str:
     """One rule per concept and kind of score, as JSON (which is YAML).
 
     crowded: per concept the near misses to leave out in one more rule.
@@ -64,7 +72,8 @@ def policy_text(crowded: dict[str, set[str]] | None = None) -> str:
     rules = []
     for name, concept in CONCEPTS.items():
         told = {"any_of": concept["any_of"], "but_not": concept["but_not"]}
-        made = {score: {**told, "score": score} for score in SCORES.values() if score != PRUNED}
+        made = {score: {**told, "score": score} for score in SCORES.values() if score not in (PRUNED, BACKGROUND)}
+        made[BACKGROUND] = {**told, "background": background}
         if crowded is not None:
             made[PRUNED] = {**told, "but_not": [near for near in told["but_not"] if near not in crowded[name]]}
         rules += [{"id": f"{name}-{score}", "concept": made[score], "reject": {"above": 0.5}} for score in made]
@@ -77,7 +86,7 @@ def crowded_near_misses(encoder: Encoder) -> dict[str, set[str]]:
         contrast.rule.removesuffix("-probability"): {
             near.phrase for positive in contrast.positives for near in positive.crowded
         }
-        for contrast in contrasts(parse_policy(policy_text()), encoder)
+        for contrast in contrasts(parse_policy(policy_text(0.0)), encoder)
         if contrast.rule.endswith("-probability")
     }
 
@@ -104,6 +113,7 @@ def interval(scores: np.ndarray, positive: np.ndarray, draws: int = 1000) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--background", type=float, default=0.18, help="as near_misses.py prints it for the model")
     parser.add_argument("--source", default=str(SHARED / "data" / "caltech101" / "caltech101.parquet"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -114,7 +124,7 @@ def main() -> None:
     data = open_dataset(DataRequest(args.source, label_column="label")).embed(encoder)
     labels = np.array(data.label_values, dtype=object)[data.label_index]
     crowded = crowded_near_misses(encoder)
-    compiled = compile_policy(parse_policy(policy_text(crowded)), encoder)
+    compiled = compile_policy(parse_policy(policy_text(args.background, crowded)), encoder)
     values = compiled.score(data.image_emb, None, None, pa.table({"n": np.arange(len(labels))})).values
     result = {}
     for name, concept in CONCEPTS.items():
