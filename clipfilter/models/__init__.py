@@ -56,7 +56,7 @@ def load_encoder(
     """Load the model called `name` onto `device`, in eval mode.
 
     name: one of
-    - `nano` (bundled; `nano@2` pins its edition), or `nano=/path/to/weights.safetensors`;
+    - `nano` (bundled; `nano@3` pins its edition), or `nano=/path/to/weights.safetensors`;
     - `ARCH/TAG` as open_clip writes it (`ViT-B-32/laion2b_s34b_b79k`), or `ARCH=/path/to/checkpoint` for a local file
       (.safetensors, .pt, .pth, .bin; OpenAI's own archives too);
     - `hf-hub:ORG/NAME`, a repository with open_clip_config.json, or `hf-hub:/folder`, its copy;

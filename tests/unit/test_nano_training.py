@@ -27,7 +27,7 @@ LARGEST_FILE = 48_000_000  # bytes: what a wheel may carry
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
-    for name in ("features", "init_weights", "looks_like", "train", "wordnet"):
+    for name in ("features", "init_weights", "looks_like", "pictures", "train", "wordnet"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
