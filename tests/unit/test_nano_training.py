@@ -104,6 +104,55 @@ def test_made_up_features_show_their_classes(tools: None) -> None:
     assert bool((((fit.sum(1) - 1).abs() < 1e-4) | (fit.sum(1) == 0)).all())
 
 
+def test_pictures_of_like_names_are_no_contrast_and_names_of_many_pictures_come_less_often(tools: None) -> None:
+    from train import Pictures
+
+    texts = F.normalize(torch.randn(5, 384, generator=torch.Generator().manual_seed(0)), dim=-1)
+    texts[1] = F.normalize(texts[0] + 0.1 * texts[2], dim=-1)  # "scissors" and "a pair of scissors"
+    names = torch.tensor([0] * 90 + [1] * 5 + [3] * 5)
+    features = torch.arange(100.0).expand(2, 1280, 100).transpose(1, 2)
+    pictures = Pictures(
+        {"features": features, "texts": texts, "names": names, "own": [[i] for i in names.tolist()]}, 0.0
+    )
+    drawn, told, alike = pictures.draw(20, torch.Generator().manual_seed(0))
+    shown = names[drawn[:, 0].long()]
+    torch.testing.assert_close(told, texts[shown])
+    family = shown.masked_fill(shown < 2, 0)
+    assert torch.equal(alike, (family[:, None] == family[None]).fill_diagonal_(False))
+    assert (shown == 0).float().mean() < 0.8  # 90 % of the pictures
+    held = Pictures({"features": features, "texts": texts, "names": names, "own": [[i] for i in names.tolist()]}, 0.5)
+    assert set(names[held.unseen].tolist()).isdisjoint(
+        names[held.draw(5, torch.Generator())[0][:, 0].long()].tolist()
+    )
+
+
+def test_a_figure_is_cut_out_and_pasted_onto_something_else(tools: None) -> None:
+    import io
+    import random
+
+    import numpy as np
+    from pictures import clean, pasted
+    from PIL import Image, ImageDraw
+
+    def jpeg(image: Image.Image) -> bytes:
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=95)
+        return out.getvalue()
+
+    drawing = Image.new("RGB", (200, 160), "white")
+    ImageDraw.Draw(drawing).ellipse((40, 30, 160, 130), fill=(200, 0, 0))
+    photo = jpeg(Image.new("RGB", (300, 200), (0, 90, 0)))
+    for seed in range(12):
+        pixels = pasted(jpeg(drawing), [photo], random.Random(seed)).astype(int)
+        assert pixels.shape == (3, 240, 240)
+        assert (pixels.min(0) > 240).mean() < 0.3  # hardly any white is left, unless white is the plain colour drawn
+        red = (pixels[0] > 150) & (pixels[1] < 70) & (pixels[2] < 70)
+        assert 0.15 < red.mean() < 0.95
+    full = Image.fromarray(np.random.default_rng(0).integers(0, 120, (100, 100, 3), dtype=np.uint8))
+    assert pasted(jpeg(full), [photo], random.Random(0)).max() < 160  # fills its frame: a crop of itself
+    assert clean("The_Pair of  Scissors-02.") == "pair of scissors"
+
+
 @pytest.mark.parametrize(
     ("text", "looks"),
     [
