@@ -121,9 +121,7 @@ def test_pictures_of_like_names_are_no_contrast_and_names_of_many_pictures_come_
     assert torch.equal(alike, (family[:, None] == family[None]).fill_diagonal_(False))
     assert (shown == 0).float().mean() < 0.8  # 90 % of the pictures
     held = Pictures({"features": features, "texts": texts, "names": names, "own": [[i] for i in names.tolist()]}, 0.5)
-    assert set(names[held.unseen].tolist()).isdisjoint(
-        names[held.draw(5, torch.Generator())[0][:, 0].long()].tolist()
-    )
+    assert set(names[held.unseen].tolist()).isdisjoint(names[held.draw(5, torch.Generator())[0][:, 0].long()].tolist())
 
 
 def test_a_figure_is_cut_out_and_pasted_onto_something_else(tools: None) -> None:

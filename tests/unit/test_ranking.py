@@ -154,9 +154,9 @@ rules:
 def test_the_best_of_what_a_pipeline_draws(nano: Encoder) -> None:
     best = best_of(Shapes(), "a red circle", 24, 2, encoder=nano, seed=100)
     assert len(best.images) == len(best.seeds) == 2
-    for image in best.images:
-        colours = {colour for _, colour in image.getcolors()}
-        assert (255, 0, 0) in colours, "the best pictures are not red"
+    drawn = Shapes()("x", generator=[torch.Generator().manual_seed(seed) for seed in range(100, 124)]).images
+    cosines = clipfilter.embed(drawn, encoder=nano).image_emb @ nano.encode_texts(["a red circle"])[0]
+    assert best.seeds == (100 + np.argsort(-cosines)[:2]).tolist()
     assert best.table.num_rows == 24
     assert best.table["image"].to_pylist()[0] == f"seed {best.seeds[0]}"
     # A candidate is its seed: neither the batch nor how many there are changes it.
@@ -164,6 +164,20 @@ def test_the_best_of_what_a_pipeline_draws(nano: Encoder) -> None:
     assert one.tobytes() == best.images[0].tobytes()
     batched = best_of(Shapes(), "a red circle", 24, 2, encoder=nano, seed=100, batch_size=7)
     assert batched.seeds == best.seeds
+
+
+@pytest.mark.parametrize(
+    ("prompt", "colour"),
+    [
+        ("a red circle", (255, 0, 0)),
+        ("a red square", (255, 0, 0)),
+        ("a black square", (0, 0, 0)),
+        ("a green circle", (0, 128, 0)),
+    ],
+)
+def test_the_best_picture_has_the_colour_of_the_prompt(nano: Encoder, prompt: str, colour: tuple[int, ...]) -> None:
+    best = best_of(Shapes(), prompt, 24, 1, encoder=nano, seed=100)
+    assert colour in {found for _, found in best.images[0].getcolors()}
 
 
 def test_what_a_policy_rejects_is_never_the_best(nano: Encoder) -> None:
