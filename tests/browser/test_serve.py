@@ -226,7 +226,7 @@ def test_the_slider_counts_what_policy_diff_counts(samples: Page, tmp_path: Path
 
     count, rows, text = visit(samples.server.address, question)
     original = (REPO / "policies" / "demo.yaml").read_text()
-    old = "    review: {above: 0.90}\n    reject: {above: 0.97}"
+    old = "    review: {above: 0.90}\n    reject: {above: 0.976}"
     assert text == original.replace(old, "    review: {above: 0.3}\n    reject: {above: 0.5}", 1)
     found = diff(samples, text, tmp_path)
     assert count == found.flipped > 5
