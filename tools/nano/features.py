@@ -83,15 +83,30 @@ def view(data: bytes, name: str, draw: random.Random) -> np.ndarray:
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
+def bodies() -> tuple[Nano, Tokenizer]:
+    """The frozen bodies in bfloat16, and the texts' tokenizer."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    network = untrained()
+    network.place(torch.device("cpu"), torch.bfloat16)  # twice as fast; its rounding is small beside the crops'
+    tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(128)
+    return network, tokenizer
+
+
+def pooled(network: Nano, views: list[np.ndarray]) -> Tensor:
+    """Pooled features float16 [n, 1280] of views uint8 [3, SIZE, SIZE]."""
+    batch = ((torch.from_numpy(np.stack(views)).float() / 255 - MEAN) / STD).bfloat16()
+    features = network.image_body.forward_features(batch.contiguous(memory_format=torch.channels_last))
+    return features.float().mean((2, 3)).half()
+
+
 def image_features(network: Nano, images: list[bytes], name: str, seed: str) -> Tensor:
     """Pooled features [n, 1280] of one view of every photo."""
     draw = random.Random(seed)
     parts = []
     for start in range(0, len(images), 4):
-        pixels = np.stack([view(data, name, draw) for data in images[start : start + 4]])
-        batch = ((torch.from_numpy(pixels).float() / 255 - MEAN) / STD).bfloat16()
-        features = network.image_body.forward_features(batch.contiguous(memory_format=torch.channels_last))
-        parts.append(features.float().mean((2, 3)).half())
+        parts.append(pooled(network, [view(data, name, draw) for data in images[start : start + 4]]))
         if start % 1000 == 0:
             print(name, start, flush=True)
     return torch.cat(parts)
@@ -157,13 +172,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-    network = untrained()
-    network.place(torch.device("cpu"), torch.bfloat16)  # twice as fast; its rounding is small beside the crops'
-    tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(128)
+    network, tokenizer = bodies()
     known = {term for look in read_looks() for term in look.terms}
     with torch.inference_mode():
         torch.save(look_features(network, tokenizer), args.out / "looks.pt")

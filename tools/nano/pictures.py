@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import zipfile
@@ -33,10 +32,8 @@ from clipfilter.models._torch import torch_with_torchvision
 torch_with_torchvision()
 
 import torch  # noqa: E402
-from features import MEAN, SIZE, STD, text_features, training_rows, untrained, view  # noqa: E402
-from init_weights import minilm_folder  # noqa: E402
+from features import SIZE, bodies, pooled, text_features, training_rows, view  # noqa: E402
 from PIL import Image, ImageDraw, ImageFile, ImageFilter  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from clipfilter.models.nano.network import Nano  # noqa: E402
@@ -177,10 +174,8 @@ def picture_features(network: Nano, pictures: list[Picture], photos: list[bytes]
     for start in range(0, len(pictures), 8):
         batch = [picture.data for picture in pictures[start : start + 8]]
         looks = [[view(data, "whole", draw) for data in batch], [pasted(data, photos, draw) for data in batch]]
-        for parts, pixels in zip(views, looks, strict=True):
-            ready = ((torch.from_numpy(np.stack(pixels)).float() / 255 - MEAN) / STD).bfloat16()
-            features = network.image_body.forward_features(ready.contiguous(memory_format=torch.channels_last))
-            parts.append(features.float().mean((2, 3)).half())
+        for parts, look in zip(views, looks, strict=True):
+            parts.append(pooled(network, look))
         if start % 1000 == 0:
             print("pictures", start, flush=True)
     return torch.stack([torch.cat(parts) for parts in views])
@@ -198,24 +193,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     ImageFile.LOAD_TRUNCATED_IMAGES = True
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     pictures = collect(args.npm, args.share)
     texts: dict[str, int] = {}
     own, names = [], []
     for picture in pictures:
-        told = [template.format(picture.name) for template in TEMPLATES] + [", ".join(picture.tags)] * bool(
-            picture.tags
-        )
+        told = [template.format(picture.name) for template in TEMPLATES]
+        if picture.tags:
+            told.append(", ".join(picture.tags))
         numbers = [texts.setdefault(text, len(texts)) for text in told]
         own.append(numbers)
         names.append(numbers[BARE])
     print(f"{len(pictures)} pictures, {len(set(names))} names, {len(texts)} texts", flush=True)
-    network = untrained()
-    network.place(torch.device("cpu"), torch.bfloat16)
-    tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(128)
+    network, tokenizer = bodies()
     with torch.inference_mode():
         vectors = text_features(network, tokenizer, list(texts))
         features = picture_features(network, pictures, training_rows(args.flickr8k)[0])
