@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageEnhance
 
-from clipfilter.engine.dedup import DedupOptions, find_duplicates
+from clipfilter.curation.dedup import DedupOptions, find_duplicates
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.sources import open_source
 

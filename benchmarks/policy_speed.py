@@ -31,9 +31,9 @@ import numpy as np
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
-from clipfilter.engine.columns import embeddings_schema, vector_column, vectors
 from clipfilter.models.heads.file import HeadFile
 from clipfilter.policies import CompiledPolicy, compile_policy, parse_policy
+from clipfilter.runs.columns import as_matrix, embeddings_schema, vector_column
 
 SHARED = Path(os.environ.get("CLIPFILTER_SHARED", Path(__file__).parents[2] / "shared"))
 DIM = 512
@@ -134,7 +134,7 @@ def shards(path: Path) -> Any:
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
-            yield vectors(batch["image_emb"], DIM), vectors(batch["text_emb"], DIM)
+            yield as_matrix(batch["image_emb"], DIM), as_matrix(batch["text_emb"], DIM)
 
 
 def bare(path: Path, matrix: np.ndarray) -> float:

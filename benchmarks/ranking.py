@@ -2,7 +2,7 @@
 
     python benchmarks/ranking.py [--model nano] [--candidates 10] [--seed 0] [--json]
 
-Each of the 1 000 photos of split=dev stands beside nine others drawn at random (seeded), and `clipfilter.ranking.Ranker`
+Each of the 1 000 photos of split=dev stands beside nine others drawn at random (seeded), and `clipfilter.operations.rank.Ranker`
 orders the ten by the photo's first caption. Reads `flickr8k/*.tar` below $CLIPFILTER_SHARED/data (default:
 `../shared/data` beside the repository). Measures only; nothing is chosen by it.
 """
@@ -21,7 +21,7 @@ from nano_quality import shared_data
 from clipfilter.engine.shard import EmbeddedShard
 from clipfilter.engine.stream import embed_stream, open_inputs
 from clipfilter.models import Encoder, load_encoder
-from clipfilter.ranking import Ranker
+from clipfilter.operations.rank import Ranker
 from clipfilter.sources import open_source
 
 

@@ -207,12 +207,13 @@ def decide(run: str, policy: str) -> float:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from clipfilter.engine import ledger
-    from clipfilter.engine.columns import annotate
-    from clipfilter.engine.job import open_run, stored_model
-    from clipfilter.engine.worker import compile_for, local_files, read_stored
+    from clipfilter.engine.job import stored_model
+    from clipfilter.engine.worker import compile_for
     from clipfilter.models import load_encoder
     from clipfilter.policies import load_policy
+    from clipfilter.runs import ledger
+    from clipfilter.runs.columns import annotate
+    from clipfilter.runs.run import local_files, open_run, read_stored
     from clipfilter.sources import Source
 
     pa.set_cpu_count(1)

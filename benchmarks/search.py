@@ -55,7 +55,7 @@ def embedded(work: Path) -> list[Path]:
 
 def real(runs: list[Path]) -> tuple[np.ndarray, np.ndarray, float]:
     """float32 image vectors [n, d], caption vectors of Flickr8k [m, d], and the noise's norm."""
-    from clipfilter.engine.columns import vectors as matrix
+    from clipfilter.runs.columns import vectors as matrix
     from clipfilter.search import RunVectors
 
     images = []
@@ -83,7 +83,7 @@ def noisy(base: np.ndarray, noise: float, rows: int, seed: int) -> Iterator[np.n
 
 def write_run(template: Path, out: Path, shards: Iterator[np.ndarray], first: int = 0) -> None:
     """A run directory (or its next version) whose shards hold these vectors."""
-    from clipfilter.engine import ledger
+    from clipfilter.runs import ledger
     from clipfilter.storage import Directory, file_sha256
 
     directory = Directory(str(out))

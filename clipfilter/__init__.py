@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clipfilter.version import __version__
+
 if TYPE_CHECKING:
     from clipfilter.api import (
         Best,
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
         rank,
         search,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Best",

@@ -17,21 +17,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from clipfilter.engine.columns import FACTS, annotate, vector_column, vectors
-from clipfilter.engine.job import refuse_other_weights
-from clipfilter.engine.shard import EmbeddedShard
-from clipfilter.engine.stream import StoredRun, StreamOptions, embed_stream, open_inputs, stream_options
+from clipfilter.engine import (
+    EmbeddedShard,
+    StoredRun,
+    StreamOptions,
+    embed_stream,
+    open_inputs,
+    refuse_other_weights,
+    stream_options,
+)
 from clipfilter.errors import RefusedError
 from clipfilter.models import load_encoder
-from clipfilter.policies.prompts import DEFAULT_TEMPLATES
-from clipfilter.ranking import Best, Ranker, best_of, rank
+from clipfilter.operations import Best, Ranker, best_of, rank
+from clipfilter.policies import DEFAULT_TEMPLATES
+from clipfilter.runs import FACTS, annotate, as_matrix, vector_column
 
 if TYPE_CHECKING:
     import PIL.Image
 
-    from clipfilter.engine.plan import Plan
     from clipfilter.models import Encoder
     from clipfilter.policies import Policy as PolicyModel
+    from clipfilter.runs import Plan
     from clipfilter.search import SearchResult
 
     Image = str | Path | bytes | np.ndarray | PIL.Image.Image
@@ -92,7 +98,7 @@ def embed(
         options = _options(inputs, encoder, batch_size, decode, captions)
     shards = list(embed_stream(inputs, encoder, options))
     dim = encoder.dim
-    images_emb = [vectors(shard.embeddings["image_emb"], dim) for shard in shards]
+    images_emb = [as_matrix(shard.embeddings["image_emb"], dim) for shard in shards]
     texts_emb = [_text_emb(shard.embeddings, dim) for shard in shards] if captions else None
     rows = pa.concat_tables([shard.rows for shard in shards], promote_options="permissive")
     failed = pa.concat_tables([shard.failed for shard in shards])
@@ -123,9 +129,9 @@ def classify(
     Columns: image, cf_label, cf_label_score, cf_labels (list of {label, score}, best first, at most k), cf_error_class,
     cf_error.
     """
-    from clipfilter.evaluation.labels import read_templates
-    from clipfilter.zero_shot.classify import CLASSIFIED, classify_stream
-    from clipfilter.zero_shot.labels import LabelScorer, LabelSet, label_names
+    from clipfilter.evaluation import read_templates
+    from clipfilter.operations import CLASSIFIED, classify_stream
+    from clipfilter.policies import LabelScorer, LabelSet, label_names
 
     inputs = open_inputs(_listed(images))
     phrasings = read_templates(templates) if isinstance(templates, str) else tuple(templates)
@@ -216,8 +222,7 @@ class Run:
     thresholds and commits; `plan` what was done, with the model's fingerprint."""
 
     def __init__(self, url: str | Path) -> None:
-        from clipfilter.engine import ledger
-        from clipfilter.engine.plan import read_plan
+        from clipfilter.runs import ledger, read_plan
         from clipfilter.storage import Directory
 
         self.url = str(url)
@@ -258,7 +263,7 @@ class Run:
     def _batches(self, kind: str, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
         import pyarrow.parquet as pq
 
-        from clipfilter.engine import ledger
+        from clipfilter.runs import ledger
 
         for _, commit in ledger.iter_commits(self._directory, self.version["commits"]):
             if kind in commit["files"]:
@@ -303,7 +308,7 @@ def _image_first(table: pa.Table) -> pa.Table:
 def _text_emb(embeddings: pa.Table, dim: int) -> np.ndarray:
     if "text_emb" not in embeddings.column_names:
         return np.zeros((embeddings.num_rows, dim), np.float16)
-    found = vectors(embeddings["text_emb"], dim)
+    found = as_matrix(embeddings["text_emb"], dim)
     missing = np.asarray(embeddings["text_emb"].is_null())
     return np.where(missing[:, None], np.float16(0), found)
 
@@ -380,7 +385,7 @@ def _with_captions(shard: EmbeddedShard, encoder: Encoder, captions: list[str | 
 
 
 def _no_failures() -> pa.Table:
-    from clipfilter.engine.columns import FAILED
+    from clipfilter.runs import FAILED
 
     return FAILED.empty_table()
 
@@ -389,7 +394,7 @@ def _decide(shards: list[EmbeddedShard], encoder: Encoder, compiled: Any) -> pa.
     """All shards decided, dataset-level thresholds taken over all of them; rows in their order, failed ones among them."""
     thresholds: dict[str, float | None] = {}
     if compiled.dataset_rules:
-        from clipfilter.curation.fraction import dataset_thresholds
+        from clipfilter.policies import dataset_thresholds
 
         scored = [annotate(shard.rows, shard.embeddings, encoder, compiled, None) for shard in shards]
         chunks: Callable[[str], Iterable[np.ndarray]] = lambda rule: (  # noqa: E731

@@ -15,11 +15,11 @@ from typing import Literal
 from pydantic import Field
 
 from clipfilter.cli.display import progress
-from clipfilter.engine.dedup import DedupOptions, find_duplicates
-from clipfilter.engine.export import export_run
+from clipfilter.cli.pipeline_config import Config, JobConfig, arguments, job_request, load_config, show_plan, start
+from clipfilter.curation.dedup import DedupOptions, find_duplicates
 from clipfilter.engine.job import plan_overview, run_job
-from clipfilter.estimate import estimate_job
-from clipfilter.pipeline_config import Config, JobConfig, arguments, job_request, load_config, show_plan, start
+from clipfilter.operations.estimate import estimate_job
+from clipfilter.operations.export import export_run
 from clipfilter.policies import load_policy
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from clipfilter.cli.ingest import run_and_show
-from clipfilter.estimate import Estimate, price
+from clipfilter.cli.pipeline_config import Config, arguments, load_config, show_plan, start
 from clipfilter.ingest import IngestRequest, plan_ingest
-from clipfilter.pipeline_config import Config, CostConfig, arguments, load_config, show_plan, start
+from clipfilter.operations.estimate import CostConfig, Estimate, price
 
 
 class IngestConfig(Config):

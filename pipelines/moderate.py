@@ -17,11 +17,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from clipfilter.cli.display import print_json, print_result, progress
-from clipfilter.engine import ledger
+from clipfilter.cli.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
 from clipfilter.engine.job import plan_overview, run_job
-from clipfilter.estimate import estimate_job
-from clipfilter.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
+from clipfilter.operations.estimate import estimate_job
 from clipfilter.report import write_report
+from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 
 _FIELDS = ("uid", "key", "rule", "score", "threshold", "nearest", "excess")

@@ -15,11 +15,11 @@ from typing import Literal
 from pydantic import Field
 
 from clipfilter.cli.nightly import run_and_show
+from clipfilter.cli.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
 from clipfilter.engine.job import plan_overview
-from clipfilter.estimate import estimate_job
 from clipfilter.nightly import NightRequest
 from clipfilter.nightly.night import arrivals_overview
-from clipfilter.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
+from clipfilter.operations.estimate import estimate_job
 
 
 class NightlyConfig(JobConfig):

@@ -8,9 +8,9 @@ Running it again computes nothing that is done. The rows are in OUT/annotated/, 
 from __future__ import annotations
 
 from clipfilter.cli.display import print_json, print_result, progress
+from clipfilter.cli.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
 from clipfilter.engine.job import plan_overview, run_job
-from clipfilter.estimate import estimate_job
-from clipfilter.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
+from clipfilter.operations.estimate import estimate_job
 
 
 class ScoreConfig(JobConfig):

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipfilter.curation.fraction import key_score, locate
+from clipfilter.policies import key_score, locate
 
 DECISIONS = ("keep", "review", "reject")
 DUPLICATES = pa.schema(

@@ -14,10 +14,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from clipfilter.beam.options import BeamOptions
-from clipfilter.engine import ledger
-from clipfilter.engine.executors import Outcome, Resources
-from clipfilter.engine.worker import JobSpec, Task, Worker
+from clipfilter.engine import JobSpec, Outcome, Resources, Task, Worker
 from clipfilter.errors import RefusedError
+from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ import numpy as np
 
 from clipfilter.beam.columns import DECISIONS, quantile_buckets, quantiles
 from clipfilter.beam.options import BeamOptions
-from clipfilter.engine import ledger
-from clipfilter.engine.plan import of_run, read_plan
 from clipfilter.errors import ClipfilterError, RefusedError
+from clipfilter.runs import ledger, of_run, read_plan
 from clipfilter.storage import Directory
 
 if TYPE_CHECKING:

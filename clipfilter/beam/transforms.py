@@ -20,10 +20,10 @@ from apache_beam.utils.shared import Shared
 
 from clipfilter.beam.columns import DUPLICATES, count_by_host, exact_duplicates, hash_buckets
 from clipfilter.beam.executor import OneWorker, task_of
-from clipfilter.curation.fraction import BUCKETS, high_histogram, low_histogram
-from clipfilter.engine.driver import MAX_ATTEMPTS
-from clipfilter.engine.writer import HASH_LENGTH
+from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
+from clipfilter.policies import BUCKETS, high_histogram, low_histogram
+from clipfilter.runs import HASH_LENGTH
 from clipfilter.storage import Directory, file_sha256
 
 log = logging.getLogger("clipfilter.beam")

@@ -37,7 +37,7 @@ def export(
     """Write every decision of a run as JSON Lines: for appeals and audits, or as OpenAI, Rekognition or SafeSearch say it."""
     from dataclasses import asdict
 
-    from clipfilter.report.audit import export_decisions
+    from clipfilter.report import export_decisions
 
     found = export_decisions(run, out, kind=str(shape), mapping=mapping)
     if as_json:

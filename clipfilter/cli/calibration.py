@@ -11,7 +11,7 @@ import typer
 from clipfilter.cli.jobs import Json
 
 if TYPE_CHECKING:
-    from clipfilter.policies.calibration import Calibrated, Sample
+    from clipfilter.calibration import Calibrated, Sample
 
 PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a pack.")]
 RuleOption = Annotated[str | None, typer.Option(help="Id of the rule [default: the only one that can be meant].")]
@@ -51,8 +51,8 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw rows to label from a run: a file with captions, scores and an empty column for the label."""
+    from clipfilter.calibration import draw, find_rule, open_scored, refuse_other_scores, write_sample
     from clipfilter.policies import load_policy
-    from clipfilter.policies.calibration import draw, find_rule, open_scored, refuse_other_scores, write_sample
 
     scored = open_scored(run)
     used = load_policy(policy) if policy else scored.policy
@@ -107,8 +107,8 @@ def calibrate(
     import datetime
     from pathlib import Path
 
+    from clipfilter import calibration as c
     from clipfilter.errors import RefusedError
-    from clipfilter.policies import calibration as c
     from clipfilter.policies import load_policy
 
     if band is not None and len(target) > 1:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
 
-    from clipfilter.zero_shot.labels import LabelSet
+    from clipfilter.policies import LabelSet
 
 _BAR = 24
 _IN_FULL = 12  # images with all their labels and a bar each; more get a line
@@ -107,8 +107,8 @@ def classify(
 
 def _label_set(labels: str | None, labels_file: str | None, templates: str, independent: bool, top: int) -> LabelSet:
     from clipfilter.errors import RefusedError
-    from clipfilter.evaluation.labels import read_labels, read_templates
-    from clipfilter.zero_shot.labels import LabelSet, parse_labels
+    from clipfilter.evaluation import read_labels, read_templates
+    from clipfilter.policies import LabelSet, parse_labels
 
     if (labels is None) == (labels_file is None):
         raise RefusedError("name the labels, with either --labels cat,dog or --labels-file FILE.")
@@ -132,11 +132,10 @@ def _classify(
     max_failures: float,
 ) -> None:
     from clipfilter.cli.evaluate import row_progress
-    from clipfilter.engine.job import EXIT_DONE, EXIT_FAILURES
-    from clipfilter.engine.stream import StoredRun, open_inputs, stream_options
+    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, StoredRun, open_inputs, stream_options
+    from clipfilter.operations import classify_stream
+    from clipfilter.policies import LabelScorer
     from clipfilter.sources import SourceOptions
-    from clipfilter.zero_shot.classify import classify_stream
-    from clipfilter.zero_shot.labels import LabelScorer
 
     inputs = open_inputs(images, SourceOptions(image_column=options.pop("image_column")))
     encoder, streaming = stream_options(inputs, model, **options)
@@ -217,7 +216,7 @@ def _parquet(path: str | None) -> Any:
         return None
     import pyarrow.parquet as pq
 
-    from clipfilter.zero_shot.classify import CLASSIFIED
+    from clipfilter.operations import CLASSIFIED
 
     _make_folder(path)
     return pq.ParquetWriter(path, CLASSIFIED, compression="zstd")
@@ -343,7 +342,7 @@ def _print_counts(out: str) -> None:
     import pyarrow.parquet as pq
     from rich.console import Console
 
-    from clipfilter.engine import ledger
+    from clipfilter.runs import ledger
     from clipfilter.storage import Directory
 
     directory = Directory(out)

@@ -60,7 +60,7 @@ def dedup(
     as_json: Json = False,
 ) -> None:
     """Find duplicates in a run; a copy of the run has them in columns that policies can reject."""
-    from clipfilter.engine.dedup import DedupOptions, find_duplicates
+    from clipfilter.curation import DedupOptions, find_duplicates
 
     options = DedupOptions(
         exact, None if near == -1 else near, semantic, None if prefer == "uid" else prefer, clusters, seed
@@ -90,7 +90,7 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Add scores that compare a row with other rows; metadata and fraction rules can use them."""
-    from clipfilter.engine.curate import add_scores
+    from clipfilter.curation import add_scores
 
     norm = float("inf") if p == Norm.infinity else 2.0
     _print(add_scores(run, out, negclip=negclip, target=normsim, p=norm, bank_size=bank, seed=seed), as_json)
@@ -106,7 +106,7 @@ def balance(
     as_json: Json = False,
 ) -> None:
     """Balance captions over a list of entries as MetaCLIP does: cf_balanced is true for what stays."""
-    from clipfilter.engine.curate import add_balance
+    from clipfilter.curation import add_balance
 
     _print(add_balance(run, out, entries, t=t, seed=seed), as_json)
 
@@ -133,7 +133,7 @@ def datacomp(
     as_json: Json = False,
 ) -> None:
     """Apply DataComp's baselines to DataComp's metadata and write the uid subset."""
-    from clipfilter.curation.datacomp import make_baselines, select, write_subset
+    from clipfilter.curation import make_baselines, select, write_subset
 
     baselines = make_baselines(
         [str(name) for name in baseline], metadata, arch=str(arch), threshold=threshold, fraction=fraction,  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def reshard(
     """Reduce tars to the rows of a uid subset, as DataComp's resharder does."""
     from dataclasses import asdict
 
-    from clipfilter.engine.reshard import reshard as run_reshard
+    from clipfilter.operations import reshard as run_reshard
 
     result = run_reshard(tars, subset, out, rows_per_shard)
     if as_json:
@@ -189,7 +189,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Make a run of embeddings that exist already: filter, verify and search without images and without a GPU."""
-    from clipfilter.engine.import_run import ImportOptions, import_embeddings
+    from clipfilter.operations import ImportOptions, import_embeddings
 
     options = ImportOptions(model, arrays, caption_column, uid_column, key_column, rows_per_shard)
     _print(import_embeddings(folder, out, options), as_json)
@@ -201,7 +201,7 @@ def forget(
     as_json: Json = False,
 ) -> None:
     """Remove rows from every file of a run for good; the source itself and other runs are left alone."""
-    from clipfilter.engine.forget import forget_rows
+    from clipfilter.operations import forget_rows
 
     done = forget_rows(run, uids)
     if as_json:

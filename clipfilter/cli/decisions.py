@@ -13,8 +13,8 @@ from clipfilter.cli.runs import Run
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from clipfilter.engine.compare import Comparison
-    from clipfilter.report.explain import Explanation
+    from clipfilter.operations import Comparison
+    from clipfilter.report import Explanation
 
 _RESULTS = ("escalate", "reject", "review", "missing", "keep", "skipped")
 _STYLES = {
@@ -33,7 +33,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say why one row was decided as it was: every rule's score and threshold, the policy and the model."""
-    from clipfilter.report.explain import explain_row
+    from clipfilter.report import explain_row
 
     explanation = explain_row(run, row)
     if as_json:
@@ -61,12 +61,12 @@ def diff(
     """Compare two policies on the stored rows of a run: what would be decided differently, and which rules do it."""
     from pathlib import Path
 
-    from clipfilter.engine.compare import compare_policies
+    from clipfilter.operations import compare_policies
     from clipfilter.policies import load_policy
 
     found = compare_policies(load_policy(before), load_policy(after), on, model=model, examples=examples)
     if report is not None:
-        from clipfilter.report.diff import diff_page
+        from clipfilter.report import diff_page
 
         path = Path(report)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +115,7 @@ def _print_comparison(console: Console, found: Comparison) -> None:
 def _print_explanation(console: Console, found: Explanation) -> None:
     from rich.text import Text
 
-    from clipfilter.report import text
-    from clipfilter.report.explain import sentence
+    from clipfilter.report import sentence, text
 
     def line(*parts: str | tuple[str, str]) -> None:
         console.print(Text.assemble(*parts), soft_wrap=True, highlight=False)

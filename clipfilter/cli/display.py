@@ -15,8 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from clipfilter.engine.driver import Progress
-from clipfilter.engine.job import JobRequest, JobResult
+from clipfilter.engine import JobRequest, JobResult, Progress
 
 _LINE_SECONDS = 10.0
 _COLOURS = {"keep": "green", "review": "yellow", "reject": "red", "failed": "magenta"}
@@ -152,7 +151,7 @@ def print_json(result: JobResult, report: str | None) -> None:
 
 def print_plan(request: JobRequest, as_json: bool) -> None:
     """`--dry-run`: check the request, list the shards, print what would be done."""
-    from clipfilter.engine.job import plan_overview
+    from clipfilter.engine import plan_overview
 
     overview = plan_overview(request)
     if as_json:

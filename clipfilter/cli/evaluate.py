@@ -28,7 +28,7 @@ from clipfilter.cli.jobs import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from clipfilter.evaluation.evaluate import Evaluation
+    from clipfilter.evaluation import Evaluation
 
 _SHOWN_CLASSES = 5
 
@@ -91,12 +91,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model: zero-shot classification where there are labels, retrieval and matching where captions are."""
-    from clipfilter.engine.hardware import gpu_count
-    from clipfilter.engine.job import DEFAULT_BATCH_SIZE, DEFAULT_DTYPE, EXIT_DONE, EXIT_FAILURES
+    from clipfilter.engine import DEFAULT_BATCH_SIZE, DEFAULT_DTYPE, EXIT_DONE, EXIT_FAILURES, gpu_count
     from clipfilter.errors import RefusedError
-    from clipfilter.evaluation.dataset import DataRequest
-    from clipfilter.evaluation.evaluate import EvaluateRequest
-    from clipfilter.evaluation.evaluate import evaluate as measure
+    from clipfilter.evaluation import DataRequest, EvaluateRequest
+    from clipfilter.evaluation import evaluate as measure
     from clipfilter.sources import SourceOptions
 
     if out is not None and not Path(out).absolute().parent.is_dir():

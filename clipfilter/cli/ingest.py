@@ -63,7 +63,7 @@ def ingest(
         "failed" if retry == Retry.failed else "transient" if retry == Retry.transient else "none", private, max_failures,
     )  # fmt: skip
     if dry_run:
-        from clipfilter.pipeline_config import show_plan
+        from clipfilter.cli.pipeline_config import show_plan
 
         show_plan(plan_ingest(request), None, as_json)
         return

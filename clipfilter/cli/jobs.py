@@ -219,8 +219,7 @@ def _score_policy(heads: str | None, concepts: str | None, policy: str | None) -
     if heads is None and concepts is None and policy is None:
         return None
     from clipfilter.errors import RefusedError
-    from clipfilter.policies.load import load_policy
-    from clipfilter.policies.scores import named_scores, scores_of
+    from clipfilter.policies import load_policy, named_scores, scores_of
 
     if policy is None:
         return named_scores([name.strip() for name in (heads or "").split(",") if name.strip()], concepts)
@@ -268,8 +267,7 @@ def run_command(job: str, after: Callable[[str], None] | None = None, **given: A
     Raises typer.Exit with the job's code.
     """
     from clipfilter.cli import display
-    from clipfilter.engine.job import JobRequest, run_job
-    from clipfilter.engine.metrics import LOOPBACK, MetricsOptions, published, together
+    from clipfilter.engine import LOOPBACK, JobRequest, MetricsOptions, published, run_job, together
     from clipfilter.sources import SourceOptions
 
     port, host, file = (given.pop(f"metrics_{name}", None) for name in ("port", "host", "file"))

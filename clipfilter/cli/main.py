@@ -33,7 +33,7 @@ class Interrupted(BaseException):
 
 def _version(value: bool) -> None:
     if value:
-        from clipfilter import __version__
+        from clipfilter.version import __version__
 
         typer.echo(f"clipfilter {__version__}")
         raise typer.Exit

@@ -11,8 +11,7 @@ import typer
 from clipfilter.cli.jobs import Json
 
 if TYPE_CHECKING:
-    from clipfilter.models import Encoder
-    from clipfilter.models.encoder import TorchEncoder
+    from clipfilter.models import Encoder, TorchEncoder
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A model as --model takes it.")]
 
@@ -32,9 +31,9 @@ def list_(
 ) -> None:
     """List the models that have names, and which of them are on this machine."""
     from clipfilter.errors import RefusedError
-    from clipfilter.models.catalog import OTHER_NAMES, find, list_models
+    from clipfilter.models import OTHER_NAMES, find_model, list_models
 
-    found = list_models() if pattern is None else find(pattern)
+    found = list_models() if pattern is None else find_model(pattern)
     if not found:
         raise RefusedError(f"no model's name holds {pattern!r}: `clipfilter models list` lists all")
     if as_json:
@@ -63,7 +62,7 @@ def list_(
 @models_app.command("download")
 def download(name: Name) -> None:
     """Fetch a model's weights and tokenizer into the cache, for use without a network."""
-    from clipfilter.models.catalog import download as fetch
+    from clipfilter.models import download_model as fetch
 
     typer.echo(fetch(name))
 
@@ -117,9 +116,7 @@ def export(
 ) -> None:
     """Write a model as ONNX graphs, which --model onnx:DIR runs on ONNX Runtime."""
     from clipfilter.errors import RefusedError
-    from clipfilter.models import load_encoder
-    from clipfilter.models.onnx import loss_note
-    from clipfilter.models.onnx_export import export_onnx
+    from clipfilter.models import export_onnx, load_encoder, loss_note
     from clipfilter.policies import load_policy
     from clipfilter.sources import open_source
     from clipfilter.storage import local_path
@@ -156,8 +153,8 @@ def _measuring(
 ) -> tuple[Any, Callable[..., dict[str, Any]]]:
     """What int8 scales are chosen on, and the judge of the result, on other rows of the same source."""
     from clipfilter.errors import RefusedError
-    from clipfilter.evaluation.agreement import agreement, read_sample
-    from clipfilter.models.onnx_export import Calibration
+    from clipfilter.evaluation import agreement, read_sample
+    from clipfilter.models import Calibration
 
     sample = read_sample(source, encoder.preprocess, limit)
     batches = len(sample.batches)
@@ -174,13 +171,12 @@ def _measuring(
 
 def _facts(encoder: Any) -> dict[str, Any]:
     """What `show` prints, as JSON."""
-    from clipfilter.models.onnx import PREFIX, folder_size, loss_note, read_folder
-    from clipfilter.models.onnx_export import weight_size
+    from clipfilter.models import ONNX_PREFIX, folder_size, loss_note, read_folder, weight_size
     from clipfilter.storage import local_path
 
     note = None
-    if encoder.name.startswith(PREFIX):
-        folder = local_path(encoder.name.removeprefix(PREFIX))
+    if encoder.name.startswith(ONNX_PREFIX):
+        folder = local_path(encoder.name.removeprefix(ONNX_PREFIX))
         config = read_folder(folder)
         parameters, size = config["parameters"], folder_size(folder)
         note = loss_note(config)

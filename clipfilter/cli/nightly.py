@@ -13,7 +13,7 @@ import typer
 from clipfilter.cli import jobs
 
 if TYPE_CHECKING:
-    from clipfilter.engine.metrics import MetricsOptions
+    from clipfilter.engine import MetricsOptions
     from clipfilter.nightly import NightRequest, NightResult
 
 
@@ -65,8 +65,7 @@ def nightly(
     quiet: jobs.Quiet = False,
 ) -> None:
     """Process only what is new or changed since the last night, append it as a new version, alert on drift or failure."""
-    from clipfilter.engine.job import JobRequest
-    from clipfilter.engine.metrics import LOOPBACK, MetricsOptions
+    from clipfilter.engine import LOOPBACK, JobRequest, MetricsOptions
     from clipfilter.nightly import NightRequest
     from clipfilter.sources import SourceOptions
 
@@ -87,8 +86,8 @@ def nightly(
         window=window, webhook=webhook,
     )  # fmt: skip
     if dry_run:
-        from clipfilter.nightly.night import night_overview
-        from clipfilter.pipeline_config import show_plan
+        from clipfilter.cli.pipeline_config import show_plan
+        from clipfilter.nightly import night_overview
 
         show_plan(night_overview(request), None, as_json)
         return
@@ -99,7 +98,7 @@ def nightly(
 def run_and_show(request: NightRequest, *, as_json: bool, quiet: bool, metrics: MetricsOptions | None = None) -> int:
     """Run a night, print what it did; its exit code."""
     from clipfilter.cli import display
-    from clipfilter.engine.metrics import MetricsOptions, published, together
+    from clipfilter.engine import MetricsOptions, published, together
     from clipfilter.nightly import run_night
 
     line = display.progress(enabled=not (quiet or as_json))

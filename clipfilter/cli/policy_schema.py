@@ -17,7 +17,7 @@ def schema(
     from pathlib import Path
 
     from clipfilter.errors import RefusedError
-    from clipfilter.policies.json_schema import policy_schema
+    from clipfilter.policies import policy_schema
 
     text = json.dumps(policy_schema(), indent=1, ensure_ascii=False) + "\n"
     if out is None:

@@ -12,9 +12,8 @@ from clipfilter.cli.jobs import Model
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from clipfilter.evaluation.contrast import Contrast
-    from clipfilter.policies import Policy
-    from clipfilter.policies.schema import Rule
+    from clipfilter.evaluation import Contrast
+    from clipfilter.policies import Policy, Rule
 
 PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a pack.")]
 _STYLES = {"review": "yellow", "reject": "red"}
@@ -40,7 +39,7 @@ def show(
     console = Console()
     _print_policy(console, loaded)
     if contrast and any(rule.concept is not None for rule in loaded.rules):
-        from clipfilter.evaluation.contrast import contrasts
+        from clipfilter.evaluation import contrasts
         from clipfilter.models import load_encoder
 
         encoder = load_encoder(model)

@@ -12,7 +12,7 @@ from clipfilter.cli.jobs import Decode, Json, Model
 from clipfilter.cli.policy_show import PolicyArgument
 
 if TYPE_CHECKING:
-    from clipfilter.engine.expectations import TestReport
+    from clipfilter.operations import TestReport
 
 #: As for jobs: everything was done, and too much of it failed.
 FAILED = 3
@@ -32,11 +32,10 @@ def check(
     """Run a policy's own tests on their images and captions; exit code 3 when one fails."""
     from pathlib import Path
 
-    from clipfilter.engine.expectations import run_tests
     from clipfilter.errors import RefusedError
     from clipfilter.models import load_encoder
-    from clipfilter.policies import load_policy
-    from clipfilter.policies.load import policy_file
+    from clipfilter.operations import run_tests
+    from clipfilter.policies import load_policy, policy_file
 
     loaded = load_policy(policy)
     folder = Path(images) if images is not None else policy_file(policy).parent

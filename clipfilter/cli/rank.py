@@ -39,9 +39,8 @@ def rank(
 ) -> None:
     """Order images by how well they fit a prompt; what a policy rejects drops out, with the reason."""
     from clipfilter.cli.evaluate import row_progress
-    from clipfilter.engine.job import EXIT_DONE, EXIT_FAILURES
-    from clipfilter.engine.stream import embed_stream, open_inputs, stream_options
-    from clipfilter.ranking import Ranker
+    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, embed_stream, open_inputs, stream_options
+    from clipfilter.operations import Ranker
 
     inputs = open_inputs(images)
     encoder, options = stream_options(

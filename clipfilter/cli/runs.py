@@ -42,7 +42,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the kept (or review) rows of a run as a dataset: the source's own bytes, never re-encoded."""
-    from clipfilter.engine.export import export_run
+    from clipfilter.operations import export_run
 
     summary = export_run(run, to, what=str(what), form=str(form), rows_per_shard=rows_per_shard)  # type: ignore[arg-type]
     if as_json:
@@ -59,7 +59,7 @@ def verify(
     from rich.console import Console
     from rich.text import Text
 
-    from clipfilter.engine.verify import verify_run
+    from clipfilter.operations import verify_run
 
     proof = verify_run(run)
     if as_json:

@@ -34,8 +34,7 @@ def index(
     from dataclasses import asdict
 
     from clipfilter.report import text
-    from clipfilter.search import RunVectors, build_index
-    from clipfilter.search.index import EXACT_ROWS, has_index
+    from clipfilter.search import EXACT_ROWS, RunVectors, build_index, has_index
 
     with RunVectors.open(run) as vectors:
         rows = vectors.rows
@@ -123,7 +122,7 @@ def search(
         )  # fmt: skip
         problem = None
         if sheet is not None:
-            from clipfilter.search.sheet import contact_sheet
+            from clipfilter.report import contact_sheet
 
             png, problem = contact_sheet(searcher.vectors, found, str(thumbnails))
             Path(sheet).parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +139,9 @@ def search(
 
 
 def _columns(chosen: list[str]) -> list[str]:
-    from clipfilter.search.search import COLUMNS
+    from clipfilter.search import RESULT_COLUMNS
 
-    return list(dict.fromkeys([*COLUMNS, *chosen]))
+    return list(dict.fromkeys([*RESULT_COLUMNS, *chosen]))
 
 
 def _print(found: SearchResult, chosen: list[str]) -> None:

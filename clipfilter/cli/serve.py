@@ -30,8 +30,8 @@ def serve(
     ] = None,
 ) -> None:
     """Look at a run in the browser: search it, move thresholds, label examples; Ctrl-C ends it."""
+    from clipfilter.serve import is_loopback
     from clipfilter.serve import serve as serve_run
-    from clipfilter.serve.guard import is_loopback
 
     def ready(address: str, file: str) -> None:
         typer.echo(f"page     {address}")

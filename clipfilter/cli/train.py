@@ -15,8 +15,7 @@ import typer
 from clipfilter.cli.jobs import Precision
 
 if TYPE_CHECKING:
-    from clipfilter.training import TrainResult
-    from clipfilter.training.loop import Shown
+    from clipfilter.training import Shown, TrainResult
 
 _LINE_SECONDS = 10.0
 
@@ -197,7 +196,7 @@ def _print_result(result: TrainResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from clipfilter.training.card import table_rows
+    from clipfilter.training import table_rows
 
     console = Console()
     if not result.computed:

@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter.curation.clusters import nearest_centroids
-from clipfilter.curation.fraction import Threshold, fraction_threshold
 from clipfilter.curation.language import is_english
 from clipfilter.curation.uids import HALVES, uid_halves
 from clipfilter.curation.wordnet import WordNet
 from clipfilter.errors import RefusedError
+from clipfilter.policies import Threshold, fraction_threshold
 from clipfilter.storage import Directory, normalise
 
 Arch = Literal["l14", "b32"]

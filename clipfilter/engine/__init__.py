@@ -1,1 +1,86 @@
 """Running a job: the unit of work (`process_shard`), the executors that schedule it, and the ledger that proves it."""
+
+from __future__ import annotations
+
+from clipfilter.engine.decoding import DecodedBatch, DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.driver import MAX_ATTEMPTS, Display, Progress, StageResult, Unit, fix_thresholds, run_units
+from clipfilter.engine.executors.interface import Outcome, Resources
+from clipfilter.engine.executors.ray import RayExecutor
+from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
+from clipfilter.engine.job import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_DTYPE,
+    DEFAULT_MAX_PIXELS,
+    EXIT_DONE,
+    EXIT_FAILURES,
+    Dtype,
+    JobRequest,
+    JobResult,
+    Preparation,
+    plan_overview,
+    prepare,
+    refuse_other_weights,
+    refuse_other_work,
+    run_job,
+    run_prepared,
+    stored_model,
+)
+from clipfilter.engine.metrics import LOOPBACK, MetricsOptions, published, together
+from clipfilter.engine.shard import EmbeddedShard, embed_rows, shard_report
+from clipfilter.engine.stream import Input, StoredRun, StreamOptions, embed_stream, open_inputs, stream_options
+from clipfilter.engine.worker import JobSpec, Task, Worker, compile_for
+
+__all__ = [
+    "DEFAULT_BATCH_SIZE",
+    "DEFAULT_DTYPE",
+    "DEFAULT_MAX_PIXELS",
+    "EXIT_DONE",
+    "EXIT_FAILURES",
+    "LOOPBACK",
+    "MAX_ATTEMPTS",
+    "MAX_THREADS",
+    "DecodeSettings",
+    "DecodedBatch",
+    "Display",
+    "Dtype",
+    "EmbeddedShard",
+    "Input",
+    "JobRequest",
+    "JobResult",
+    "JobSpec",
+    "MetricsOptions",
+    "Outcome",
+    "Preparation",
+    "Progress",
+    "RayExecutor",
+    "Resources",
+    "StageResult",
+    "StageTimes",
+    "StoredRun",
+    "StreamOptions",
+    "Task",
+    "ThreadDecoder",
+    "Unit",
+    "Worker",
+    "compile_for",
+    "cpu_count",
+    "decode_batches",
+    "embed_rows",
+    "embed_stream",
+    "fix_thresholds",
+    "gpu_count",
+    "open_inputs",
+    "plan_overview",
+    "prefetch",
+    "prepare",
+    "published",
+    "refuse_other_weights",
+    "refuse_other_work",
+    "run_job",
+    "run_prepared",
+    "run_units",
+    "shard_report",
+    "stored_model",
+    "stream_options",
+    "together",
+]

@@ -14,9 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import MISSING_IMAGE, RowError
-from clipfilter.images.decode import Mode
-from clipfilter.images.load import LoadedImage, load_image
-from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.images import LoadedImage, Mode, PreprocessConfig, load_image
 
 Image = LoadedImage | RowError
 T = TypeVar("T")
@@ -212,3 +210,20 @@ class prefetch(Generic[T]):
             except queue.Full:
                 continue
         return False
+
+
+def image_columns(images: Sequence[Image]) -> dict[str, pa.Array]:
+    """sha256, size and pixel facts of the images that were decoded, as columns."""
+    good = [image for image in images if not isinstance(image, RowError)]
+    return {
+        "cf_sha256": pa.array([image.sha256 for image in good], pa.string()),
+        "cf_width": pa.array([image.width for image in good], pa.int32()),
+        "cf_height": pa.array([image.height for image in good], pa.int32()),
+        "cf_format": pa.array([image.format for image in good], pa.string()),
+        "cf_brightness": pa.array([image.facts.brightness for image in good], pa.float32()),
+        "cf_contrast": pa.array([image.facts.contrast for image in good], pa.float32()),
+        "cf_blur": pa.array([image.facts.blur for image in good], pa.float32()),
+        "cf_entropy": pa.array([image.facts.entropy for image in good], pa.float32()),
+        "cf_phash": pa.array([image.facts.phash for image in good], pa.uint64()),
+        "cf_colourfulness": pa.array([image.facts.colourfulness for image in good], pa.float32()),
+    }

@@ -14,13 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow.parquet as pq
 
-from clipfilter.curation.fraction import dataset_thresholds
-from clipfilter.engine import ledger
-from clipfilter.engine.executors import Executor, Outcome
-from clipfilter.engine.plan import Plan
+from clipfilter.engine.executors.interface import Executor, Outcome
 from clipfilter.engine.worker import Task
 from clipfilter.errors import TRANSIENT, RefusedError
-from clipfilter.policies import Policy
+from clipfilter.policies import Policy, dataset_thresholds
+from clipfilter.runs import Plan, ledger
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
 

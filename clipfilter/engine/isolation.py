@@ -19,9 +19,7 @@ import numpy as np
 
 from clipfilter.engine.decoding import DecodeSettings, Image, load_guarded
 from clipfilter.errors import DECODER_CRASH, MISSING_IMAGE, RowError
-from clipfilter.images.facts import ImageFacts
-from clipfilter.images.load import LoadedImage
-from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.images import ImageFacts, LoadedImage, PreprocessConfig
 
 #: Seconds one image may take before its decoder is taken for hung.
 IMAGE_TIMEOUT = 60.0

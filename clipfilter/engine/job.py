@@ -12,20 +12,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from clipfilter.engine import ledger
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
-from clipfilter.engine.executors import Executor
+from clipfilter.engine.executors.interface import Executor
 from clipfilter.engine.hardware import gpu_count
-from clipfilter.engine.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
 from clipfilter.engine.worker import JobSpec, compile_for
 from clipfilter.errors import RefusedError
 from clipfilter.models import DEFAULT_MODEL
 from clipfilter.policies import Policy, attachments, load_policy
+from clipfilter.runs import (
+    PLAN_FILE,
+    Job,
+    Plan,
+    is_run,
+    ledger,
+    of_run,
+    open_run,
+    read_plan,
+    refuse_if_different,
+    settle_plan,
+)
 from clipfilter.sources import Shard, Source, SourceOptions, open_source
 from clipfilter.storage import Directory, normalise
 
 if TYPE_CHECKING:
-    from clipfilter.zero_shot.labels import LabelSet
+    from clipfilter.policies import LabelSet
 
 log = logging.getLogger("clipfilter.engine")
 
@@ -168,21 +178,13 @@ def stored_model(plan: Plan) -> str:
     )
 
 
-def is_run(url: str) -> bool:
-    """Whether a run directory is at this path or URL, finished or not."""
-    # Whatever is wrong with a source that cannot even be asked, opening it says in a better sentence.
-    with contextlib.suppress(Exception):
-        return Directory(url).exists(PLAN_FILE)
-    return False
-
-
 def _refuse_foreign_directory(directory: Directory) -> None:
     """OUT must be new, empty, or a run; and writable. Raises RefusedError."""
     try:
         if directory.local:
             Path(directory.root).mkdir(parents=True, exist_ok=True)
             directory.scratch()
-        harmless = ("run.log", "nights", attachments.FOLDER)
+        harmless = ("run.log", "nights", attachments.ATTACHMENTS_FOLDER)
         found = [] if directory.exists(PLAN_FILE) else [n for n in directory.names("") if n not in harmless]
     except (OSError, ImportError) as error:
         raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
@@ -201,25 +203,6 @@ def _open_source(request: JobRequest, existing: Plan | None) -> Source:
     return open_source(request.source, request.source_options)
 
 
-def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
-    """A finished run: directory, newest version's name and content, plan. A filtered run leads to the run it decided.
-
-    Raises RefusedError when there is none.
-    """
-    directory = Directory(url)
-    plan = read_plan(directory)
-    if plan is None:
-        raise RefusedError(
-            f"{url} is not a run directory (it has no plan.json); give the --out of an earlier run or embed."
-        )
-    if of_run(plan.source):
-        return open_run(plan.source["run"])
-    newest = ledger.latest_version(directory)
-    if newest is None:
-        raise RefusedError(f"the run in {url} has not finished; repeat its command to resume it, then try again.")
-    return directory, newest[0], newest[1], plan
-
-
 def choose_executor(request: JobRequest) -> Executor:
     """`auto` takes Ray when there is an address or more than one GPU, else worker processes on this machine."""
     engine = request.engine
@@ -228,10 +211,10 @@ def choose_executor(request: JobRequest) -> Executor:
     if engine == "local":
         if request.address:
             raise RefusedError("--address needs a Ray cluster; leave out --engine local.")
-        from clipfilter.engine.local import LocalExecutor
+        from clipfilter.engine.executors.local import LocalExecutor
 
         return LocalExecutor(request.workers, request.threads, request.device)
-    from clipfilter.engine.ray_executor import RayExecutor
+    from clipfilter.engine.executors.ray import RayExecutor
 
     executor = RayExecutor(request.address, request.workers, request.threads, request.device)
     executor.refuse_unshared(request.out, "--out")

@@ -15,22 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
-from clipfilter.engine.columns import (
-    FACTS,
-    IDENTITY,
-    annotate,
-    embeddings_schema,
-    failed_table,
-    image_columns,
-    vector_column,
-)
-from clipfilter.engine.decoding import DecodedBatch, StageTimes
+from clipfilter.engine.decoding import DecodedBatch, StageTimes, image_columns
 from clipfilter.errors import ENCODE_ERROR, RowError
+from clipfilter.runs import FACTS, IDENTITY, annotate, embeddings_schema, failed_table, vector_column
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
-    from clipfilter.policies import CompiledPolicy
-    from clipfilter.zero_shot.labels import LabelScorer
+    from clipfilter.policies import CompiledPolicy, LabelScorer
 
 Captions = Literal["first", "max", "mean", "none"]
 
@@ -298,7 +289,7 @@ def _empty_cuda_cache() -> None:
 
 def shard_report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardReport:
     """The counts of a shard's annotated and failed rows."""
-    from clipfilter.policies.deciding import escalated
+    from clipfilter.policies import escalated
 
     counts = {"rows": table.num_rows + failed.num_rows, "failed": failed.num_rows, "embedded": table.num_rows}
     rules: dict[str, Counter[str]] = {}

@@ -15,34 +15,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter import storage
-from clipfilter.engine import ledger
-from clipfilter.engine.columns import FAILED, IDENTITY, embeddings_schema
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
     DEFAULT_MAX_PIXELS,
-    is_run,
-    open_run,
     refuse_other_weights,
     stored_model,
 )
 from clipfilter.engine.shard import EmbeddedShard, embed_rows
-from clipfilter.engine.worker import local_files, read_stored
 from clipfilter.errors import RefusedError, ShardError
-from clipfilter.images.decode import Mode
+from clipfilter.images import Mode
 from clipfilter.models import DEFAULT_MODEL, load_encoder
-from clipfilter.sources import Source, SourceOptions, open_source
-from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, is_image_name
-from clipfilter.sources.fetch import Fetcher, fetch_images
-from clipfilter.sources.model import row_uid
-from clipfilter.sources.schema import PREFIX
+from clipfilter.runs import FAILED, IDENTITY, embeddings_schema, is_run, ledger, local_files, open_run, read_stored
+from clipfilter.sources import (
+    COLUMN_PREFIX,
+    PARQUET_SUFFIXES,
+    TAR_SUFFIXES,
+    Fetcher,
+    Source,
+    SourceOptions,
+    fetch_images,
+    is_image_name,
+    open_source,
+    row_uid,
+)
 
 if TYPE_CHECKING:
     from clipfilter.engine.job import Dtype
-    from clipfilter.engine.plan import Plan
     from clipfilter.models import Encoder
+    from clipfilter.runs import Plan
 
 _FETCHED_BYTES = 64 << 20
 _READ_AT_ONCE = 64
@@ -276,7 +279,7 @@ def _named(items: Sequence[Any], first: int) -> Iterator[pa.RecordBatch]:
                 "cf_error": [one.error for one in found],
                 "cf_source_json": [None] * len(part),
             }
-            yield pa.RecordBatch.from_pydict(columns, schema=PREFIX)
+            yield pa.RecordBatch.from_pydict(columns, schema=COLUMN_PREFIX)
 
 
 def _dataset(

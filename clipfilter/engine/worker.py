@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import platform
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter.engine.columns import FAILED, decision_inputs, is_decision_column
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.isolation import IsolatedDecoder
-from clipfilter.engine.ledger import FINAL_STAGE, CommitName, write_commit
-from clipfilter.engine.plan import of_run
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
-from clipfilter.engine.writer import ShardWriter
+from clipfilter.runs import (
+    FAILED,
+    FINAL_STAGE,
+    CommitName,
+    ShardWriter,
+    decision_inputs,
+    local_files,
+    machine,
+    of_run,
+    read_stored,
+    write_commit,
+)
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
 
@@ -84,8 +88,7 @@ class Worker:
 
     def __init__(self, spec: JobSpec) -> None:
         from clipfilter.models import load_encoder
-        from clipfilter.policies import Policy
-        from clipfilter.policies.scores import ScorePolicy
+        from clipfilter.policies import Policy, ScorePolicy
 
         self.spec = spec
         self.directory = Directory(spec.out)
@@ -116,7 +119,7 @@ class Worker:
             self.policy = self._on_torch_thread(compiled, "score")
         self.labels = None
         if "labels" in spec.options:
-            from clipfilter.zero_shot.labels import LabelScorer, LabelSet
+            from clipfilter.policies import LabelScorer, LabelSet
 
             scorer = LabelScorer(LabelSet.from_json(spec.options["labels"]), self.encoder)
             self.labels = self._on_torch_thread(scorer, "columns")
@@ -290,8 +293,7 @@ def compile_for(
 
     run: the run directory that keeps copies of the policy's files.
     """
-    from clipfilter.policies import compile_policy
-    from clipfilter.policies.attachments import Attachments
+    from clipfilter.policies import Attachments, compile_policy
 
     compiled = compile_policy(policy, encoder, decode="exact" if decode == "exact" else "fast", files=Attachments(run))
     compiled.check_columns(pa.schema([*source.schema, *decision_inputs()]))
@@ -311,42 +313,9 @@ class _OnThread:
         return getattr(self._target, name)
 
 
-def machine() -> dict[str, Any]:
-    """Where the work was done; recorded, never compared."""
-    return {"host": socket.gethostname(), "cpu": platform.machine(), "cores": len(os.sched_getaffinity(0))}
-
-
 def _sampler(sample: float | None) -> Any:
     """Keeps a row when a hash of its uid falls below the sample's share: the same rows in every attempt."""
     if sample is None:
         return None
     limit = int(sample * 2**64)
     return lambda uid: int.from_bytes(hashlib.sha256(b"sample\0" + uid.encode()).digest()[:8], "big") < limit
-
-
-def read_stored(rows_file: Path, embeddings_file: Path) -> tuple[pa.Table, pa.Table]:
-    """A shard's annotated rows without their decision, and the same rows' embeddings, memory-mapped."""
-    rows = pq.read_table(rows_file)
-    rows = rows.select([name for name in rows.column_names if not is_decision_column(name)])
-    return rows, pa.ipc.open_file(pa.memory_map(str(embeddings_file))).read_all()
-
-
-@contextlib.contextmanager
-def local_files(origin: Directory, files: dict[str, Any], scratch: Path) -> Any:
-    """Local paths of a commit's data files; remote ones are fetched for the duration."""
-    paths: dict[str, Path] = {}
-    fetched: list[Path] = []
-    try:
-        for kind in ("annotated", "scored", "embeddings", "failed"):
-            if kind not in files:
-                continue
-            if origin.local:
-                paths[kind] = Path(origin.path(files[kind]["name"]))
-            else:
-                paths[kind] = scratch / f"{threading.get_ident()}-{files[kind]['name'].rsplit('/', 1)[-1]}-{kind}"
-                fetched.append(paths[kind])
-                origin.fs.get_file(origin.path(files[kind]["name"]), str(paths[kind]))
-        yield paths
-    finally:
-        for path in fetched:
-            path.unlink(missing_ok=True)

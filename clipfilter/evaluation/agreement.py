@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from clipfilter.curation.fraction import fraction_thresholds
-from clipfilter.engine.columns import annotate, vectors
-from clipfilter.engine.decoding import DecodedBatch, DecodeSettings, StageTimes, ThreadDecoder, decode_batches
-from clipfilter.engine.hardware import MAX_THREADS, cpu_count
-from clipfilter.engine.job import DEFAULT_MAX_PIXELS
-from clipfilter.engine.shard import EmbeddedShard, embed_rows
+from clipfilter.engine import (
+    DEFAULT_MAX_PIXELS,
+    MAX_THREADS,
+    DecodedBatch,
+    DecodeSettings,
+    EmbeddedShard,
+    StageTimes,
+    ThreadDecoder,
+    cpu_count,
+    decode_batches,
+    embed_rows,
+)
 from clipfilter.errors import RefusedError, RowError
-from clipfilter.images.decode import Mode
-from clipfilter.images.preprocess import PreprocessConfig
-from clipfilter.policies import Policy, compile_policy
+from clipfilter.images import Mode, PreprocessConfig
+from clipfilter.policies import Policy, compile_policy, fraction_thresholds
+from clipfilter.runs import annotate, as_matrix
 from clipfilter.sources import Source
 
 if TYPE_CHECKING:
@@ -111,7 +117,7 @@ def _embed(sample: Sample, encoder: Encoder) -> EmbeddedShard:
 
 
 def _vectors(embedded: EmbeddedShard, column: str, dim: int) -> np.ndarray:
-    return np.asarray(vectors(embedded.embeddings[column], dim), np.float64)
+    return np.asarray(as_matrix(embedded.embeddings[column], dim), np.float64)
 
 
 def _summary(left: np.ndarray, right: np.ndarray) -> dict[str, Any]:

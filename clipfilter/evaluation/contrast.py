@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipfilter.evaluation.measures import class_vectors
+from clipfilter.policies import class_vectors
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder

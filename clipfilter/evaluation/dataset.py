@@ -18,17 +18,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipfilter.engine import ledger
-from clipfilter.engine.columns import vectors
-from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
-from clipfilter.engine.hardware import MAX_THREADS, cpu_count
-from clipfilter.engine.job import DEFAULT_MAX_PIXELS, open_run
-from clipfilter.engine.plan import PLAN_FILE, Plan
-from clipfilter.engine.shard import embed_rows
+from clipfilter.engine import (
+    DEFAULT_MAX_PIXELS,
+    MAX_THREADS,
+    DecodeSettings,
+    StageTimes,
+    ThreadDecoder,
+    cpu_count,
+    decode_batches,
+    embed_rows,
+    prefetch,
+)
 from clipfilter.errors import ClipfilterError, RefusedError, ShardError
-from clipfilter.images.decode import Mode
-from clipfilter.sources import Shard, Source, SourceOptions, open_source
-from clipfilter.sources.schema import PREFIX, is_binary
+from clipfilter.images import Mode
+from clipfilter.runs import PLAN_FILE, Plan, as_matrix, ledger, open_run
+from clipfilter.sources import COLUMN_PREFIX, Shard, Source, SourceOptions, is_binary, open_source
 from clipfilter.storage import Directory
 
 if TYPE_CHECKING:
@@ -308,7 +312,7 @@ def _read_source(dataset: Dataset, collected: _Collected) -> None:
 
 def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collected: _Collected) -> None:
     request, column = dataset.request, dataset.label_column
-    carried = [PREFIX.field("cf_captions")]
+    carried = [COLUMN_PREFIX.field("cf_captions")]
     if column in dataset.source.schema.names:
         carried.append(dataset.source.schema.field(column))
     first = request.captions == "first"
@@ -330,7 +334,7 @@ def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collect
             text=dataset.captions and first, captions="first", times=StageTimes(), on_batch=collected.on_rows,
         )  # fmt: skip
     rows, dim = embedded.rows, collected.encoder.dim
-    text_emb = vectors(embedded.embeddings["text_emb"], dim) if dataset.captions and first else None
+    text_emb = as_matrix(embedded.embeddings["text_emb"], dim) if dataset.captions and first else None
     collected.rows += rows.num_rows + embedded.failed.num_rows
     collected.truncated += embedded.captions_truncated
     collected.fail(embedded.failed)
@@ -338,7 +342,7 @@ def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collect
         collected.damaged.append(shard.path)
     lists = rows["cf_captions"].to_pylist() if dataset.captions else [None] * rows.num_rows
     collected.add(
-        vectors(embedded.embeddings["image_emb"], dim), _labels(rows, column), [_usable(c) for c in lists], text_emb
+        as_matrix(embedded.embeddings["image_emb"], dim), _labels(rows, column), [_usable(c) for c in lists], text_emb
     )
 
 
@@ -407,12 +411,12 @@ def _read_run(dataset: Dataset, base: tuple[Directory, dict[str, Any], Plan], co
         chosen = chosen[: collected.left]
         rows = rows.take(pa.array(chosen))
         dim = collected.encoder.dim
-        text_emb = vectors(embeddings["text_emb"], dim)[chosen] if stored else None
+        text_emb = as_matrix(embeddings["text_emb"], dim)[chosen] if stored else None
         lists = rows[captions].to_pylist() if dataset.captions else [None] * rows.num_rows
         collected.rows += rows.num_rows
         collected.on_rows(rows.num_rows)
         collected.add(
-            vectors(embeddings["image_emb"], dim)[chosen],
+            as_matrix(embeddings["image_emb"], dim)[chosen],
             _labels(rows, dataset.label_column),
             [_usable(c) for c in lists],
             text_emb,

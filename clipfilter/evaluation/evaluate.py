@@ -11,20 +11,12 @@ import numpy as np
 from clipfilter.errors import RefusedError
 from clipfilter.evaluation.dataset import DataRequest, Dataset, EvaluationData, open_dataset
 from clipfilter.evaluation.labels import LabelNames, Style, name_classes, read_labels, read_templates
-from clipfilter.evaluation.measures import (
-    Retrieval,
-    ZeroShot,
-    caption_match_auc,
-    class_vectors,
-    retrieval,
-    shuffled_auc,
-    zero_shot,
-)
+from clipfilter.evaluation.measures import Retrieval, ZeroShot, caption_match_auc, retrieval, shuffled_auc, zero_shot
 from clipfilter.models import DEFAULT_MODEL, load_encoder
-from clipfilter.policies.prompts import DEFAULT_TEMPLATES, fill
+from clipfilter.policies import DEFAULT_TEMPLATES, class_vectors, fill
 
 if TYPE_CHECKING:
-    from clipfilter.engine.job import Dtype
+    from clipfilter.engine import Dtype
     from clipfilter.models import Encoder
 
 #: Of the one wrong caption per image; the same in every evaluation, so that two models meet the same pairs.

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.prompts import TEMPLATES
+from clipfilter.policies import TEMPLATES
 
 #: A list gives class names by number (0 first) and the set of classes; a mapping gives a name for each label.
 LabelNames = list[str] | dict[str, str]

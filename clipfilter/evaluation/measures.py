@@ -8,21 +8,15 @@ finite raise ValueError: nothing compares with NaN, and a broken model would loo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clipfilter.errors import RefusedError
-from clipfilter.policies.prompts import fill
+from clipfilter.policies import COSINE_BLOCK, cosine_blocks, padded_blocks
 
 if TYPE_CHECKING:
-    from clipfilter.models import Encoder
-
-#: Side of a block of cosines, 4 MiB in float32.
-_BLOCK = 1024
-_TEXT_BATCH = 1024
+    pass
 
 
 @dataclass(frozen=True)
@@ -55,31 +49,6 @@ class Retrieval:
 
 
 RECALL_AT = (1, 5, 10)
-
-
-def class_vectors(encoder: Encoder, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-    """One vector per class: float32 [classes, dim], unit norm; w_c = norm(mean_t norm(text(template_t(c)))).
-
-    templates: each with one `{}` for the label (`policies.prompts.TEMPLATES` has named ensembles). The prompt ensemble
-    of Radford et al. 2021, section 3.1.4, the mean in float64.
-
-    Raises RefusedError where the model gives no finite vector, or templates that cancel out.
-    """
-    if not labels or not templates:
-        raise ValueError("class vectors need at least one label and one template")
-    prompts = [fill(template, label) for label in labels for template in templates]
-    parts = [encoder.encode_texts(prompts[at : at + _TEXT_BATCH]) for at in range(0, len(prompts), _TEXT_BATCH)]
-    texts = np.concatenate(parts).astype(np.float64).reshape(len(labels), len(templates), -1)
-    texts /= np.maximum(np.linalg.norm(texts, axis=2, keepdims=True), 1e-12)
-    means = texts.mean(axis=1)
-    norms = np.linalg.norm(means, axis=1, keepdims=True)
-    usable = norms[:, 0] > 1e-6
-    if not usable.all():
-        raise RefusedError(
-            f"the model {encoder.name} gives no usable vector for the class {labels[int(np.argmin(usable))]!r}; "
-            "give other templates, or another model."
-        )
-    return np.asarray(means / norms, dtype=np.float32)
 
 
 def zero_shot(image_emb: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> ZeroShot:
@@ -174,8 +143,8 @@ def shuffled_auc(image_emb: np.ndarray, text_emb: np.ndarray, seed: int) -> floa
     wrong_text = np.empty(n, np.int64)
     wrong_text[order] = np.roll(order, 1)  # one cycle: no image keeps its text
     own, wrong = np.empty(n, np.float32), np.empty(n, np.float32)
-    for start in range(0, n, _BLOCK):
-        rows = slice(start, start + _BLOCK)
+    for start in range(0, n, COSINE_BLOCK):
+        rows = slice(start, start + COSINE_BLOCK)
         images = image_emb[rows].astype(np.float32)
         own[rows] = np.vecdot(images, text_emb[rows].astype(np.float32))
         wrong[rows] = np.vecdot(images, text_emb[wrong_text[rows]].astype(np.float32))
@@ -184,27 +153,11 @@ def shuffled_auc(image_emb: np.ndarray, text_emb: np.ndarray, seed: int) -> floa
     return (int(below.sum()) + int(up_to.sum())) / (2 * n * n)
 
 
-def cosine_blocks(rows_emb: np.ndarray, columns_emb: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Every block of the cosines of all rows with all columns: (rows, columns, float32 [rows, columns])."""
-    for rows, left in _padded(rows_emb):
-        for columns, right in _padded(columns_emb):
-            yield rows, columns, (left @ right.T)[: rows.stop - rows.start, : columns.stop - columns.start]
-
-
-def _padded(emb: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    block = np.empty((_BLOCK, emb.shape[1]), np.float32)
-    for start in range(0, len(emb), _BLOCK):
-        stop = min(start + _BLOCK, len(emb))
-        block[: stop - start] = emb[start:stop]
-        block[stop - start :] = 0
-        yield slice(start, stop), block
-
-
 def _own(rows_emb: np.ndarray, columns_emb: np.ndarray, partner: np.ndarray) -> np.ndarray:
     """The cosine of each row with its partner, float32 [rows], out of the very blocks that `cosine_blocks` gives."""
     own = np.empty(len(rows_emb), np.float32)
-    for rows, left in _padded(rows_emb):
-        for columns, right in _padded(columns_emb):
+    for rows, left in padded_blocks(rows_emb):
+        for columns, right in padded_blocks(columns_emb):
             wanted = partner[rows]
             inside = np.flatnonzero((wanted >= columns.start) & (wanted < columns.stop))
             if len(inside):
@@ -229,6 +182,6 @@ def _check_pairs(image_emb: np.ndarray, text_emb: np.ndarray) -> int:
 
 def _check_finite(*embeddings: np.ndarray) -> None:
     for emb in embeddings:
-        for start in range(0, len(emb), _BLOCK):
-            if not np.isfinite(emb[start : start + _BLOCK]).all():
+        for start in range(0, len(emb), COSINE_BLOCK):
+            if not np.isfinite(emb[start : start + COSINE_BLOCK]).all():
                 raise ValueError("embeddings must be finite: the model gave NaN or infinity")

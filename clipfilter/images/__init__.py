@@ -1,3 +1,24 @@
 """From encoded bytes to what a model and a rule need: pixels, display size, hashes and cheap facts."""
 
 from __future__ import annotations
+
+from clipfilter.images.decode import Mode, decode
+from clipfilter.images.facts import ImageFacts
+from clipfilter.images.header import DEFAULT_MAX_PIXELS, read_header
+from clipfilter.images.load import OVERSAMPLING, LoadedImage, load_image
+from clipfilter.images.preprocess import PreprocessConfig, prepare_fast
+from clipfilter.images.resize import resize
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "OVERSAMPLING",
+    "ImageFacts",
+    "LoadedImage",
+    "Mode",
+    "PreprocessConfig",
+    "decode",
+    "load_image",
+    "prepare_fast",
+    "read_header",
+    "resize",
+]

@@ -183,7 +183,7 @@ class _Whole:
     """img2dataset's resizer, but the bytes stay as they came; what the later reader cannot decode is not stored."""
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
-        from clipfilter.images.decode import decode
+        from clipfilter.images import decode
 
         data = stream.read(LARGEST + 1)
         try:
@@ -205,7 +205,7 @@ class _Scaled:
         )  # fmt: skip
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
-        from clipfilter.images.header import read_header
+        from clipfilter.images import read_header
 
         try:
             read_header(stream.getvalue())

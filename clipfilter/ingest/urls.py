@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from clipfilter import storage
 from clipfilter.errors import RefusedError
-from clipfilter.policies.schema import suggest
-from clipfilter.sources.discover import refusing
+from clipfilter.policies import suggest
+from clipfilter.sources import refusing
 
 _URL_NAMES = ("url", "URL", "image_url", "link")
 _CAPTION_NAMES = ("caption", "text", "TEXT", "alt", "alt_text")

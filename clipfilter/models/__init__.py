@@ -1,110 +1,60 @@
-"""Load an encoder (a model that puts images and texts into one vector space) by its name."""
+"""Encoders: a model's name becomes something that puts images and texts into one vector space."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING
 
-from clipfilter.errors import RefusedError
+from clipfilter.faces import lazily
+from clipfilter.models.catalog import OTHER_NAMES, download_model, find_model, list_models
+from clipfilter.models.interface import Encoder
+from clipfilter.models.load import DEFAULT_MODEL, load_encoder
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from clipfilter.images.preprocess import PreprocessConfig
-
-__all__ = ["DEFAULT_MODEL", "Encoder", "load_encoder"]
-
-DEFAULT_MODEL = "nano"
-
-# libgomp reads this once, when torch is imported. Its threads spin between parallel regions for milliseconds by default;
-# on a machine that does other work too they then spin while the one they wait for has no core. A tenth of a millisecond
-# is as fast on an idle machine, and twice as fast on a busy one.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-class Encoder(Protocol):
-    """What the engine and the policies need of a model, whatever it is built from."""
-
-    name: str
-    dim: int
-    context_length: int  # tokens, the special ones included
-    preprocess: PreprocessConfig
-    logit_scale: float  # already exponentiated: logits are logit_scale * cosine (+ logit_bias)
-    logit_bias: float | None
-    score_kind: Literal["softmax", "sigmoid"]
-    fingerprint: dict[str, Any]  # JSON; two encoders with equal fingerprints give the same embeddings
-
-    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [n, 3, size, size] as `images.preprocess.prepare` makes it -> float32 [n, dim], unit norm."""
-
-    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """n texts -> float32 [n, dim], unit norm; texts beyond the context are truncated."""
-
-    def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of `texts` are longer than the context and lose their end."""
-
-
-def load_encoder(
-    name: str,
-    *,
-    device: str = "cpu",
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
-    threads: int | None = None,
-    compile: bool = False,
-) -> Encoder:
-    """Load the model called `name` onto `device`, in eval mode.
-
-    name: one of
-    - `nano` (bundled; `nano@3` pins its edition), or `nano=/path/to/weights.safetensors`;
-    - `ARCH/TAG` as open_clip writes it (`ViT-B-32/laion2b_s34b_b79k`), or `ARCH=/path/to/checkpoint` for a local file
-      (.safetensors, .pt, .pth, .bin; OpenAI's own archives too);
-    - `hf-hub:ORG/NAME`, a repository with open_clip_config.json, or `hf-hub:/folder`, its copy;
-    - `hf:ORG/NAME`, a CLIP or SigLIP model of transformers, or `hf:/folder`, its copy;
-    - `onnx:DIR`, a folder written by `clipfilter models export`.
-
-    threads: CPU threads of torch's operators in this process; None leaves torch's choice.
-    compile: compile the towers with torch.compile (slow to load; the fingerprint says so).
-
-    Raises RefusedError when the model is unknown, cannot be had (no network), or its file does not fit.
-    """
-    encoder = _load(name, device, dtype, threads)
-    if compile:
-        _compile(encoder)
-    return encoder
-
-
-def _load(name: str, device: str, dtype: str, threads: int | None) -> Encoder:
-    # One branch per kind of name; a further kind is one more module and one more branch.
-    if name == "nano" or name.startswith(("nano@", "nano=")):
-        from clipfilter.models.nano import load_nano
-
-        return load_nano(name, device=device, dtype=dtype, threads=threads)
-    if name.startswith("onnx:"):
-        from clipfilter.models.onnx import load_onnx
-
-        return load_onnx(name, device=device, dtype=dtype, threads=threads)
-    if name.startswith("hf:"):
-        from clipfilter.models.huggingface import load_huggingface
-
-        return load_huggingface(name, device=device, dtype=dtype, threads=threads)
-    if "=" in name or "/" in name or _looks_like_open_clip(name):
-        from clipfilter.models.openclip import load_openclip
-
-        return load_openclip(name, device=device, dtype=dtype, threads=threads)
-    raise RefusedError(
-        f"unknown model {name!r}: use nano, an open_clip name with its weights (ViT-B-32/openai), a local checkpoint "
-        "(ViT-B-32=/path/to/checkpoint.safetensors), or a repository (hf-hub:ORG/NAME, hf:ORG/NAME)"
-    )
-
-
-def _compile(encoder: Encoder) -> None:
+    from clipfilter.models._torch import torch_with_torchvision
     from clipfilter.models.encoder import TorchEncoder
+    from clipfilter.models.nano import NANO_CONFIG, nano_config_text
+    from clipfilter.models.nano.network import Nano, pack_nano
+    from clipfilter.models.onnx import ONNX_PREFIX, folder_size, loss_note, read_folder
+    from clipfilter.models.onnx_export import Calibration, export_onnx, weight_size
 
-    if not isinstance(encoder, TorchEncoder) or encoder.name.startswith("onnx:"):
-        raise RefusedError(f"{encoder.name} runs outside of torch and cannot be compiled: load it without compile")
-    encoder.compile()
+__all__ = [
+    "DEFAULT_MODEL",
+    "NANO_CONFIG",
+    "ONNX_PREFIX",
+    "OTHER_NAMES",
+    "Calibration",
+    "Encoder",
+    "Nano",
+    "TorchEncoder",
+    "download_model",
+    "export_onnx",
+    "find_model",
+    "folder_size",
+    "list_models",
+    "load_encoder",
+    "loss_note",
+    "nano_config_text",
+    "pack_nano",
+    "read_folder",
+    "torch_with_torchvision",
+    "weight_size",
+]
 
-
-def _looks_like_open_clip(name: str) -> bool:
-    return name.startswith("hf-hub:") or "-" in name or "_" in name or name.upper().startswith("RN")
+__getattr__ = lazily(
+    __name__,
+    {
+        "Calibration": "onnx_export",
+        "NANO_CONFIG": "nano",
+        "Nano": "nano.network",
+        "ONNX_PREFIX": "onnx",
+        "TorchEncoder": "encoder",
+        "export_onnx": "onnx_export",
+        "folder_size": "onnx",
+        "loss_note": "onnx",
+        "nano_config_text": "nano",
+        "pack_nano": "nano.network",
+        "read_folder": "onnx",
+        "torch_with_torchvision": "_torch",
+        "weight_size": "onnx_export",
+    },
+)

@@ -55,7 +55,7 @@ def list_models() -> list[ModelEntry]:
     return [_nano(), *(_entry(architecture, tag) for architecture, tag in sorted(open_clip.list_pretrained()))]
 
 
-def find(pattern: str) -> list[ModelEntry]:
+def find_model(pattern: str) -> list[ModelEntry]:
     """The models whose name contains `pattern`, or matches it as a shell pattern; case does not matter."""
     wanted = pattern.lower()
     wild = any(character in wanted for character in "*?[")
@@ -93,7 +93,7 @@ def count_parameters(name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def download(name: str) -> Path:
+def download_model(name: str) -> Path:
     """Fetch everything `load_encoder(name)` reads into the caches; returns the weights (for `hf:`, their folder).
 
     Raises RefusedError where they cannot be had.
@@ -105,7 +105,7 @@ def download(name: str) -> Path:
     from clipfilter.models.tokenizer import open_clip_tokenizer
 
     if name == "nano" or name.startswith("nano@"):
-        edition = f"nano@{json.loads(nano.CONFIG.read_text(encoding='utf-8'))['edition']}"
+        edition = f"nano@{json.loads(nano.NANO_CONFIG.read_text(encoding='utf-8'))['edition']}"
         if name not in ("nano", edition):
             raise RefusedError(f"this version of clipfilter bundles {edition}, not {name}: use nano or {edition}")
         return nano.WEIGHTS
@@ -127,10 +127,10 @@ def download(name: str) -> Path:
 
 
 def _nano() -> ModelEntry:
-    from clipfilter.models.nano import CONFIG
+    from clipfilter.models.nano import NANO_CONFIG
     from clipfilter.models.nano.network import class_dim
 
-    config = json.loads(CONFIG.read_text(encoding="utf-8"))
+    config = json.loads(NANO_CONFIG.read_text(encoding="utf-8"))
     size, length = int(config["preprocess"]["size"]), int(config["context_length"])
     dim = int(config["network"]["caption_dim"]) + class_dim(config["network"])
     return ModelEntry("nano", dim, size, length, None, "softmax", "bundled", None, True)

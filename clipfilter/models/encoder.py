@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from clipfilter.errors import RefusedError
-from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.images import PreprocessConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from clipfilter.errors import RefusedError
-from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.images import PreprocessConfig
 from clipfilter.models import hub
 from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
 from clipfilter.models.checkpoint import file_sha256, read_state_dict

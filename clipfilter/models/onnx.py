@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipfilter.errors import RefusedError
-from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.images import PreprocessConfig
 from clipfilter.models.checkpoint import file_sha256
 from clipfilter.storage import local_path
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clipfilter.models")
 
-PREFIX = "onnx:"
+ONNX_PREFIX = "onnx:"
 CONFIG, IMAGE, TEXT = "config.json", "image.onnx", "text.onnx"
 #: Version of the folder's layout; a folder with a higher one is refused.
 FORMAT = 1
@@ -42,7 +42,7 @@ def load_onnx(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
 
     Raises RefusedError when the folder is missing, incomplete, damaged or of a newer format, or cannot run on `device`.
     """
-    folder = local_path(name.removeprefix(PREFIX))
+    folder = local_path(name.removeprefix(ONNX_PREFIX))
     config = read_folder(folder)
     if dtype != "fp32":
         raise RefusedError(

@@ -20,16 +20,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from clipfilter import __version__
 from clipfilter.errors import RefusedError
 from clipfilter.models.checkpoint import file_sha256
 from clipfilter.models.encoder import TorchEncoder
-from clipfilter.models.onnx import CONFIG, FORMAT, IMAGE, INSTALL, PREFIX, TEXT, folder_size, load_onnx, load_tokenizer
+from clipfilter.models.onnx import (
+    CONFIG,
+    FORMAT,
+    IMAGE,
+    INSTALL,
+    ONNX_PREFIX,
+    TEXT,
+    folder_size,
+    load_onnx,
+    load_tokenizer,
+)
+from clipfilter.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipfilter.models import Encoder
+    from clipfilter.models.interface import Encoder
 
 #: Largest 1 - cosine between the source's vectors and the exported model's.
 PARITY = 1e-4
@@ -380,7 +390,7 @@ def _mean_cosine(path: Path, other: Path, batches: Sequence[np.ndarray], threads
 
 
 def _load(work: Path) -> TorchEncoder:
-    return load_onnx(f"{PREFIX}{work}", device="cpu", dtype="fp32", threads=torch.get_num_threads())
+    return load_onnx(f"{ONNX_PREFIX}{work}", device="cpu", dtype="fp32", threads=torch.get_num_threads())
 
 
 def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:

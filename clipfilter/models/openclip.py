@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from clipfilter.errors import RefusedError
-from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.images import PreprocessConfig
 from clipfilter.models import hub
 from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
 from clipfilter.models.checkpoint import file_sha256, read_state_dict

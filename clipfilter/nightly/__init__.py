@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from clipfilter.nightly.history import accept_night, history, roll_back
-from clipfilter.nightly.night import NightRequest, NightResult, run_night
+from clipfilter.nightly.night import NightRequest, NightResult, night_overview, run_night
 
-__all__ = ["NightRequest", "NightResult", "accept_night", "history", "roll_back", "run_night"]
+__all__ = [
+    "NightRequest",
+    "NightResult",
+    "accept_night",
+    "history",
+    "night_overview",
+    "roll_back",
+    "run_night",
+]

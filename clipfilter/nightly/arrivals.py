@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clipfilter.engine import ledger
-from clipfilter.engine.driver import StageResult, Unit, fix_thresholds, run_units
+from clipfilter.engine import StageResult, Unit, fix_thresholds, run_units
 from clipfilter.errors import TRANSIENT, ClipfilterError, RefusedError
 from clipfilter.policies import Policy
+from clipfilter.runs import ledger
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
 

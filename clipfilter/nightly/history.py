@@ -6,10 +6,9 @@ import re
 import time
 from typing import Any
 
-from clipfilter.engine import ledger
-from clipfilter.engine.plan import read_plan
 from clipfilter.errors import RefusedError
 from clipfilter.nightly import record
+from clipfilter.runs import ledger, read_plan
 from clipfilter.storage import Directory
 
 

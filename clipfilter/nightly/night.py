@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from clipfilter.engine import ledger
-from clipfilter.engine.driver import Display
-from clipfilter.engine.job import (
+from clipfilter.engine import (
     EXIT_DONE,
     EXIT_FAILURES,
+    Display,
     JobRequest,
     Preparation,
     plan_overview,
@@ -26,6 +25,7 @@ from clipfilter.nightly import record
 from clipfilter.nightly.alerts import Alert, check_webhook, send
 from clipfilter.nightly.arrivals import Appending, Arrivals, Base, Missing, find_arrivals, refuse_refit
 from clipfilter.nightly.drift import Drift, compare_nights, distributions
+from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 
 log = logging.getLogger("clipfilter.nightly")

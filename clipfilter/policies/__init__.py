@@ -2,18 +2,107 @@
 
 from __future__ import annotations
 
-from clipfilter.policies.compile import CompiledPolicy, compile_policy
-from clipfilter.policies.evaluate import Decisions, Scores
-from clipfilter.policies.load import load_policy, pack_names, parse_policy
-from clipfilter.policies.schema import Policy
+from clipfilter.policies import attachments
+from clipfilter.policies.about import Expectation, RuleExpectation
+from clipfilter.policies.attachments import ATTACHMENTS_FOLDER, Attachments
+from clipfilter.policies.bands import bent
+from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
+from clipfilter.policies.columns import BUILTINS, check_metadata, metadata_values
+from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration, rule_prompts_sha256
+from clipfilter.policies.conditions import in_words
+from clipfilter.policies.deciding import ESCALATE, TIGHTEN, escalated
+from clipfilter.policies.evaluate import REASONS, RECHECK, Decisions, Scores
+from clipfilter.policies.extends import read_document, resolve
+from clipfilter.policies.fraction import (
+    BUCKETS,
+    Threshold,
+    dataset_thresholds,
+    fraction_threshold,
+    fraction_thresholds,
+    high_histogram,
+    key_score,
+    locate,
+    low_histogram,
+    wanted_rank,
+)
+from clipfilter.policies.json_schema import policy_schema
+from clipfilter.policies.kinds import PIXELS
+from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
+from clipfilter.policies.load import load_policy, pack_names, packs_folder, parse_policy, policy_file
+from clipfilter.policies.overrides import OVERRIDE_RULE
+from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
+from clipfilter.policies.schema import KINDS, MODEL_KINDS, Band, Policy, Rule, check_band, json_sha256, suggest
+from clipfilter.policies.scores import ScorePolicy, named_scores, scores_of
+from clipfilter.policies.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, scalar
 
 __all__ = [
+    "ATTACHMENTS_FOLDER",
+    "BUCKETS",
+    "BUILTINS",
+    "COSINE_BLOCK",
+    "DEFAULT_TEMPLATES",
+    "ESCALATE",
+    "KINDS",
+    "LABEL_COLUMNS",
+    "MAX_YAML_BYTES",
+    "MODEL_KINDS",
+    "OVERRIDE_RULE",
+    "PIXELS",
+    "REASONS",
+    "RECHECK",
+    "TEMPLATES",
+    "TIGHTEN",
+    "Attachments",
+    "Band",
     "CompiledPolicy",
     "Decisions",
+    "Expectation",
+    "LabelScorer",
+    "LabelSet",
+    "Node",
     "Policy",
+    "Rule",
+    "RuleExpectation",
+    "ScorePolicy",
     "Scores",
+    "Threshold",
+    "YamlRefusedError",
+    "attachments",
+    "bent",
+    "check_band",
+    "check_metadata",
+    "class_vectors",
     "compile_policy",
+    "cosine_blocks",
+    "dataset_thresholds",
+    "escalated",
+    "fill",
+    "fraction_threshold",
+    "fraction_thresholds",
+    "high_histogram",
+    "in_words",
+    "json_sha256",
+    "key_score",
+    "label_names",
     "load_policy",
+    "locate",
+    "low_histogram",
+    "matching_calibration",
+    "metadata_values",
+    "named_scores",
     "pack_names",
+    "packs_folder",
+    "padded_blocks",
+    "parse_labels",
     "parse_policy",
+    "policy_file",
+    "policy_schema",
+    "read_document",
+    "read_yaml",
+    "resolve",
+    "rule_prompts_sha256",
+    "scalar",
+    "scores_of",
+    "suggest",
+    "wanted_rank",
 ]

@@ -17,7 +17,7 @@ from clipfilter.policies.fields import Model, fail, shown
 from clipfilter.policies.values import Sha256
 from clipfilter.storage import Directory, file_sha256
 
-FOLDER = "policy"
+ATTACHMENTS_FOLDER = "policy"
 MAX_BYTES = 512 * 1024 * 1024
 
 #: Where this process has seen the file of a hash.
@@ -82,7 +82,7 @@ class Attachments:
         seen = _seen.get(wanted.sha256)
         if seen is not None and seen.is_file() and file_sha256(seen) == wanted.sha256:
             return seen
-        name = f"{FOLDER}/{wanted.sha256}"
+        name = f"{ATTACHMENTS_FOLDER}/{wanted.sha256}"
         if self._directory is not None and self._directory.exists(name):
             copy = Path(self._directory.path(name))
             if not self._directory.local:
@@ -102,6 +102,6 @@ def keep_copies(directory: Directory, attachments: Iterable[Attachment]) -> None
     """Put a copy of each file into the run, create-only. Raises RefusedError."""
     finder = Attachments(directory)
     for wanted in attachments:
-        name = f"{FOLDER}/{wanted.sha256}"
+        name = f"{ATTACHMENTS_FOLDER}/{wanted.sha256}"
         if not directory.exists(name):
             directory.create(name, finder.path(wanted).read_bytes())

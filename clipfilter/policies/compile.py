@@ -15,8 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
-from clipfilter.models.heads import Head, load_head
-from clipfilter.models.heads.network import SafetyChecker
+from clipfilter.models.heads import Head, SafetyChecker, load_head
 from clipfilter.policies import column_rules, deciding, evaluate
 from clipfilter.policies.attachments import Attachments
 from clipfilter.policies.bands import Band, bent, moved

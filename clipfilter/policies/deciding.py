@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipfilter.policies.bands import moved
-from clipfilter.policies.overrides import RULE as OVERRIDE
+from clipfilter.policies.overrides import OVERRIDE_RULE as OVERRIDE
 
 if TYPE_CHECKING:
     from clipfilter.policies.compile import CompiledPolicy, CompiledRule

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies.fields import suggest
-from clipfilter.policies.yaml_nodes import MAX_BYTES
+from clipfilter.policies.yaml_nodes import MAX_YAML_BYTES
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -45,4 +45,4 @@ def read_policy_file(path: Path) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("it is not a regular file")
-        return file.read(MAX_BYTES + 1)
+        return file.read(MAX_YAML_BYTES + 1)

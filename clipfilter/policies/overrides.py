@@ -20,7 +20,7 @@ from clipfilter.policies.known import DigestTable, name_digests
 
 DECISIONS = ("keep", "review", "reject")
 #: The name under which an override stands among the reasons of a row; no rule may have it.
-RULE = "override"
+OVERRIDE_RULE = "override"
 MAX_LISTED = 1000
 
 _NEEDED = ("cf_uid", "decision")

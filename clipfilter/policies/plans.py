@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clipfilter.models.heads.network import Layers
+from clipfilter.models.heads import Layers
 
 if TYPE_CHECKING:
     from clipfilter.models.heads import Head

@@ -25,7 +25,7 @@ from clipfilter.policies.kinds import (
     read_head,
 )
 from clipfilter.policies.listed import Known, Text
-from clipfilter.policies.overrides import RULE as OVERRIDE
+from clipfilter.policies.overrides import OVERRIDE_RULE as OVERRIDE
 from clipfilter.policies.values import Identifier, Missing, Templates
 
 MAX_SEVERITY = 100

@@ -13,7 +13,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.models import heads as head_models
 from clipfilter.policies.load import sentence_of
 from clipfilter.policies.schema import KINDS, Policy
-from clipfilter.policies.yaml_nodes import MAX_BYTES, Node, YamlRefusedError, read_yaml
+from clipfilter.policies.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml
 
 
 class ScorePolicy(Policy):
@@ -85,7 +85,7 @@ def _head_id(name: str) -> str:
 def _concepts(path: str) -> Node:
     try:
         with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise RefusedError(f"--concepts {path} cannot be read: {error.strerror}.") from None
     try:

@@ -18,7 +18,7 @@ from ruamel.yaml import events as ev
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 
-MAX_BYTES = 256 * 1024
+MAX_YAML_BYTES = 256 * 1024
 MAX_DEPTH = 12
 MAX_NODES = 20_000  # after aliases are followed
 
@@ -115,10 +115,10 @@ def read_yaml(raw: bytes, file: str = "") -> Node:
 
     Raises YamlRefusedError with a place for everything that is not one small, plain YAML document.
     """
-    if len(raw) > MAX_BYTES:
-        line = raw.count(b"\n", 0, MAX_BYTES) + 1
+    if len(raw) > MAX_YAML_BYTES:
+        line = raw.count(b"\n", 0, MAX_YAML_BYTES) + 1
         raise YamlRefusedError(
-            f"the file has {len(raw):,} bytes, more than the {MAX_BYTES:,} a policy may have", line, 1
+            f"the file has {len(raw):,} bytes, more than the {MAX_YAML_BYTES:,} a policy may have", line, 1
         )
     try:
         text = raw.decode("utf-8-sig")

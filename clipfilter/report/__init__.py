@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+from clipfilter.report import text
+from clipfilter.report.audit import export_decisions
+from clipfilter.report.charts import bars
+from clipfilter.report.data import RuleData, floats, rules_of
+from clipfilter.report.diff import diff_page
+from clipfilter.report.explain import Explanation, explain_row, sentence, verdict
+from clipfilter.report.histogram import Histogram
+from clipfilter.report.reproduce import policy_yaml
+from clipfilter.report.sheet import contact_sheet
+from clipfilter.report.thumbnails import thumbnail
+
 Thumbnails = Literal["none", "blur", "show"]
 
 
@@ -34,4 +45,22 @@ def write_report(run_url: str, thumbnails: str = "blur") -> str:
     return join(directory.url, "report.html")
 
 
-__all__ = ["Thumbnails", "write_report"]
+__all__ = [
+    "Explanation",
+    "Histogram",
+    "RuleData",
+    "Thumbnails",
+    "bars",
+    "contact_sheet",
+    "diff_page",
+    "explain_row",
+    "export_decisions",
+    "floats",
+    "policy_yaml",
+    "rules_of",
+    "sentence",
+    "text",
+    "thumbnail",
+    "verdict",
+    "write_report",
+]

@@ -11,13 +11,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from clipfilter.engine import ledger
-from clipfilter.engine.plan import Plan, read_plan
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, load_policy, pack_names
 from clipfilter.report.data import RuleData, rules_of
 from clipfilter.report.explain import RuleVerdict, sentence, verdict
 from clipfilter.report.interchange import SHAPES
+from clipfilter.runs import Plan, ledger, read_plan
 from clipfilter.storage import Directory
 
 FORMAT = "clipfilter-audit/1"

@@ -13,12 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipfilter.engine import ledger
-from clipfilter.engine.plan import Plan, of_run, read_plan
 from clipfilter.errors import RefusedError
-from clipfilter.policies.bands import bent
-from clipfilter.policies.schema import KINDS, MODEL_KINDS
+from clipfilter.policies import KINDS, MODEL_KINDS, bent
 from clipfilter.report.histogram import Histogram
+from clipfilter.runs import Plan, ledger, of_run, read_plan
 from clipfilter.storage import Directory
 
 BANDS = ("review", "reject", "missing", "escalate")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from clipfilter.engine.compare import Comparison, Flip, Side
-from clipfilter.policies.overrides import RULE as OVERRIDE
+from clipfilter.operations import Comparison, Flip, Side
+from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.report import text
 from clipfilter.report.examples import Example, Examples
 from clipfilter.report.markup import dot, note, place_of, plural, table

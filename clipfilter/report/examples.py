@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter.engine import ledger
-from clipfilter.policies.deciding import escalated
+from clipfilter.policies import escalated
 from clipfilter.report.data import Band, RuleData, RunData, floats, past
+from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 
 #: Examples on the whole page, and of one rule's bucket.

@@ -11,17 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipfilter.engine import ledger
-from clipfilter.engine.plan import Plan, read_plan
 from clipfilter.errors import RefusedError
-from clipfilter.policies import Policy
-from clipfilter.policies.attachments import Attachments
-from clipfilter.policies.conditions import in_words
-from clipfilter.policies.deciding import ESCALATE, TIGHTEN
-from clipfilter.policies.kinds import PIXELS
-from clipfilter.policies.overrides import RULE as OVERRIDE
+from clipfilter.policies import ESCALATE, PIXELS, TIGHTEN, Attachments, Policy, in_words
+from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.report import text
 from clipfilter.report.data import RuleData, rules_of
+from clipfilter.runs import Plan, ledger, read_plan
 from clipfilter.storage import Directory
 
 _ROW = ("cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_caption", "cf_decision")

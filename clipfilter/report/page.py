@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from importlib.resources import files
 from urllib.parse import unquote
 
-from clipfilter import __version__
 from clipfilter.report import charts, reproduce, rules, text
 from clipfilter.report.data import LISTED_SHARDS, RunData
 from clipfilter.report.examples import Examples
 from clipfilter.report.markup import dot, items, note, place_of, plural, table
+from clipfilter.version import __version__
 
 #: What a class of failure means, for people.
 FAILURES = {

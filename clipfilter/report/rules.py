@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clipfilter.models.heads import HEADS
-from clipfilter.policies.conditions import in_words
-from clipfilter.policies.kinds import PIXELS
+from clipfilter.policies import PIXELS, in_words
 from clipfilter.report import charts, text
 from clipfilter.report.data import Band, RuleData, RunData
 from clipfilter.report.examples import HEADINGS, Example, Examples

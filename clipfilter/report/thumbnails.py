@@ -70,7 +70,7 @@ def add_thumbnails(examples: Examples, source_plan: dict[str, Any], mode: str) -
 
 
 def _fill(example: Example, data: bytes, mode: str) -> None:
-    from clipfilter.images.decode import decode
+    from clipfilter.images import decode
 
     if example.sha256 is not None and hashlib.sha256(data).hexdigest() != example.sha256:
         return  # not the image that was decided

@@ -7,24 +7,12 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+from clipfilter.runs import RunVectors
 from clipfilter.search.exact import top_k
-from clipfilter.search.index import IndexResult, build_index
+from clipfilter.search.index import EXACT_ROWS, IndexResult, build_index, has_index
 from clipfilter.search.query import query_vector
-from clipfilter.search.search import Searcher, SearchResult, search_run
-from clipfilter.search.vectors import RunVectors
+from clipfilter.search.search import RESULT_COLUMNS, Searcher, SearchResult, search_run
 from clipfilter.search.where import parse_where
-
-__all__ = [
-    "IndexResult",
-    "RunVectors",
-    "SearchResult",
-    "Searcher",
-    "build_index",
-    "parse_where",
-    "query_vector",
-    "search_run",
-    "top_k",
-]
 
 
 class _Callable(types.ModuleType):
@@ -35,3 +23,18 @@ class _Callable(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
+
+__all__ = [
+    "EXACT_ROWS",
+    "RESULT_COLUMNS",
+    "IndexResult",
+    "RunVectors",
+    "SearchResult",
+    "Searcher",
+    "build_index",
+    "has_index",
+    "parse_where",
+    "query_vector",
+    "search_run",
+    "top_k",
+]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter.runs import RunVectors
 from clipfilter.search.exact import Nearest
 from clipfilter.search.index import (
     ANEW,
@@ -20,7 +21,6 @@ from clipfilter.search.index import (
     require_faiss,
     verified,
 )
-from clipfilter.search.vectors import RunVectors
 from clipfilter.storage import Directory
 
 #: A query looks into this many times the root of the number of lists (64 of 1024, chosen on Flickr8k's training split; see

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 
-from clipfilter.search.vectors import RunVectors
+from clipfilter.runs import RunVectors
 
 #: How far a fast cosine may be from the exact one: query and product are rounded to float16 (2^-12 each for cosines below
 #: 1, twice that at 1), sums are float32. Rows this near to the k-th are computed again in float64.

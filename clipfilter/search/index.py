@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipfilter import __version__
-from clipfilter.engine.writer import HASH_LENGTH
 from clipfilter.errors import ClipfilterError, RefusedError
 from clipfilter.models.heads import cache_folder
-from clipfilter.search.vectors import RunVectors
+from clipfilter.runs import HASH_LENGTH, RunVectors
 from clipfilter.storage import Directory, file_sha256, join
+from clipfilter.version import __version__
 
 #: Below this many rows exact search is fast enough, and needs no index.
 EXACT_ROWS = 1_000_000

@@ -62,9 +62,8 @@ def _needed(encoder: Encoder | None) -> Encoder:
 
 def _pixels(encoder: Encoder, images: Sequence[str | bytes], decode: str) -> np.ndarray:
     """uint8 [n, 3, size, size]."""
-    from clipfilter.images.header import DEFAULT_MAX_PIXELS
-    from clipfilter.images.load import load_image
-    from clipfilter.sources.fetch import read_url
+    from clipfilter.images import DEFAULT_MAX_PIXELS, load_image
+    from clipfilter.sources import read_url
 
     pixels = []
     for item in images:

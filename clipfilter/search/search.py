@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
+from clipfilter.runs import RunVectors
 from clipfilter.search.approximate import ApproximateIndex
 from clipfilter.search.exact import top_k
 from clipfilter.search.index import EXACT_ROWS, IndexUnusableError, index_url
 from clipfilter.search.query import MINUS_WEIGHT, query_vector
-from clipfilter.search.vectors import RunVectors
 from clipfilter.search.where import parse_where
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
 
 #: Annotated columns of a hit, unless others are asked for.
-COLUMNS = ("cf_key", "cf_uid", "cf_caption", "cf_decision", "cf_shard", "cf_row")
+RESULT_COLUMNS = ("cf_key", "cf_uid", "cf_caption", "cf_decision", "cf_shard", "cf_row")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Searcher:
     @property
     def encoder(self) -> Encoder:
         """The model of the run. Raises RefusedError when it cannot be had, or its weights are others now."""
-        from clipfilter.engine.job import refuse_other_weights, stored_model
+        from clipfilter.engine import refuse_other_weights, stored_model
         from clipfilter.models import load_encoder
 
         if self._encoder is None:
@@ -129,7 +129,7 @@ class Searcher:
         *,
         k: int = 10,
         where: str | None = None,
-        columns: Sequence[str] = COLUMNS,
+        columns: Sequence[str] = RESULT_COLUMNS,
         minus_weight: float = MINUS_WEIGHT,
     ) -> SearchResult:
         """The k rows nearest to the sum of the texts, images and rows, less the `minus` texts; rows given by uid are not

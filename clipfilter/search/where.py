@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.schema import suggest
+from clipfilter.policies import suggest
 
 _TOKEN = re.compile(
     r"""\s*(?:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from clipfilter.faces import lazily
+
+if TYPE_CHECKING:
+    from clipfilter.serve.guard import is_loopback
+
+
 from collections.abc import Callable
 
 
@@ -47,4 +55,10 @@ def serve(
         opened.close()
 
 
-__all__ = ["serve"]
+__all__ = [
+    "is_loopback",
+    "serve",
+]
+
+
+__getattr__ = lazily(__name__, {"is_loopback": "guard"})

@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.schema import MODEL_KINDS
-from clipfilter.report import text
-from clipfilter.report.charts import bars
-from clipfilter.report.data import RuleData
-from clipfilter.report.explain import sentence, verdict
-from clipfilter.report.histogram import Histogram
+from clipfilter.policies import MODEL_KINDS
+from clipfilter.report import Histogram, RuleData, bars, sentence, text, verdict
 from clipfilter.serve.columns import BANDS, DECISIONS
 from clipfilter.serve.effect import Changes
 from clipfilter.serve.export import changed_policy

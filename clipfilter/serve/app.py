@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from clipfilter.calibration import draw, find_rule, open_scored
 from clipfilter.errors import ClipfilterError, RefusedError
-from clipfilter.policies.calibration import draw, find_rule, open_scored
 from clipfilter.serve import answers
 from clipfilter.serve.export import PolicyText, changed_text
 from clipfilter.serve.guard import Guard, Handler

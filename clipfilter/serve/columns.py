@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipfilter.report.data import RuleData, floats
-from clipfilter.search.vectors import RunShard, RunVectors
+from clipfilter.report import RuleData, floats
+from clipfilter.runs import RunVectors, VectorShard
 
 DECISIONS = ("keep", "review", "reject")
 #: What a rule did to a row: nothing, or the band of its reason; any band unknown here counts as a rejection.
@@ -73,7 +73,7 @@ class RunColumns:
         counts = np.bincount(self.band[rule], minlength=len(BANDS))
         return {name: int(counts[code]) for code, name in enumerate(BANDS) if name and counts[code]}
 
-    def _read(self, vectors: RunVectors, shard: RunShard) -> None:
+    def _read(self, vectors: RunVectors, shard: VectorShard) -> None:
         wanted = [*self._names.values()]
         if "cf_decision" in vectors.schema.names:
             wanted += ["cf_decision", "cf_reasons.list.element.rule", "cf_reasons.list.element.band"]

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from clipfilter.curation.fraction import wanted_rank
 from clipfilter.errors import RefusedError
-from clipfilter.policies.evaluate import RECHECK
-from clipfilter.report.data import RuleData
+from clipfilter.policies import RECHECK, wanted_rank
+from clipfilter.report import RuleData
 from clipfilter.serve.columns import DECISIONS, RunColumns
 
 #: rule -> band -> new value, as a policy writes it (a fraction for fraction rules, else a threshold).

@@ -8,13 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clipfilter.engine.plan import Plan
 from clipfilter.errors import RefusedError
-from clipfilter.policies.extends import read_document, resolve
-from clipfilter.policies.load import load_policy, pack_names, parse_policy, policy_file
-from clipfilter.policies.schema import Policy
-from clipfilter.policies.yaml_nodes import scalar
-from clipfilter.report.reproduce import policy_yaml
+from clipfilter.policies import (
+    Policy,
+    load_policy,
+    pack_names,
+    parse_policy,
+    policy_file,
+    read_document,
+    resolve,
+    scalar,
+)
+from clipfilter.report import policy_yaml
+from clipfilter.runs import Plan
 
 _SCALAR = re.compile(r"[^\s,}\]#]+")
 _MAP = re.compile(r"\{[^{}]*\}")

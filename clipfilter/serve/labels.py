@@ -13,9 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from clipfilter.calibration import SAMPLE_COLUMNS, Design, Sample, read_labels, write_sample
 from clipfilter.errors import RefusedError
-from clipfilter.policies.calibration import Design, Sample, read_labels, write_sample
-from clipfilter.policies.calibration.sampling import COLUMNS
 
 #: What `sample_design` says of rows that a person picked: no design of `policy sample`, so they earn no guarantee.
 BY_HAND = "by hand"
@@ -25,7 +24,7 @@ _SCHEMA = pa.schema(
             name,
             {"cf_row": pa.int64(), "score": pa.float32(), "inclusion_probability": pa.float64()}.get(name, pa.string()),
         )
-        for name in COLUMNS
+        for name in SAMPLE_COLUMNS
     ]
 )
 
@@ -160,17 +159,17 @@ def _read(path: Path) -> list[Row]:
     with open(path, encoding="utf-8-sig", newline="", errors="replace") as file:
         reader = csv.DictReader(file)
         found = list(reader)
-    if not found and set(reader.fieldnames or COLUMNS) >= set(COLUMNS):
+    if not found and set(reader.fieldnames or SAMPLE_COLUMNS) >= set(SAMPLE_COLUMNS):
         return []  # all labels were taken back
     labels = read_labels(str(path))
     rows = []
     for text, label in zip(found, labels, strict=True):
-        if label.uid is None or label.rule is None or not set(COLUMNS) <= set(text):
+        if label.uid is None or label.rule is None or not set(SAMPLE_COLUMNS) <= set(text):
             raise RefusedError(
-                f"{path} is not a file of `clipfilter policy sample` or of this page (columns {', '.join(COLUMNS)}); name "
+                f"{path} is not a file of `clipfilter policy sample` or of this page (columns {', '.join(SAMPLE_COLUMNS)}); name "
                 "another one with --labels."
             )
-        row: Row = {name: text[name] for name in COLUMNS}
+        row: Row = {name: text[name] for name in SAMPLE_COLUMNS}
         row["cf_row"], row["score"] = int(text["cf_row"]), float(text["score"] or "nan")
         row["inclusion_probability"] = label.probability
         row["label"] = "" if label.true is None else str(int(label.true))
@@ -183,7 +182,7 @@ def _replace(path: Path, rows: list[Row]) -> None:
     """Write the rows beside the file, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.csv")
     temporary.unlink(missing_ok=True)
-    table = pa.Table.from_pylist([{name: row[name] for name in COLUMNS} for row in rows], schema=_SCHEMA)
+    table = pa.Table.from_pylist([{name: row[name] for name in SAMPLE_COLUMNS} for row in rows], schema=_SCHEMA)
     try:
         write_sample(Sample(table, Design(BY_HAND), "", len(rows), 0), str(temporary))
         with open(temporary, "rb") as file:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipfilter.errors import ClipfilterError, RowError
-from clipfilter.search.vectors import RunVectors
+from clipfilter.runs import RunVectors
 
 log = logging.getLogger("clipfilter.serve")
 
@@ -118,8 +118,8 @@ class Pictures:
 
 
 def _jpeg(data: bytes, sha256: str | None, wanted: Wanted) -> bytes | None:
-    from clipfilter.images.decode import decode
-    from clipfilter.report.thumbnails import thumbnail
+    from clipfilter.images import decode
+    from clipfilter.report import thumbnail
 
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         return None  # not the image that was decided

@@ -15,9 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from clipfilter.errors import RefusedError
-from clipfilter.search.exact import top_k
-from clipfilter.search.query import query_vector
-from clipfilter.search.where import parse_where
+from clipfilter.search import parse_where, query_vector, top_k
 from clipfilter.serve.columns import BANDS, DECISIONS, SIMILARITY
 from clipfilter.serve.labels import LabelFile
 from clipfilter.serve.run import Run

@@ -13,14 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipfilter.engine.columns import annotate
-from clipfilter.engine.compare import escalated_rows
-from clipfilter.engine.job import refuse_other_weights, stored_model
-from clipfilter.engine.plan import Plan, read_plan
-from clipfilter.engine.worker import local_files, read_stored
+from clipfilter.engine import refuse_other_weights, stored_model
 from clipfilter.errors import RefusedError
-from clipfilter.report.data import RuleData, rules_of
-from clipfilter.search.vectors import RunShard, RunVectors
+from clipfilter.operations import escalated_rows
+from clipfilter.report import RuleData, rules_of
+from clipfilter.runs import Plan, RunVectors, VectorShard, annotate, local_files, read_plan, read_stored
 from clipfilter.serve.columns import RunColumns
 from clipfilter.serve.effect import Changes, Effects
 from clipfilter.serve.export import changed_policy
@@ -64,7 +61,7 @@ class Run:
         return source
 
     @property
-    def shards(self) -> list[RunShard]:
+    def shards(self) -> list[VectorShard]:
         return self.vectors.shards
 
     def warm(self) -> None:
@@ -129,8 +126,7 @@ class Run:
         return np.asarray(self.on_encoder(lambda encoder: self._scores(encoder, changes, rule, rows)), np.float32)
 
     def _scores(self, encoder: Encoder, changes: Changes, rule: str, rows: np.ndarray) -> np.ndarray:
-        from clipfilter.policies import compile_policy
-        from clipfilter.policies.attachments import Attachments
+        from clipfilter.policies import Attachments, compile_policy
 
         policy = changed_policy(self.plan, changes)
         decode = "exact" if self.plan.options["decode"] == "exact" else "fast"
@@ -144,7 +140,7 @@ class Run:
             found[mine] = scored.to_numpy().astype(np.float32)
         return found
 
-    def _stored(self, shard: RunShard, rows: pa.Array) -> tuple[pa.Table, pa.Table]:
+    def _stored(self, shard: VectorShard, rows: pa.Array) -> tuple[pa.Table, pa.Table]:
         """These rows of a shard and their embeddings, as the engine reads them."""
         with (
             tempfile.TemporaryDirectory(prefix="clipfilter-") as folder,

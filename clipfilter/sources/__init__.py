@@ -2,7 +2,45 @@
 
 from __future__ import annotations
 
-from clipfilter.sources.model import ReadStats, Shard, ShardReader, SourceOptions
+from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location, is_image_name, refusing
+from clipfilter.sources.fetch import Fetcher, fetch_images, read_url
+from clipfilter.sources.imported import IMPORTED_KIND, Imported
+from clipfilter.sources.model import ReadStats, Shard, ShardReader, SourceOptions, row_uid, shard_id
+from clipfilter.sources.schema import COLUMN_PREFIX, freeze, is_binary, schema_from_text, schema_to_text, travel_name
 from clipfilter.sources.source import Source, open_source
+from clipfilter.sources.spool import read_prefix
+from clipfilter.sources.tar import TarFile, index_tar
+from clipfilter.sources.tar_shards import TarShards, row_members, safe_key
 
-__all__ = ["ReadStats", "Shard", "ShardReader", "Source", "SourceOptions", "open_source"]
+__all__ = [
+    "COLUMN_PREFIX",
+    "IMPORTED_KIND",
+    "PARQUET_SUFFIXES",
+    "TAR_SUFFIXES",
+    "Fetcher",
+    "Imported",
+    "Location",
+    "ReadStats",
+    "Shard",
+    "ShardReader",
+    "Source",
+    "SourceOptions",
+    "TarFile",
+    "TarShards",
+    "fetch_images",
+    "freeze",
+    "index_tar",
+    "is_binary",
+    "is_image_name",
+    "open_source",
+    "read_prefix",
+    "read_url",
+    "refusing",
+    "row_members",
+    "row_uid",
+    "safe_key",
+    "schema_from_text",
+    "schema_to_text",
+    "shard_id",
+    "travel_name",
+]

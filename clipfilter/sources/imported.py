@@ -12,7 +12,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.sources.discover import Location
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions
 
-KIND = "import"
+IMPORTED_KIND = "import"
 
 
 class Imported:

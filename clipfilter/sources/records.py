@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from clipfilter.errors import RefusedError
 from clipfilter.sources.model import ReadStats, SourceOptions, row_uid
-from clipfilter.sources.schema import PREFIX, fit_records, full_schema
+from clipfilter.sources.schema import COLUMN_PREFIX, fit_records, full_schema
 
 # Where a caption is looked for when nobody says, best first. A list under `captions` counts as all captions of a row.
 # fmt: off
@@ -127,7 +127,7 @@ def _batch(rows: list[Row], columns: pa.Schema, schema: pa.Schema, stats: ReadSt
     ]
     arrays = [
         image_array([row.image for row in rows]) if values is None else pa.array(values, item.type)
-        for values, item in zip(prefix, PREFIX, strict=True)
+        for values, item in zip(prefix, COLUMN_PREFIX, strict=True)
     ]
     return pa.RecordBatch.from_arrays([*arrays, *fitted], schema=schema)
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from clipfilter.errors import RefusedError
 
 # The first columns of every batch a source delivers, in order.
-PREFIX = pa.schema(
+COLUMN_PREFIX = pa.schema(
     [
         pa.field("cf_row", pa.int64()),
         pa.field("cf_key", pa.string()),
@@ -45,7 +45,7 @@ _JSON_TEXT = {b"clipfilter:json": b"1"}
 
 def full_schema(columns: pa.Schema) -> pa.Schema:
     """The schema of delivered batches: our prefix, then the source's columns."""
-    return pa.schema([*PREFIX, *columns])
+    return pa.schema([*COLUMN_PREFIX, *columns])
 
 
 def travel_name(name: str) -> str:

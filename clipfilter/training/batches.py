@@ -9,11 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipfilter.engine.decoding import prefetch
-from clipfilter.images.decode import decode
-from clipfilter.images.load import OVERSAMPLING
-from clipfilter.images.preprocess import PreprocessConfig, prepare_fast
-from clipfilter.images.resize import resize
+from clipfilter.engine import prefetch
+from clipfilter.images import OVERSAMPLING, PreprocessConfig, decode, prepare_fast, resize
 from clipfilter.training.pairs import Pairs
 
 #: open_clip's training augmentation (open_clip.transform.AugmentationCfg): area and aspect ratio of the crop.

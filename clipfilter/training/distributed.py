@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clipfilter.engine.hardware import cpu_count
+from clipfilter.engine import cpu_count
 from clipfilter.errors import ClipfilterError, RefusedError
 from clipfilter.training.group import Group
 from clipfilter.training.logs import read_rows
@@ -39,7 +39,7 @@ def work_on_ray(settings: TrainSettings, everywhere: bool = False, show: Callabl
     Raises RefusedError when the cluster does not answer or lacks the GPUs, ClipfilterError when training fails.
     """
     check_ray_train()
-    from clipfilter.engine.ray_executor import RayExecutor
+    from clipfilter.engine import RayExecutor
 
     executor = RayExecutor(settings.address, settings.workers, settings.threads, settings.device)
     try:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipfilter import __version__
 from clipfilter.errors import RefusedError
 from clipfilter.storage import Directory, is_local
 from clipfilter.training.group import Group
 from clipfilter.training.settings import TrainSettings
+from clipfilter.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np

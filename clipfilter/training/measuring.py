@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from clipfilter.engine.decoding import prefetch
-from clipfilter.evaluation.labels import name_classes
-from clipfilter.evaluation.measures import caption_match_auc, class_vectors, retrieval, zero_shot
+from clipfilter.engine import prefetch
+from clipfilter.evaluation import caption_match_auc, name_classes, retrieval, zero_shot
 from clipfilter.models import Encoder
-from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
+from clipfilter.policies import DEFAULT_TEMPLATES, TEMPLATES, class_vectors
 from clipfilter.training.batches import prepare_row
 from clipfilter.training.pairs import Pairs
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from clipfilter.errors import RefusedError
-from clipfilter.models import load_encoder
-from clipfilter.models.encoder import TorchEncoder
+from clipfilter.models import TorchEncoder, load_encoder
 from clipfilter.storage import local_path
 
 if TYPE_CHECKING:
-    from clipfilter.images.preprocess import PreprocessConfig
+    from clipfilter.images import PreprocessConfig
 
 #: The largest factor of the cosines (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = 100.0
@@ -104,13 +103,12 @@ class Trainable:
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.module.state_dict().items()}
         metadata = {"format": "pt"}
         if self.kind == "nano":
-            from clipfilter.models.nano import CONFIG, config_text
-            from clipfilter.models.nano.network import pack
+            from clipfilter.models import NANO_CONFIG, nano_config_text, pack_nano
 
             local = self.encoder.name.partition("=")[2]
             start = local_path(local) if local else None
-            metadata[CONFIG.name] = config_text(start, float(state.pop("logit_scale").exp()))
-            state = pack(state)
+            metadata[NANO_CONFIG.name] = nano_config_text(start, float(state.pop("logit_scale").exp()))
+            state = pack_nano(state)
         unfinished = path.with_name(path.name + ".part")
         save_file(state, unfinished, metadata=metadata)
         with open(unfinished, "rb") as handle:
@@ -131,7 +129,7 @@ def load_trainable(name: str, *, device: str = "cpu", threads: int | None = None
         raise RefusedError(f"{name} cannot be trained: use nano or an open_clip model (ViT-B-32/openai, ARCH=/path).")
     from open_clip import CLIP, CustomTextCLIP
 
-    from clipfilter.models.nano.network import Nano
+    from clipfilter.models import Nano
 
     if isinstance(module, Nano):
         return Trainable(encoder, module, "nano")
@@ -145,7 +143,7 @@ def write_random(architecture: str, path: Path, seed: int) -> None:
 
     Raises RefusedError for an architecture that open_clip does not have.
     """
-    from clipfilter.models._torch import torch_with_torchvision
+    from clipfilter.models import torch_with_torchvision
 
     torch_with_torchvision()
     import open_clip

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import MISSING_IMAGE, RefusedError, RowError
-from clipfilter.images.decode import decode
+from clipfilter.images import decode
 from clipfilter.sources import SourceOptions, open_source
 
 _SCHEMA = pa.schema(

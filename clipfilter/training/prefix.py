@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipfilter.engine.decoding import prefetch
-from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.engine import prefetch
+from clipfilter.images import PreprocessConfig
 from clipfilter.training.batches import prepare_row
 from clipfilter.training.freezing import frozen_blocks
 from clipfilter.training.model import Trainable

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipfilter.engine.hardware import MAX_THREADS, cpu_count
+from clipfilter.engine import MAX_THREADS, cpu_count
 from clipfilter.training.batches import Loader
 from clipfilter.training.freezing import freeze
 from clipfilter.training.group import Group

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipfilter.engine.compare import compare_policies
+from clipfilter.calibration import read_labels
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.errors import RefusedError
+from clipfilter.operations.compare import compare_policies
 from clipfilter.policies import load_policy
-from clipfilter.policies.calibration import read_labels
 from tests.browser.devtools import Tab, chromium, tab
 from tests.browser.test_report_page import contrast
 from tests.support.engine import PHOTOS, REPO, SHARED

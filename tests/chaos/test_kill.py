@@ -123,7 +123,7 @@ def killer_of(marker: str) -> Callable[[Running], bool]:
 
 VICTIMS: dict[str, tuple[str, Callable[[Running], bool]]] = {
     "driver": ("local", kill_driver),
-    "worker": ("local", killer_of("clipfilter.engine.worker_process")),
+    "worker": ("local", killer_of("clipfilter.engine.executors.worker_process")),
     "everything": ("local", kill_everything),
     "ray-driver": ("ray", kill_driver),
     "ray-actor": ("ray", killer_of("ray::EncoderActor")),

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipfilter import errors
-from clipfilter.engine.columns import DECISION_COLUMNS, FACTS, FAILED, IDENTITY
 from clipfilter.policies import load_policy
+from clipfilter.runs.columns import DECISION_COLUMNS, FACTS, FAILED, IDENTITY
 from tests.docs import cli_reference
 from tests.docs.pages import ELSEWHERE, REPO, Block, anchors, blocks, links, pages, prepare, run, runs, shape
 

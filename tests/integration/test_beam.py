@@ -22,8 +22,8 @@ from clipfilter.beam.executor import BeamExecutor
 from clipfilter.beam.options import BeamOptions
 from clipfilter.beam.statistics import StatisticsRequest, dataset_statistics
 from clipfilter.engine.job import JobRequest, JobResult, run_job
-from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
+from clipfilter.operations.verify import verify_run
 from tests.support.engine import (
     FRACTION_POLICY,
     REPO,

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from clipfilter.engine.compare import compare_policies
 from clipfilter.engine.job import JobRequest, JobResult, run_job
 from clipfilter.errors import RefusedError
+from clipfilter.operations.compare import compare_policies
 from clipfilter.policies import load_policy
 from clipfilter.report.diff import diff_page
 from tests.support.engine import FRACTION_POLICY, cli, policy_file

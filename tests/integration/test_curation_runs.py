@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipfilter.engine import ledger
-from clipfilter.engine.compare import compare_policies
-from clipfilter.engine.curate import add_balance, add_scores
-from clipfilter.engine.dedup import DedupOptions, find_duplicates
-from clipfilter.engine.derive import EmbeddedRun
+from clipfilter.curation.curate import add_balance, add_scores
+from clipfilter.curation.dedup import DedupOptions, find_duplicates
 from clipfilter.engine.job import JobRequest, run_job
-from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
+from clipfilter.operations.compare import compare_policies
+from clipfilter.operations.verify import verify_run
 from clipfilter.policies import parse_policy
+from clipfilter.runs import ledger
+from clipfilter.runs.derive import EmbeddedRun
 from clipfilter.storage import Directory
 from tests.support.engine import REPO, photos, policy_file
 from tests.support.sources import write_webdataset

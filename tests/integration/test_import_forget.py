@@ -14,18 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipfilter.engine import forget as forgetting
-from clipfilter.engine import ledger
-from clipfilter.engine.compare import compare_policies
-from clipfilter.engine.dedup import DedupOptions, find_duplicates
-from clipfilter.engine.export import export_run
-from clipfilter.engine.forget import forget_rows
-from clipfilter.engine.import_run import ImportOptions, import_embeddings
+from clipfilter.curation.dedup import DedupOptions, find_duplicates
 from clipfilter.engine.job import JobRequest, run_job
-from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
 from clipfilter.models import load_encoder
+from clipfilter.operations import forget as forgetting
+from clipfilter.operations.compare import compare_policies
+from clipfilter.operations.export import export_run
+from clipfilter.operations.forget import forget_rows
+from clipfilter.operations.import_run import ImportOptions, import_embeddings
+from clipfilter.operations.verify import verify_run
 from clipfilter.policies import parse_policy
+from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 from tests.support.engine import FRACTION_POLICY, PHOTOS, POLICY, policy_file, samples
 from tests.support.policies import embeddings

@@ -18,11 +18,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from clipfilter.engine.driver import Progress
-from clipfilter.engine.export import export_run
 from clipfilter.engine.job import JobRequest, JobResult, plan_overview, run_job
-from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
 from clipfilter.models import nano
+from clipfilter.operations.export import export_run
+from clipfilter.operations.verify import verify_run
 from tests.support.engine import FRACTION_POLICY, commits, data_files, policy_file, samples, stray_files
 from tests.support.images import broken_images
 from tests.support.sources import cut, write_image_folder, write_img2dataset, write_parquet, write_webdataset

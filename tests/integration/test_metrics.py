@@ -22,11 +22,11 @@ pytest.importorskip("prometheus_client", reason="the extra `metrics` is not inst
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from clipfilter.engine import ledger
 from clipfilter.engine.driver import Progress
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.engine.metrics import MetricsOptions, RunMetrics, published, together
 from clipfilter.errors import RefusedError
+from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 from tests.support.engine import FRACTION_POLICY, REPO, cli, policy_file, write_tars
 

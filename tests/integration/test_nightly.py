@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from clipfilter.engine.export import export_run
 from clipfilter.engine.job import JobRequest, run_job
-from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
 from clipfilter.nightly import NightRequest, NightResult, history, roll_back, run_night
+from clipfilter.operations.export import export_run
+from clipfilter.operations.verify import verify_run
 from tests.support.engine import REPO, cli, policy_file
 from tests.support.nights import (
     FRACTION_POLICY,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from clipfilter.engine.verify import verify_run
+from clipfilter.operations.verify import verify_run
 from tests.support.engine import PHOTOS, REPO
 from tests.support.web import web
 

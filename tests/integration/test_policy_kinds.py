@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from clipfilter.engine.compare import compare_policies
 from clipfilter.engine.job import JobRequest, run_job
-from clipfilter.engine.verify import verify_run
 from clipfilter.images.decode import decode
 from clipfilter.images.facts import image_facts
 from clipfilter.models import load_encoder
+from clipfilter.operations.compare import compare_policies
+from clipfilter.operations.verify import verify_run
 from clipfilter.policies import load_policy
 from clipfilter.report import write_report
 from clipfilter.report.diff import diff_page

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from clipfilter.engine.job import JobRequest, run_job
-from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
+from clipfilter.operations.verify import verify_run
 from tests.support.engine import FRACTION_POLICY, cli, commits, data_files, policy_file, samples
 from tests.support.sources import write_webdataset
 
@@ -99,7 +99,7 @@ def test_a_cluster_that_does_not_answer_is_refused(dataset: Path, policy: str, t
 
 
 def test_local_paths_are_refused_on_a_cluster_of_several_machines() -> None:
-    from clipfilter.engine.ray_executor import RayExecutor
+    from clipfilter.engine.executors.ray import RayExecutor
 
     executor = object.__new__(RayExecutor)
     executor.hosts = {"one", "two"}

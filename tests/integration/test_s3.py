@@ -9,10 +9,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from clipfilter.engine import ledger
-from clipfilter.engine.export import export_run
 from clipfilter.engine.job import JobRequest, run_job
-from clipfilter.engine.verify import verify_run
+from clipfilter.operations.export import export_run
+from clipfilter.operations.verify import verify_run
+from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 from tests.support.engine import FRACTION_POLICY, cli, data_files, policy_file, samples
 from tests.support.s3 import s3_server

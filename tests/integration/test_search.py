@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from clipfilter.cli.main import add_commands, app
 from clipfilter.engine.job import JobRequest, run_job
+from clipfilter.report.sheet import SIDE, contact_sheet
 from clipfilter.search import Searcher, build_index, search_run
-from clipfilter.search.sheet import SIDE, contact_sheet
 from clipfilter.storage import Directory
 from tests.support.engine import photos
 from tests.support.s3 import s3_server

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipfilter.engine.compare import compare_policies
 from clipfilter.engine.job import JobResult
+from clipfilter.operations.compare import compare_policies
 from clipfilter.policies import load_policy
 from clipfilter.serve.export import changed_text, find_text
 from clipfilter.serve.run import Run

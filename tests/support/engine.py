@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from clipfilter.engine.verify import DATA_FOLDERS
+from clipfilter.operations.verify import DATA_FOLDERS
 from clipfilter.storage import file_sha256
 from tests.support.sources import write_webdataset
 

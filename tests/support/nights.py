@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clipfilter.engine.executors import Outcome, Resources, error_outcome
+from clipfilter.engine.executors.interface import Outcome, Resources, error_outcome
 from clipfilter.engine.worker import JobSpec, Task, Worker
 from tests.support.engine import photos
 from tests.support.sources import write_webdataset

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clipfilter.engine import ledger
-from clipfilter.engine.columns import FAILED
-from clipfilter.engine.plan import Plan, settle_plan
 from clipfilter.policies.evaluate import REASONS
+from clipfilter.runs import ledger
+from clipfilter.runs.columns import FAILED
+from clipfilter.runs.plan import Plan, settle_plan
 from clipfilter.sources import SourceOptions, open_source
 from clipfilter.storage import Directory, file_sha256
 

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter.engine import ledger
-from clipfilter.engine.plan import Plan
-from clipfilter.engine.writer import HASH_LENGTH
+from clipfilter.runs import ledger
+from clipfilter.runs.plan import Plan
+from clipfilter.runs.writer import HASH_LENGTH
 from clipfilter.storage import Directory, file_sha256
 
 MODEL = {"model": "test", "architecture": "none", "weights_sha256": "a" * 64, "preprocess": {}}

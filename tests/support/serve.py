@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter.engine.columns import FACTS, embeddings_schema, vector_column
+from clipfilter.runs.columns import FACTS, embeddings_schema, vector_column
 from tests.support.engine import REPO
 from tests.support.report import Built, build_run
 

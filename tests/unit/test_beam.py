@@ -21,10 +21,10 @@ from clipfilter.beam import executor, statistics
 from clipfilter.beam.columns import count_by_host, exact_duplicates, hash_buckets, hosts, quantile_buckets, quantiles
 from clipfilter.beam.options import BeamOptions
 from clipfilter.beam.transforms import HistogramCoder, SumCounts, SumHistograms
-from clipfilter.curation import fraction
-from clipfilter.curation.fraction import high_histogram, low_histogram
 from clipfilter.engine.worker import JobSpec, Task
 from clipfilter.errors import RefusedError
+from clipfilter.policies import fraction
+from clipfilter.policies.fraction import high_histogram, low_histogram
 from tests.docs.pages import REPO, blocks
 
 

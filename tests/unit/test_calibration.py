@@ -18,12 +18,12 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
+from clipfilter import calibration as c
+from clipfilter.calibration.sampling import SAMPLE_COLUMNS, draw_number
 from clipfilter.cli.policies import policy_app
-from clipfilter.engine.plan import Plan
 from clipfilter.errors import RefusedError
-from clipfilter.policies import calibration as c
 from clipfilter.policies import compile_policy, load_policy, parse_policy
-from clipfilter.policies.calibration.sampling import COLUMNS, draw_number
+from clipfilter.runs.plan import Plan
 from tests.support.policies import FakeEncoder
 
 POLICY = """\
@@ -142,7 +142,7 @@ def calibrated(run: str, labels: list[c.Label], *targets: str, policy: str = POL
 
 def test_a_uniform_sample_says_what_it_is(run: str) -> None:
     sample = sampled(run)
-    assert sample.rows.column_names == list(COLUMNS)
+    assert sample.rows.column_names == list(SAMPLE_COLUMNS)
     assert (sample.rows.num_rows, sample.population, sample.unscored) == (400, ROWS - 1, 1)
     row = sample.rows.slice(0, 1).to_pylist()[0]
     number = int(row["cf_uid"], 16)
@@ -682,7 +682,7 @@ def test_the_commands_from_sample_to_policy(run: str, tmp_path: Path) -> None:
     for row in rows:
         row["label"] = "yes" if true[int(row["cf_uid"], 16)] else "no"
     with open(labels, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, SAMPLE_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     arguments = ["calibrate", str(policy), "--labels", str(labels), "--on", run, "--target", "precision=0.95"]

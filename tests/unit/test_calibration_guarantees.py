@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from clipfilter.calibration import guarantees as g
+from clipfilter.calibration import probability as prob
 from clipfilter.errors import RefusedError
-from clipfilter.policies.calibration import guarantees as g
-from clipfilter.policies.calibration import probability as prob
 
 SETS = 500
 ROWS = 60_000

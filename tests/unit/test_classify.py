@@ -24,16 +24,16 @@ import clipfilter
 from clipfilter.cli.classify import classify as classify_command
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.engine.stream import StreamOptions, encode_image, load_for, open_inputs
-from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
 from clipfilter.evaluation.dataset import DataRequest
 from clipfilter.evaluation.evaluate import EvaluateRequest, evaluate
 from clipfilter.models import Encoder, load_encoder
+from clipfilter.operations.classify import CLASSIFIED, classify_stream
+from clipfilter.operations.verify import verify_run
 from clipfilter.policies import compile_policy, load_policy, parse_policy
+from clipfilter.policies.labels import LabelScorer, LabelSet, parse_labels
 from clipfilter.policies.prompts import TEMPLATES
 from clipfilter.policies.scores import ScorePolicy, named_scores, scores_of
-from clipfilter.zero_shot.classify import CLASSIFIED, classify_stream
-from clipfilter.zero_shot.labels import LabelScorer, LabelSet, parse_labels
 from tests.support.engine import POLICY, SHARED, data_files, photos, policy_file, write_tars
 from tests.support.policies import FakeEncoder, embeddings
 

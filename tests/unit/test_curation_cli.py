@@ -14,8 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from clipfilter.cli import curation
+from clipfilter.cli.pipeline_config import load_config
 from clipfilter.errors import RefusedError
-from clipfilter.pipeline_config import load_config
 from clipfilter.policies import load_policy
 from tests.support.engine import REPO
 from tests.support.sources import write_webdataset

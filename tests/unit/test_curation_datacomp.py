@@ -14,8 +14,8 @@ import pytest
 
 from clipfilter.curation import datacomp
 from clipfilter.curation.wordnet import WordNet
-from clipfilter.engine.reshard import reshard
 from clipfilter.errors import RefusedError
+from clipfilter.operations.reshard import reshard
 from tests.support.sources import write_webdataset
 
 ROWS = 200_000

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from clipfilter.engine import ledger
-from clipfilter.engine.plan import Plan, read_plan, settle_plan
 from clipfilter.errors import RefusedError
+from clipfilter.runs import ledger
+from clipfilter.runs.plan import Plan, read_plan, settle_plan
 from clipfilter.storage import Directory, file_sha256
 
 PLAN = Plan(

@@ -17,8 +17,9 @@ from clipfilter.errors import RefusedError
 from clipfilter.evaluation.dataset import DataRequest, EvaluationData, open_dataset
 from clipfilter.evaluation.evaluate import EvaluateRequest, Evaluation, assess, evaluate
 from clipfilter.evaluation.labels import name_classes, read_labels, read_templates
-from clipfilter.evaluation.measures import caption_match_auc, class_vectors, retrieval
+from clipfilter.evaluation.measures import caption_match_auc, retrieval
 from clipfilter.models import Encoder, load_encoder
+from clipfilter.policies.class_vectors import class_vectors
 from clipfilter.policies.prompts import TEMPLATES
 from clipfilter.sources import SourceOptions
 from tests.support.engine import PHOTOS, cli, photos, samples

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipfilter.errors import RefusedError
-from clipfilter.evaluation.measures import caption_match_auc, class_vectors, retrieval, shuffled_auc, zero_shot
+from clipfilter.evaluation.measures import caption_match_auc, retrieval, shuffled_auc, zero_shot
+from clipfilter.policies.class_vectors import class_vectors
 from clipfilter.policies.prompts import TEMPLATES
 
 

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipfilter.curation.fraction import (
+from clipfilter.errors import RefusedError
+from clipfilter.policies import parse_policy
+from clipfilter.policies.fraction import (
     dataset_thresholds,
     float16_thresholds,
     fraction_threshold,
@@ -20,8 +22,6 @@ from clipfilter.curation.fraction import (
     sort_keys,
     wanted_rank,
 )
-from clipfilter.errors import RefusedError
-from clipfilter.policies import parse_policy
 
 
 def datacomp(scores: np.ndarray, fraction: float) -> tuple[float, int]:
@@ -161,7 +161,7 @@ _BIG = """
 import sys
 from pathlib import Path
 import numpy as np
-from clipfilter.curation.fraction import fraction_thresholds
+from clipfilter.policies.fraction import fraction_thresholds
 
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 files = sorted(folder.glob("*.npy"))

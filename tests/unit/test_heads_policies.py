@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipfilter.curation.fraction import dataset_thresholds
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.errors import RefusedError
 from clipfilter.models import load_encoder
 from clipfilter.models.heads import HeadFile, load_head
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, parse_policy
 from clipfilter.policies.compile import rule_prompts_sha256
+from clipfilter.policies.fraction import dataset_thresholds
 from clipfilter.policies.schema import json_sha256
 from clipfilter.report import write_report
 from clipfilter.report.explain import explain_row, sentence

@@ -61,15 +61,15 @@ def test_nano_is_what_the_list_says() -> None:
     entry, encoder = catalog.list_models()[0], load_encoder("nano")
     assert (entry.dim, entry.context_length) == (encoder.dim, encoder.context_length)
     assert (entry.image_size, entry.score_kind) == (encoder.preprocess.size, encoder.score_kind)
-    assert catalog.download("nano").is_file()
+    assert catalog.download_model("nano").is_file()
 
 
 def test_models_are_found_by_part_or_pattern_of_their_name() -> None:
-    assert [entry.name for entry in catalog.find("NANO")] == ["nano"]
-    assert all("siglip2" in entry.name.lower() for entry in catalog.find("siglip2"))
-    assert len(catalog.find("siglip2")) > 10
-    assert {entry.name for entry in catalog.find("RN50/*")} == {"RN50/openai", "RN50/yfcc15m", "RN50/cc12m"}
-    assert catalog.find("no-such-model") == []
+    assert [entry.name for entry in catalog.find_model("NANO")] == ["nano"]
+    assert all("siglip2" in entry.name.lower() for entry in catalog.find_model("siglip2"))
+    assert len(catalog.find_model("siglip2")) > 10
+    assert {entry.name for entry in catalog.find_model("RN50/*")} == {"RN50/openai", "RN50/yfcc15m", "RN50/cc12m"}
+    assert catalog.find_model("no-such-model") == []
 
 
 def test_the_cache_is_looked_into(cache: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_cache_is_looked_into(cache: Path) -> None:
     assert cached() == {"nano"}
     weights = put(cache, "timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors")
     assert cached() == {"nano", "ViT-B-32/openai", "ViT-B-32-quickgelu/openai"}
-    assert catalog.download("ViT-B-32/openai") == weights
+    assert catalog.download_model("ViT-B-32/openai") == weights
     put(cache, "timm/ViT-B-16-SigLIP", "open_clip_model.safetensors")
     assert "ViT-B-16-SigLIP/webli" not in cached()  # its tokenizer is missing
     put(cache, "timm/ViT-B-16-SigLIP", "tokenizer.json")
@@ -102,7 +102,7 @@ def test_the_cache_is_looked_into(cache: Path) -> None:
 )
 def test_what_cannot_be_downloaded_is_refused(name: str, says: str) -> None:
     with pytest.raises(RefusedError, match=says):
-        catalog.download(name)
+        catalog.download_model(name)
 
 
 def test_parameters_are_counted_without_weights() -> None:

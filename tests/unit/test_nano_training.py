@@ -17,7 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from clipfilter.models import Encoder, load_encoder  # noqa: E402
-from clipfilter.models.nano import CONFIG, WEIGHTS  # noqa: E402
+from clipfilter.models.nano import NANO_CONFIG, WEIGHTS  # noqa: E402
 from clipfilter.models.nano.network import unpack  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "nano"
@@ -162,7 +162,7 @@ def test_a_figure_is_cut_out_and_pasted_onto_something_else(tools: None) -> None
     ],
 )
 def test_texts_point_at_the_classes_that_such_photos_light_up(nano: Encoder, text: str, looks: set[int]) -> None:
-    config = json.loads(CONFIG.read_text(encoding="utf-8"))["network"]
+    config = json.loads(NANO_CONFIG.read_text(encoding="utf-8"))["network"]
     vectors = F.normalize(unpack(load_file(WEIGHTS))["image_head.class_vectors"], dim=-1)
     block = torch.from_numpy(nano.encode_texts([text]))[0, config["caption_dim"] :]
     assert int((vectors @ block).argmax()) in looks

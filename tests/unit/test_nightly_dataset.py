@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from clipfilter.engine import ledger
 from clipfilter.engine.driver import Unit
-from clipfilter.engine.plan import Plan, settle_plan
 from clipfilter.errors import ClipfilterError, RefusedError
 from clipfilter.nightly import accept_night, history, record, roll_back
 from clipfilter.nightly.arrivals import Appending, Base, Missing, find_arrivals
+from clipfilter.runs import ledger
+from clipfilter.runs.plan import Plan, settle_plan
 from clipfilter.sources import Shard
 from clipfilter.storage import Directory
 

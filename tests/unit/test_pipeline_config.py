@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from clipfilter.cli.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan
 from clipfilter.errors import RefusedError
-from clipfilter.estimate import amount, count_images, estimate_job, estimate_lines
-from clipfilter.pipeline_config import CostConfig, JobConfig, arguments, job_request, load_config, show_plan
+from clipfilter.operations.estimate import CostConfig, amount, count_images, estimate_job, estimate_lines
 from clipfilter.sources import open_source
 from tests.support.engine import PHOTOS, write_tars
 from tests.support.sources import samples, write_parquet

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipfilter.curation.fraction import dataset_thresholds
 from clipfilter.errors import RefusedError
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, load_policy, parse_policy
 from clipfilter.policies.evaluate import REASONS, settle, similarity
+from clipfilter.policies.fraction import dataset_thresholds
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, TEMPLATES
 from tests.support.policies import FakeEncoder, embeddings
 

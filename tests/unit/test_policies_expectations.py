@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from clipfilter.cli.main import add_commands, app
-from clipfilter.engine.expectations import run_tests
 from clipfilter.errors import RefusedError
 from clipfilter.evaluation.contrast import contrasts
 from clipfilter.models import Encoder, load_encoder
+from clipfilter.operations.expectations import run_tests
 from clipfilter.policies import load_policy, pack_names, parse_policy
 from clipfilter.policies.files import packs_folder
 from tests.support.engine import PHOTOS

@@ -542,7 +542,7 @@ def test_colourfulness_is_that_of_hasler_and_suesstrunk() -> None:
 
 
 def test_runs_from_before_a_fact_was_measured_say_that_it_is_missing() -> None:
-    from clipfilter.engine.columns import with_facts
+    from clipfilter.runs.columns import with_facts
 
     rows = with_facts(pa.table({"cf_row": [0, 1]}), pa.table({"cf_blur": pa.array([5.0, 500.0], pa.float32())}))
     found = compiled({"id": "grey", "pixels": "grayscale"}, {"id": "blurry", "pixels": "blurry"})

@@ -16,13 +16,13 @@ from PIL import Image
 
 import clipfilter
 from clipfilter.cli.rank import rank as rank_command
-from clipfilter.engine.columns import vectors
 from clipfilter.engine.stream import embed_stream, open_inputs
 from clipfilter.errors import RefusedError
 from clipfilter.models import Encoder, load_encoder
 from clipfilter.models.heads import HeadFile
+from clipfilter.operations.rank import RANKED, Ranker, best_of, rank
 from clipfilter.policies import parse_policy
-from clipfilter.ranking import RANKED, Ranker, best_of, rank
+from clipfilter.runs.columns import as_matrix
 from pipelines.rank_generated import Shapes, main
 from tests.support.engine import photos
 
@@ -60,7 +60,7 @@ def test_candidates_are_ordered_by_their_cosine_to_the_prompt(nano: Encoder, ani
     assert table["rank"].to_pylist() == [1, 2, 3, 4, 5]
     (shard,) = embed_stream(open_inputs(list(animals.values())), nano)
     text = nano.encode_texts(["a photo of a pig"])[0].astype(np.float16).astype(np.float32)
-    cosines = vectors(shard.embeddings["image_emb"], nano.dim).astype(np.float32) @ text
+    cosines = as_matrix(shard.embeddings["image_emb"], nano.dim).astype(np.float32) @ text
     assert table["position"].to_pylist() == np.argsort(-cosines).tolist()
     np.testing.assert_allclose(table["score"].to_numpy(), -np.sort(-cosines), atol=1e-6)
     assert table["cf_similarity"].equals(table["score"])

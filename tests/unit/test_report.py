@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipfilter.engine.verify import verify_run
 from clipfilter.errors import RefusedError
+from clipfilter.operations.verify import verify_run
 from clipfilter.report import examples as report_examples
 from clipfilter.report import write_report
 from clipfilter.report.data import gather

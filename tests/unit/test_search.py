@@ -96,7 +96,7 @@ class TestVectors:
         assert np.flatnonzero(mask).tolist() == list(range(2530, 2540))
 
     def test_many_shards_do_not_keep_their_files_open(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("clipfilter.search.vectors._OPEN_FILES", 3)
+        monkeypatch.setattr("clipfilter.runs.vectors._OPEN_FILES", 3)
         shards = {number: unit(5, seed=number) for number in range(12)}
         with RunVectors.open(str(write_run(tmp_path / "run", shards))) as vectors:
             for _ in range(2):

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from clipfilter.engine.plan import Plan
+from clipfilter.calibration import draw, open_scored, read_labels
 from clipfilter.errors import RefusedError
 from clipfilter.policies import parse_policy
-from clipfilter.policies.calibration import draw, open_scored, read_labels
 from clipfilter.policies.deciding import REASONS
 from clipfilter.report.data import rules_of
+from clipfilter.runs.plan import Plan
 from clipfilter.serve import answers
 from clipfilter.serve.app import Server
 from clipfilter.serve.columns import BANDS, DECISIONS

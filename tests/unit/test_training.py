@@ -21,7 +21,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from clipfilter.images.preprocess import PreprocessConfig  # noqa: E402
-from clipfilter.models.nano import CONFIG  # noqa: E402
+from clipfilter.models.nano import NANO_CONFIG  # noqa: E402
 from clipfilter.models.nano.network import Nano  # noqa: E402
 from clipfilter.training.batches import CROP_AREA, Loader, epoch_order, random_crop  # noqa: E402
 from clipfilter.training.checkpoints import Checkpoints, Position  # noqa: E402
@@ -100,7 +100,7 @@ def test_accumulated_micro_batches_have_the_gradients_of_one_batch(
 
 
 def nano() -> Nano:
-    return Nano(json.loads(CONFIG.read_text())["network"])
+    return Nano(json.loads(NANO_CONFIG.read_text())["network"])
 
 
 def prefixes(names: set[str], depth: int) -> set[str]:

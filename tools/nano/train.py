@@ -49,7 +49,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from clipfilter.models.nano.network import Nano, Projection, pack  # noqa: E402
+from clipfilter.models.nano.network import Nano, Projection, pack_nano  # noqa: E402
 
 Cache = dict[str, Tensor]  # a file of features.py
 
@@ -416,7 +416,7 @@ def write(args: argparse.Namespace, network: Nano, heads: Heads) -> None:
     network.text_head.caption.load_state_dict(heads.text.state_dict())
     network.text_head.classes.load_state_dict(heads.text_classes.state_dict())
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file(pack(network.state_dict()), args.out / "nano.safetensors")
+    save_file(pack_nano(network.state_dict()), args.out / "nano.safetensors")
     shutil.copy(minilm_folder() / "vocab.txt", args.out / "vocab.txt")
     config = {
         "edition": 3,

@@ -6,6 +6,7 @@ from clipfilter.models.heads.convert import convert
 from clipfilter.models.heads.file import HeadFile, read_head_file
 from clipfilter.models.heads.head import Head
 from clipfilter.models.heads.load import cache_folder, check_file, file_path, load_head
+from clipfilter.models.heads.network import Layers, SafetyChecker
 from clipfilter.models.heads.registry import FILE, HEADS, check_name, same_embeddings
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "HEADS",
     "Head",
     "HeadFile",
+    "Layers",
+    "SafetyChecker",
     "cache_folder",
     "check_file",
     "check_name",

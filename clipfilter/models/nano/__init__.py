@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from clipfilter.errors import RefusedError
-from clipfilter.images.preprocess import PreprocessConfig
+from clipfilter.images import PreprocessConfig
 from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
 from clipfilter.models.encoder import TorchEncoder
 from clipfilter.storage import local_path
 
 HERE = Path(__file__).parent
-CONFIG, WEIGHTS, VOCABULARY = HERE / "nano.json", HERE / "nano.safetensors", HERE / "vocab.txt"
+NANO_CONFIG, WEIGHTS, VOCABULARY = HERE / "nano.json", HERE / "nano.safetensors", HERE / "vocab.txt"
 
 
 def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> TorchEncoder:
@@ -36,7 +36,7 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
     _, _, local = name.partition("=")
     weights = local_path(local) if local else WEIGHTS
     state = read_state_dict(weights)
-    config = _config_of(weights) if local else json.loads(CONFIG.read_text(encoding="utf-8"))
+    config = _config_of(weights) if local else json.loads(NANO_CONFIG.read_text(encoding="utf-8"))
     edition = f"nano@{config['edition']}"
     if not local and name not in ("nano", edition):
         raise RefusedError(f"this version of clipfilter bundles {edition}, not {name}: use nano or {edition}")
@@ -83,9 +83,9 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
     )
 
 
-def config_text(weights: Path | None, logit_scale: float) -> str:
+def nano_config_text(weights: Path | None, logit_scale: float) -> str:
     """nano.json of these weights (None: the bundled ones) with another logit scale, as a file's metadata carries it."""
-    config = json.loads(CONFIG.read_text(encoding="utf-8")) if weights is None else _config_of(weights)
+    config = json.loads(NANO_CONFIG.read_text(encoding="utf-8")) if weights is None else _config_of(weights)
     return json.dumps({**config, "logit_scale": logit_scale})
 
 
@@ -93,12 +93,12 @@ def _config_of(weights: Path) -> dict[str, Any]:
     """The configuration of a file: from its metadata, from nano.json beside it, or the bundled one."""
     from safetensors import safe_open
 
-    beside, text = weights.with_name(CONFIG.name), None
+    beside, text = weights.with_name(NANO_CONFIG.name), None
     if weights.suffix == ".safetensors":
         with safe_open(weights, "pt") as file:
-            text = (file.metadata() or {}).get(CONFIG.name)
+            text = (file.metadata() or {}).get(NANO_CONFIG.name)
     if text is None:
-        text = (beside if beside.is_file() else CONFIG).read_text(encoding="utf-8")
+        text = (beside if beside.is_file() else NANO_CONFIG).read_text(encoding="utf-8")
     try:
         config: dict[str, Any] = json.loads(text)
         PreprocessConfig.from_json(config["preprocess"])

@@ -165,7 +165,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pack_nano(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights as they lie in the file: float16, the largest matrices int8 with a float32 scale per row."""
     packed = {}
     for name, tensor in state.items():

@@ -1,0 +1,319 @@
+"""The Ray executor: long-lived encoder actors, one per GPU (or per group of CPU cores), on any number of nodes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from functools import cache
+from typing import Any
+
+from clipfilter.engine.executors.interface import TASKS_PER_WORKER, Outcome, Resources, error_outcome
+from clipfilter.engine.hardware import MAX_THREADS, cpu_count
+from clipfilter.engine.worker import JobSpec, Task
+from clipfilter.errors import ClipfilterError, RefusedError
+
+log = logging.getLogger("clipfilter.engine")
+
+#: With no actor ready for this long, the cluster is taken for lost.
+LOST_CLUSTER_SECONDS = 600.0
+_PROGRESS_SECONDS = 1.0
+_KNOCK_SECONDS = 10.0
+
+
+@cache
+def _token() -> str:
+    """The secret of the clusters this process starts: one for all, since Ray reads it only once in a process."""
+    return secrets.token_hex(32)
+
+
+def _ask_for_tokens() -> None:
+    """Have the clusters that this process starts obey only those who know their token, where nobody chose otherwise.
+
+    Ray reads its mode while it is imported. Set later, its servers would want a token that its client does not send.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if "ray" in sys.modules:
+        log.warning(
+            "Ray was imported before clipfilter could ask for tokens, so any process on this machine can use its cluster; "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN before the first import of ray."
+        )
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", _token())
+
+
+class EncoderActor:
+    """Runs in a Ray actor process: holds one `Worker`. Restarted by Ray when it dies; then `load` is called again."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+
+    def load(self, spec: dict[str, Any]) -> dict[str, Any]:
+        from clipfilter.engine.worker import Worker
+
+        try:
+            self._worker = Worker(JobSpec(**spec))
+        except RefusedError as error:
+            return {"refused": str(error)}
+        return {"ready": self._worker.describe()}
+
+    def process(self, ticket: int, task: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"done": self._worker.process(Task(**task))}
+        except Exception as error:
+            log.exception("task %d failed", ticket)
+            outcome = error_outcome(ticket, error)
+            return {outcome.kind: outcome.message, "permanent": outcome.permanent}
+
+    def rows(self) -> int:
+        return self._worker.rows_done if self._worker else 0
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+
+class RayExecutor:
+    """Schedules tasks on encoder actors.
+
+    Without an address a cluster is started on this machine and stopped with the job. A node or an actor may be lost
+    at any time: its tasks are reported as died, and Ray brings the actor back where there is room.
+    """
+
+    name = "ray"
+
+    def __init__(
+        self,
+        address: str | None = None,
+        workers: int | None = None,
+        threads: int | None = None,
+        device: str = "auto",
+        gpus_per_worker: float = 1.0,
+    ) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray renames every worker's visible devices when an actor has no GPU; CPU jobs on GPU machines stay untouched.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray's workers are nice by default; on a machine that does anything else the encoder would starve.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        if address is None:
+            _ask_for_tokens()
+        import ray
+
+        self._ray = ray
+        try:
+            if address is not None:
+                _knock(address)
+            if address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=cpu_count(),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=100 << 20,
+                )
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RefusedError(
+                f"no Ray cluster answers at {address or 'this machine'} ({_first_line(error)}); check --address, "
+                "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave --address out to start one here."
+            ) from error
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        self.hosts = {node["NodeManagerHostname"] for node in nodes}
+        total = ray.cluster_resources()
+        gpus = 0 if device == "cpu" else int(total.get("GPU", 0))
+        if device.startswith("cuda") and not gpus:
+            self.close()
+            raise RefusedError("the Ray cluster has no GPU; use --device cpu, or start its nodes with --num-gpus.")
+        per_node = [int(node["Resources"].get("CPU", 0)) for node in nodes]
+        if gpus:
+            self._gpus_per_worker = gpus_per_worker
+            count = int(gpus / gpus_per_worker)
+            share = int(min(MAX_THREADS, max(1, sum(per_node) // max(1, count))))
+        else:
+            self._gpus_per_worker = 0.0
+            share = max(1, min([MAX_THREADS, *(cpus for cpus in per_node if cpus)]))
+            count = sum(cpus // (threads or share) for cpus in per_node)
+        self._resources = Resources(workers or max(1, count), threads or share, "cuda" if gpus else "cpu")
+        self._actors: list[_Actor] = []
+        self._spec: dict[str, Any] = {}
+
+    def resources(self) -> Resources:
+        return self._resources
+
+    def refuse_unshared(self, url: str, what: str) -> None:
+        """A plain path cannot be seen from the other hosts of a cluster: refuse before work begins.
+
+        Whoever writes file:// says that it is mounted everywhere.
+        """
+        if "://" not in url and len(self.hosts) > 1:
+            self.close()
+            raise RefusedError(
+                f"{what} {url} is a path of one machine, but the Ray cluster has {len(self.hosts)}; put it on storage all "
+                "of them reach (s3://, gs://, ...), or pass file:///shared/path for a mounted network disk."
+            )
+
+    def start(self, spec: JobSpec) -> dict[str, Any]:
+        self._spec = spec.to_json()
+        remote = self._ray.remote(EncoderActor).options(
+            num_cpus=self._resources.threads,
+            num_gpus=self._gpus_per_worker,
+            max_restarts=-1,
+            max_task_retries=0,
+            # Two tasks, a load or progress call beside them.
+            max_concurrency=TASKS_PER_WORKER + 1,
+            # Actors inherit no OpenMP thread count: Ray sets it from num_cpus, which is what the encoder asks for too.
+        )
+        self._actors = [_Actor(remote.remote()) for _ in range(self._resources.workers)]
+        for actor in self._actors:
+            actor.loading = actor.handle.load.remote(self._spec)
+        began = time.monotonic()
+        while True:
+            for actor in self._actors:
+                description = self._finish_loading(actor)
+                if description is not None:
+                    return description
+            if time.monotonic() - began > LOST_CLUSTER_SECONDS:
+                raise ClipfilterError(
+                    "no encoder actor came up in ten minutes; the cluster lacks the CPUs or GPUs asked for."
+                )
+            self._ray.wait([a.loading for a in self._actors if a.loading], timeout=0.5)
+
+    def free(self) -> int:
+        return sum(TASKS_PER_WORKER - len(a.tasks) for a in self._actors if a.ready)
+
+    def submit(self, ticket: int, task: Task) -> None:
+        actor = min((a for a in self._actors if a.ready), key=lambda a: len(a.tasks))
+        actor.tasks[actor.handle.process.remote(ticket, task.to_json())] = ticket
+
+    def poll(self, timeout: float) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        waiting = [ref for actor in self._actors for ref in actor.tasks]
+        waiting += [actor.loading for actor in self._actors if actor.loading is not None]
+        if waiting:
+            done, _ = self._ray.wait(waiting, num_returns=1, timeout=timeout)
+            if done:
+                done, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        else:
+            done = []
+            time.sleep(timeout)
+        finished = set(done)
+        for actor in self._actors:
+            if actor.loading in finished:
+                self._finish_loading(actor)
+            for ref in [ref for ref in actor.tasks if ref in finished]:
+                if ref in actor.tasks:
+                    outcomes += self._finish_task(actor, ref)
+            self._ask_progress(actor)
+        self._check_lost()
+        return outcomes
+
+    def rows_done(self) -> int:
+        return sum(actor.rows_before + actor.rows for actor in self._actors)
+
+    def workers_alive(self) -> int:
+        return sum(actor.ready for actor in self._actors)
+
+    def close(self) -> None:
+        """Stop what this driver started. A cluster at an address goes on; only our actors leave it."""
+        for actor in getattr(self, "_actors", []):
+            try:
+                if actor.ready:
+                    self._ray.get(actor.handle.close.remote(), timeout=5)
+                self._ray.kill(actor.handle)
+            except Exception as error:
+                log.debug("closing an actor: %s", error)
+        self._ray.shutdown()
+
+    def _finish_loading(self, actor: _Actor) -> dict[str, Any] | None:
+        if actor.loading is None or not self._ray.wait([actor.loading], timeout=0)[0]:
+            return None
+        reference, actor.loading = actor.loading, None
+        try:
+            answer = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError:
+            self._reload(actor)
+            return None
+        except self._ray.exceptions.RayTaskError as error:
+            raise ClipfilterError(f"an encoder actor could not start: {_first_line(error.cause)}") from error
+        if "refused" in answer:
+            raise RefusedError(answer["refused"])
+        actor.ready = True
+        actor.rows_before += actor.rows
+        actor.rows = 0
+        return dict(answer["ready"])
+
+    def _finish_task(self, actor: _Actor, reference: Any) -> list[Outcome]:
+        ticket = actor.tasks.pop(reference)
+        try:
+            answer = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            lost = [ticket, *actor.tasks.values()]
+            actor.tasks.clear()
+            log.warning("an encoder actor died with %d tasks: %s", len(lost), _first_line(error))
+            self._reload(actor)
+            return [Outcome(item, "died", message="its actor or node was lost") for item in lost]
+        except self._ray.exceptions.RayError as error:
+            return [Outcome(ticket, "error", message=_first_line(error))]
+        if "done" in answer:
+            return [Outcome(ticket, "done", result=answer["done"])]
+        if "refused" in answer:
+            return [Outcome(ticket, "refused", message=answer["refused"])]
+        return [Outcome(ticket, "error", message=answer["error"], permanent=answer["permanent"])]
+
+    def _reload(self, actor: _Actor) -> None:
+        actor.ready = False
+        actor.progress = None
+        actor.loading = actor.handle.load.remote(self._spec)
+
+    def _ask_progress(self, actor: _Actor) -> None:
+        if not actor.ready:
+            return
+        if actor.progress is not None and self._ray.wait([actor.progress], timeout=0)[0]:
+            try:
+                actor.rows = self._ray.get(actor.progress)
+            except self._ray.exceptions.RayError:
+                log.debug("no progress from an actor")
+            actor.progress = None
+        if actor.progress is None and time.monotonic() - actor.asked > _PROGRESS_SECONDS:
+            actor.progress, actor.asked = actor.handle.rows.remote(), time.monotonic()
+
+    def _check_lost(self) -> None:
+        if any(actor.ready for actor in self._actors):
+            self._ready_at = time.monotonic()
+        elif time.monotonic() - getattr(self, "_ready_at", time.monotonic()) > LOST_CLUSTER_SECONDS:
+            raise ClipfilterError(
+                "no encoder actor has been alive for ten minutes; run the same command again to resume."
+            )
+
+
+class _Actor:
+    """An actor handle and what is under way on it."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.ready = False
+        self.loading: Any = None
+        self.tasks: dict[Any, int] = {}
+        self.rows = 0
+        self.rows_before = 0
+        self.progress: Any = None
+        self.asked = 0.0
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once when nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+
+
+def _first_line(error: object) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

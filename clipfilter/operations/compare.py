@@ -1,0 +1,306 @@
+"""What a change of policy would do: the stored rows of a run decided by two policies, side by side; nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipfilter.engine import compile_for, refuse_other_weights, stored_model
+from clipfilter.policies import Policy, dataset_thresholds, escalated
+from clipfilter.runs import annotate, ledger, local_files, open_run, read_plan, read_stored
+from clipfilter.sources import Source
+from clipfilter.storage import Directory
+
+if TYPE_CHECKING:
+    from clipfilter.models import Encoder
+    from clipfilter.policies import CompiledPolicy
+
+_DECISIONS = ("keep", "review", "reject")
+
+
+@dataclass
+class Side:
+    """One of the two policies: what it decides. rules: rows per band of each rule."""
+
+    name: str
+    version: int
+    sha256: str
+    decisions: Counter[str] = field(default_factory=Counter)
+    rules: dict[str, Counter[str]] = field(default_factory=dict)
+    thresholds: dict[str, float | None] = field(default_factory=dict)
+    uncalibrated: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Flip:
+    """A row that the two policies decide differently; reasons as in `cf_reasons`. hidden: escalated, never to be shown."""
+
+    commit: str
+    path: str
+    row: int
+    uid: str
+    key: str
+    caption: str | None
+    sha256: str
+    before: str
+    after: str
+    reasons_before: list[dict[str, Any]]
+    reasons_after: list[dict[str, Any]]
+    hidden: bool = False
+
+
+@dataclass
+class Comparison:
+    """changes: how many rows go from one decision to another; flips: a uniform sample of them, per kind of change.
+
+    shards: the shard of every commit that the sample touches, in JSON.
+    """
+
+    run: str
+    dataset_version: str
+    source: dict[str, Any]
+    model: str
+    rows: int
+    before: Side
+    after: Side
+    changes: dict[tuple[str, str], int]
+    flips: list[Flip]
+    shards: dict[str, dict[str, Any]]
+
+    @property
+    def flipped(self) -> int:
+        """How many rows change their decision."""
+        return sum(self.changes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts and the sampled rows; JSON-ready."""
+        sides = {
+            name: {
+                "policy": side.name,
+                "version": side.version,
+                "sha256": side.sha256,
+                "decisions": {decision: side.decisions[decision] for decision in _DECISIONS},
+                "rules": {rule: dict(sorted(bands.items())) for rule, bands in side.rules.items()},
+                "thresholds": side.thresholds,
+                "uncalibrated": side.uncalibrated,
+            }
+            for name, side in (("before", self.before), ("after", self.after))
+        }
+        return {
+            "run": self.run,
+            "version": self.dataset_version,
+            "model": self.model,
+            "rows": self.rows,
+            "flipped": self.flipped,
+            **sides,
+            "changes": [{"from": a, "to": b, "rows": n} for (a, b), n in sorted(self.changes.items())],
+            "sample": [
+                {
+                    "uid": flip.uid,
+                    "key": flip.key,
+                    "shard": flip.path,
+                    "row": flip.row,
+                    "from": flip.before,
+                    "to": flip.after,
+                    "reasons_before": flip.reasons_before,
+                    "reasons_after": flip.reasons_after,
+                }
+                for flip in self.flips
+            ],
+        }
+
+
+def compare_policies(
+    before: Policy,
+    after: Policy,
+    run: str,
+    *,
+    model: str | None = None,
+    examples: int = 12,
+) -> Comparison:
+    """Decide the newest version of `run` with both policies.
+
+    model: where the run's own model is, if it was a local one. examples: sampled rows per kind of change.
+    Memory is that of one shard. Raises RefusedError when the run is unfinished, its model cannot be had, or a policy does
+    not fit its columns.
+    """
+    from clipfilter.models import load_encoder
+
+    origin, version, content, plan = open_run(run)
+    encoder = load_encoder(model or stored_model(plan))
+    refuse_other_weights(plan, encoder.fingerprint)
+    source = Source.from_plan(plan.source)
+    compiled = [compile_for(source, policy, encoder, plan.options["decode"]) for policy in (before, after)]
+    sides = [
+        Side(p.name, p.version, p.sha256, uncalibrated=list(c.uncalibrated))
+        for p, c in zip((before, after), compiled, strict=True)
+    ]
+    changes: Counter[tuple[str, str]] = Counter()
+    sample = _Sample(examples)
+    hidden = escalated_rows(run)
+    rows = 0
+    try:
+        for side, policy in zip(sides, compiled, strict=True):
+            side.thresholds = _dataset_thresholds(origin, content["commits"], encoder, policy)
+        for name, commit, stored, embeddings in _shards(origin, content["commits"]):
+            decided = [
+                annotate(stored, embeddings, encoder, policy, side.thresholds)
+                for side, policy in zip(sides, compiled, strict=True)
+            ]
+            rows += stored.num_rows
+            for side, table in zip(sides, decided, strict=True):
+                _count(side, table)
+            _compare(name, commit, decided[0], decided[1], changes, sample, hidden)
+    finally:
+        origin.clean_scratch(stale_only=False)
+    return Comparison(
+        run=origin.url,
+        dataset_version=version,
+        source=plan.source,
+        model=str(plan.model["model"]),
+        rows=rows,
+        before=sides[0],
+        after=sides[1],
+        changes=dict(changes),
+        flips=sample.flips(),
+        shards=sample.shards(),
+    )
+
+
+def _shards(origin: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any], pa.Table, pa.Table]]:
+    """(commit name, commit, rows, embeddings) of every shard that has rows."""
+    for name, commit in ledger.iter_commits(origin, names):
+        if "annotated" not in commit["files"]:
+            continue
+        with local_files(origin, commit["files"], origin.scratch()) as local:
+            rows, embeddings = read_stored(local["annotated"], local["embeddings"])
+            yield name, commit, rows, embeddings
+
+
+def _dataset_thresholds(
+    origin: Directory, names: list[str], encoder: Encoder, policy: CompiledPolicy
+) -> dict[str, float | None]:
+    """The numbers of the policy's dataset-level rules for this dataset; the ranked scores wait in a temporary folder."""
+    ranked = sorted({entry.of for entry in policy.dataset_thresholds})
+    if not ranked:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="clipfilter-") as folder:
+        count = 0
+        for _, _, rows, embeddings in _shards(origin, names):
+            table = annotate(rows, embeddings, encoder, policy, None)
+            for number, rule in enumerate(ranked):
+                np.save(
+                    Path(folder, f"{number}-{count}.npy"), np.asarray(table[f"cf_score.{rule}"].to_numpy(), np.float32)
+                )
+            count += 1
+
+        def chunks(rule: str) -> Iterator[np.ndarray]:
+            number = ranked.index(rule)
+            return (np.load(Path(folder, f"{number}-{part}.npy"), allow_pickle=False) for part in range(count))
+
+        return dataset_thresholds(policy, chunks)[0]
+
+
+def escalated_rows(run: str) -> set[tuple[str, int]]:
+    """(shard, row) of all rows that the run itself escalated; whatever is compared, they are never shown."""
+    directory = Directory(run)
+    plan, newest = read_plan(directory), ledger.latest_version(directory)
+    if plan is None or newest is None or plan.policy is None or not Policy.from_canonical(plan.policy).escalates:
+        return set()
+    found: set[tuple[str, int]] = set()
+    for _, commit in ledger.iter_commits(directory, newest[1]["commits"]):
+        if "annotated" in commit["files"]:
+            with directory.open(commit["files"]["annotated"]["name"]) as handle:
+                table = pq.read_table(handle, columns=["cf_row", "cf_reasons"])
+            rows = np.asarray(table["cf_row"])[escalated(table["cf_reasons"])]
+            found.update((commit["shard"]["id"], row) for row in rows.tolist())
+    return found
+
+
+def _count(side: Side, table: pa.Table) -> None:
+    side.decisions.update(table["cf_decision"].to_pylist())
+    flat = table["cf_reasons"].combine_chunks().flatten()
+    for rule, band in zip(flat.field("rule").to_pylist(), flat.field("band").to_pylist(), strict=True):
+        side.rules.setdefault(rule, Counter())[band] += 1
+
+
+def _compare(
+    name: str,
+    commit: dict[str, Any],
+    before: pa.Table,
+    after: pa.Table,
+    changes: Counter[tuple[str, str]],
+    sample: _Sample,
+    hidden: set[tuple[str, int]],
+) -> None:
+    first = np.asarray(before["cf_decision"].to_pylist(), dtype=object)
+    second = np.asarray(after["cf_decision"].to_pylist(), dtype=object)
+    places = np.flatnonzero(first != second)
+    never_shown = escalated(before["cf_reasons"]) | escalated(after["cf_reasons"])
+    changes.update(zip(first[places].tolist(), second[places].tolist(), strict=True))
+    uids = after["cf_uid"].take(pa.array(places)).to_pylist()
+    for place, uid in zip(places.tolist(), uids, strict=True):
+        change = (first[place], second[place])
+        if sample.wants(change, uid):
+            row = {column: after[column][place].as_py() for column in ("cf_row", "cf_key", "cf_caption", "cf_sha256")}
+            sample.add(
+                change,
+                Flip(
+                    commit=name,
+                    path=commit["shard"]["path"],
+                    row=row["cf_row"],
+                    uid=uid,
+                    key=row["cf_key"] or "",
+                    caption=row["cf_caption"],
+                    sha256=row["cf_sha256"],
+                    before=change[0],
+                    after=change[1],
+                    reasons_before=before["cf_reasons"][place].as_py(),
+                    reasons_after=after["cf_reasons"][place].as_py(),
+                    hidden=bool(never_shown[place]) or (commit["shard"]["id"], row["cf_row"]) in hidden,
+                ),
+                commit["shard"],
+            )
+
+
+class _Sample:
+    """The `size` rows of each kind of change whose hashed uid is smallest: uniform, and the same every time."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._heaps: dict[tuple[str, str], list[tuple[int, str, Flip, dict[str, Any]]]] = {}
+
+    def wants(self, change: tuple[str, str], uid: str) -> bool:
+        heap = self._heaps.get(change, [])
+        return self._size > 0 and (len(heap) < self._size or -_rank(uid) > heap[0][0])
+
+    def add(self, change: tuple[str, str], flip: Flip, shard: dict[str, Any]) -> None:
+        heap = self._heaps.setdefault(change, [])
+        item = (-_rank(flip.uid), f"{flip.path}:{flip.row}", flip, shard)
+        if len(heap) < self._size:
+            heapq.heappush(heap, item)
+        else:
+            heapq.heappushpop(heap, item)
+
+    def flips(self) -> list[Flip]:
+        """Severest changes first, in the order of the hash."""
+        order = {decision: place for place, decision in enumerate(_DECISIONS)}
+        kinds = sorted(self._heaps, key=lambda change: (-abs(order[change[1]] - order[change[0]]), change))
+        return [item[2] for kind in kinds for item in sorted(self._heaps[kind], key=lambda item: (-item[0], item[1]))]
+
+    def shards(self) -> dict[str, dict[str, Any]]:
+        return {item[2].commit: item[3] for heap in self._heaps.values() for item in heap}
+
+
+def _rank(uid: str) -> int:
+    return int.from_bytes(hashlib.sha256(b"diff\0" + uid.encode()).digest()[:8], "big")

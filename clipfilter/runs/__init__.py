@@ -1,0 +1,61 @@
+"""The noun of the product: a run on disk. Its plan, commits, versions, columns and vectors, and who may write them."""
+
+from __future__ import annotations
+
+from clipfilter.runs import ledger
+from clipfilter.runs.columns import (
+    FACTS,
+    FAILED,
+    IDENTITY,
+    annotate,
+    as_matrix,
+    decision_inputs,
+    embeddings_schema,
+    failed_table,
+    vector_column,
+    with_facts,
+)
+from clipfilter.runs.derive import EmbeddedRun, RunShard, derive, embedded_version, refuse_existing
+from clipfilter.runs.ledger import FINAL_STAGE, CommitName, write_commit
+from clipfilter.runs.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
+from clipfilter.runs.run import is_run, local_files, machine, open_run, read_stored
+from clipfilter.runs.vectors import RunVectors, VectorShard
+from clipfilter.runs.writer import HASH_LENGTH, ShardWriter
+
+__all__ = [
+    "FACTS",
+    "FAILED",
+    "FINAL_STAGE",
+    "HASH_LENGTH",
+    "IDENTITY",
+    "PLAN_FILE",
+    "CommitName",
+    "EmbeddedRun",
+    "Job",
+    "Plan",
+    "RunShard",
+    "RunVectors",
+    "ShardWriter",
+    "VectorShard",
+    "annotate",
+    "as_matrix",
+    "decision_inputs",
+    "derive",
+    "embedded_version",
+    "embeddings_schema",
+    "failed_table",
+    "is_run",
+    "ledger",
+    "local_files",
+    "machine",
+    "of_run",
+    "open_run",
+    "read_plan",
+    "read_stored",
+    "refuse_existing",
+    "refuse_if_different",
+    "settle_plan",
+    "vector_column",
+    "with_facts",
+    "write_commit",
+]

@@ -1,0 +1,326 @@
+"""The image embeddings of one version of a run as one long matrix, memory-mapped, and the annotated rows behind it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipfilter.errors import RefusedError
+from clipfilter.policies import suggest
+from clipfilter.runs import ledger
+from clipfilter.runs.columns import as_matrix
+from clipfilter.runs.plan import Plan, read_plan
+from clipfilter.storage import Directory
+
+T = TypeVar("T")
+
+#: Embedding files that stay open (each costs a file descriptor).
+_OPEN_FILES = 512
+_COMMITS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class VectorShard:
+    """One shard that has rows. start: position of its first row; name: its commit, as the version names it.
+
+    annotated, embeddings: the data files as commits describe them (name, rows, bytes, sha256). origin: the run directory
+    that holds the embeddings, another one after a `filter`.
+    """
+
+    name: str
+    start: int
+    rows: int
+    shard: dict[str, Any]
+    annotated: dict[str, Any]
+    embeddings: dict[str, Any]
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A shard's memory-mapped file: its vectors as `shard_blocks` gives them, and its uids."""
+
+    blocks: list[tuple[int, np.ndarray]]
+    uids: pa.ChunkedArray
+
+
+class RunVectors:
+    """The rows of one version of a run in the order of its commits: position 0 is the first row of the first shard.
+
+    Memory: the list of shards. Vectors are memory-mapped; those of a run on an object store are first copied to a local
+    temporary folder, shard by shard as they are asked for, and removed by `close`. Safe to read from several threads.
+    """
+
+    def __init__(self, directory: Directory, version: str, plan: Plan, shards: list[VectorShard]) -> None:
+        self.directory = directory
+        self.url = directory.url
+        self.version = version
+        self.plan = plan
+        self.shards = shards
+        self.rows = shards[-1].start + shards[-1].rows
+        self._starts = np.array([shard.start for shard in shards], np.int64)
+        self._origins: dict[str, Directory] = {directory.url: directory}
+        self._open: OrderedDict[int, _Opened] = OrderedDict()
+        self._lock = threading.Lock()
+        self.dim: int = _dim(self._local(shards[0]))
+        self.schema: pa.Schema = self._annotated_schema()
+
+    @classmethod
+    def open(cls, run: str, version: str | int | None = None) -> RunVectors:
+        """Open `run` (path or URL of a run, embed, score or filter) at `version` ("000001" or 1), by default the newest.
+
+        Raises RefusedError when there is no finished run, no such version, or no row.
+        """
+        directory = Directory(run)
+        plan = read_plan(directory)
+        if plan is None:
+            raise RefusedError(f"{run} is not a run directory (it has no plan.json); give the --out of a run or embed.")
+        name, content = _version(directory, run, version)
+        shards = list(_shards(directory, content["commits"]))
+        if not shards:
+            raise RefusedError(
+                f"version {int(name)} of {run} has no row with an embedding, so there is nothing to search."
+            )
+        return cls(directory, name, plan, shards)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The fingerprint of the model that made the embeddings."""
+        return self.plan.model
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(position of the first row, float16 [n, dim] memory-mapped, unit norm), in order, at most 65 536 rows each."""
+        for number in range(len(self.shards)):
+            yield from self.shard_blocks(number)
+
+    def shard_blocks(self, number: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The blocks of one shard."""
+        yield from self._opened(number).blocks
+
+    def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(number in `shards`, row in that shard's files), int64 [n] each. Raises IndexError beyond the last row."""
+        wanted = np.asarray(positions, np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.rows):
+            raise IndexError(f"positions run from 0 to {self.rows - 1}")
+        number = np.searchsorted(self._starts, wanted, side="right") - 1
+        return number, wanted - self._starts[number]
+
+    def vectors_at(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float16 [n, dim] of these rows, copied, in the order asked."""
+        number, row = self.locate(positions)
+        out = np.empty((len(number), self.dim), np.float16)
+        for shard in np.unique(number):
+            mine = np.flatnonzero(number == shard)
+            start = self.shards[shard].start
+            for first, block in self.shard_blocks(int(shard)):
+                here = mine[(row[mine] >= first - start) & (row[mine] < first - start + len(block))]
+                out[here] = block[row[here] - (first - start)]
+        return out
+
+    def rows_at(self, positions: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+        """Annotated columns (None is all of them) of these rows, in the order asked; only their shards are read.
+
+        Raises RefusedError for a column the run does not have.
+        """
+        names = list(self.schema.names if columns is None else dict.fromkeys(columns))
+        self.check_columns(names)
+        number, row = self.locate(positions)
+        parts, order = [], []
+        for shard in np.unique(number):
+            mine = np.flatnonzero(number == shard)
+            with self.directory.open(self.shards[shard].annotated["name"]) as handle:
+                parts.append(_take(pq.ParquetFile(handle), row[mine], names))
+            order.append(mine)
+        schema = pa.schema([self.schema.field(name) for name in names])
+        if not parts:
+            return schema.empty_table()
+        table = pa.concat_tables(part.cast(schema) for part in parts)
+        return table.take(pa.array(np.argsort(np.concatenate(order))))
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """Raise RefusedError when the annotated rows lack one of these columns."""
+        for name in names:
+            if name not in self.schema.names:
+                hint = suggest(name, self.schema.names) or f"; it has {', '.join(self.schema.names)}."
+                raise RefusedError(f"{self.url} has no column {name!r}{hint}")
+
+    def uid_position(self, uid: str) -> int | None:
+        """The position of the first row with this cf_uid, None when no row has it; reads the uids shard by shard."""
+        wanted = pa.scalar(uid, pa.string())
+        for number, shard in enumerate(self.shards):
+            found = pc.index(self._opened(number).uids, wanted).as_py()
+            if found >= 0:
+                return shard.start + int(found)
+        return None
+
+    def mask(self, where: pc.Expression) -> np.ndarray:
+        """bool [rows]: where the expression (see `where.parse_where`) holds; null counts as no. Reads its columns only."""
+        import pyarrow.dataset as ds
+
+        out = np.empty(self.rows, bool)
+        for shard in self.shards:
+            file = ds.dataset(
+                self.directory.path(shard.annotated["name"]),
+                schema=self.schema,
+                format="parquet",
+                filesystem=self.directory.fs,
+            )
+            held = file.to_table(columns={"held": where})["held"]
+            out[shard.start : shard.start + shard.rows] = pc.fill_null(held, False).to_numpy()
+        return out
+
+    def close(self) -> None:
+        """Unmap the files and remove local copies of remote ones."""
+        with self._lock:
+            self._open.clear()
+            for origin in self._origins.values():
+                origin.clean_scratch(stale_only=False)
+
+    def __enter__(self) -> RunVectors:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _opened(self, number: int) -> _Opened:
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+            shard = self.shards[number]
+            table = pa.ipc.open_file(pa.memory_map(str(self._local(shard)))).read_all()
+            if table.num_rows != shard.rows:
+                raise RefusedError(
+                    f"{shard.embeddings['name']} has {table.num_rows} rows where its commit says {shard.rows}; "
+                    f"`clipfilter verify {shard.origin}` tells what is damaged."
+                )
+            blocks, start = [], shard.start
+            for chunk in table["image_emb"].chunks:
+                if len(chunk):
+                    blocks.append((start, as_matrix(chunk, self.dim)))
+                    start += len(chunk)
+            self._open[number] = _Opened(blocks, table["cf_uid"])
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+            return self._open[number]
+
+    def _local(self, shard: VectorShard) -> Path:
+        """The embeddings file on a local disk."""
+        origin = self._origins.get(shard.origin)
+        if origin is None:
+            origin = self._origins[shard.origin] = Directory(shard.origin)
+        name = shard.embeddings["name"]
+        if origin.local:
+            path = Path(origin.path(name))
+            if not path.exists():
+                raise RefusedError(
+                    f"the embeddings of {self.url} are no longer in {shard.origin} ({name} is missing); "
+                    "embed the source again."
+                )
+            return path
+        copy: Path = origin.scratch() / name.rsplit("/", 1)[-1]
+        if not copy.exists():
+            partial = copy.with_suffix(".part")
+            origin.fs.get_file(origin.path(name), str(partial))
+            partial.rename(copy)
+        return copy
+
+    def _annotated_schema(self) -> pa.Schema:
+        with self.directory.open(self.shards[0].annotated["name"]) as handle:
+            return pq.read_schema(handle).remove_metadata()
+
+
+def _dim(path: Path) -> int:
+    with pa.memory_map(str(path)) as handle:
+        return int(pa.ipc.open_file(handle).schema.field("image_emb").type.list_size)
+
+
+def _version(directory: Directory, run: str, version: str | int | None) -> tuple[str, dict[str, Any]]:
+    if version is None:
+        newest = ledger.latest_version(directory)
+        if newest is None:
+            raise RefusedError(f"the run in {run} has not finished; repeat its command to resume it, then try again.")
+        return newest
+    if not re.fullmatch(r"\d{1,6}", str(version)):
+        raise RefusedError(f"versions are numbers such as 1, not {version!r}.")
+    name = f"{int(version):06d}"
+    if not directory.exists(f"versions/{name}.json"):
+        have = ", ".join(str(int(n.removesuffix(".json"))) for n in directory.names("versions")) or "none"
+        raise RefusedError(f"{run} has no version {int(version)}; it has {have}.")
+    return name, directory.read_json(f"versions/{name}.json")
+
+
+def _shards(directory: Directory, names: list[str]) -> Iterator[VectorShard]:
+    start = 0
+    for name, commit, embedded, origin in _with_base(directory, names):
+        rows = commit["files"]["annotated"]["rows"]
+        yield VectorShard(
+            name=name,
+            start=start,
+            rows=rows,
+            shard=commit["shard"],
+            annotated=commit["files"]["annotated"],
+            embeddings=embedded["files"]["embeddings"],
+            origin=origin,
+        )
+        start += rows
+
+
+def _with_base(directory: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], str]]:
+    """(name, commit, the commit that embedded its rows, that one's run) of all shards that have rows."""
+    origins = {directory.url: directory}
+    for part in _batched(ledger.iter_commits(directory, names), _COMMITS_AT_ONCE):
+        there = [(name, commit) for name, commit in part if "annotated" in commit["files"]]
+        based: dict[str, list[str]] = {}
+        for _, commit in there:
+            if "base" in commit:
+                based.setdefault(commit["base"]["run"], []).append(commit["base"]["commit"])
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for url, wanted in based.items():
+            origin = origins.setdefault(url, Directory(url))
+            try:
+                commits = ledger.read_commits(origin, wanted)
+            except FileNotFoundError as error:
+                raise RefusedError(
+                    f"{directory.url} decided the rows of {url}, which is no longer there; put it back, or search another run."
+                ) from error
+            found |= {(url, name): commit for name, commit in zip(wanted, commits, strict=True)}
+        for name, commit in there:
+            base = commit.get("base")
+            if base is None:
+                yield name, commit, commit, directory.url
+            else:
+                yield name, commit, found[base["run"], base["commit"]], base["run"]
+
+
+def _batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while part := list(itertools.islice(items, size)):
+        yield part
+
+
+def _take(file: pq.ParquetFile, rows: np.ndarray, columns: list[str]) -> pa.Table:
+    """These rows of a Parquet file, in the order asked; only the row groups they are in are read."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    starts = np.cumsum([0, *sizes])
+    group = np.searchsorted(starts, rows, side="right") - 1
+    parts, order = [], []
+    for number in np.unique(group):
+        mine = np.flatnonzero(group == number)
+        table = file.read_row_group(int(number), columns=columns).select(columns)
+        parts.append(table.take(pa.array(rows[mine] - starts[number])))
+        order.append(mine)
+    return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(order))))

@@ -1,1 +1,0 @@
-"""Zero-shot classification: images against labels in words."""
