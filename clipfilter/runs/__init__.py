@@ -17,6 +17,7 @@ from clipfilter.runs.columns import (
 )
 from clipfilter.runs.derive import EmbeddedRun, RunShard, derive, embedded_version, refuse_existing
 from clipfilter.runs.ledger import FINAL_STAGE, CommitName, write_commit
+from clipfilter.runs.pictures import Pictures
 from clipfilter.runs.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
 from clipfilter.runs.run import is_run, local_files, machine, open_run, read_stored
 from clipfilter.runs.vectors import RunVectors, VectorShard
@@ -32,6 +33,7 @@ __all__ = [
     "CommitName",
     "EmbeddedRun",
     "Job",
+    "Pictures",
     "Plan",
     "RunShard",
     "RunVectors",

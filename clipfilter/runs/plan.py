@@ -51,6 +51,14 @@ class Plan:
         return value
 
     @property
+    def dataset(self) -> dict[str, Any]:
+        """The plan of the dataset itself (`Source.to_plan()`), also where the run took its embeddings from another run."""
+        source = self.source
+        while of_run(source):
+            source = source["source"]
+        return source
+
+    @property
     def sha256(self) -> str:
         return hashlib.sha256(canonical_json(self.identity())).hexdigest()
 
