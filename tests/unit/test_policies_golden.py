@@ -39,7 +39,10 @@ rules:
       special_care: [{text: a child, threshold: 0.25}]
       adjustment: 0.02
     reject: {above: 0}
-  - {id: small, metadata: min_side, when: {all: [{column: source, is: scan}, {not: {column: width, above: 9}}]}, reject: {below: 20}}
+  - id: small
+    metadata: min_side
+    when: {all: [{column: source, is: scan}, {not: {column: width, above: 9}}]}
+    reject: {below: 20}
   - {id: dark, pixels: dark}
   - {id: flat, pixels: low_information, review: {below: 2}}
   - {id: spoken, text: {language: [fr, en, fr]}, review: {below: 0.5}}
