@@ -48,7 +48,7 @@ def contact_sheet(vectors: RunVectors, result: SearchResult, mode: str = "blur")
         shown.append(
             Example(
                 commit=shard.name,
-                path=shard.shard["path"],
+                path=shard.shard.path,
                 row=row["cf_row"],
                 key=row["cf_key"] or "",
                 caption=None,

@@ -49,7 +49,7 @@ def add_thumbnails(examples: Examples, dataset: dict[str, Any], mode: str) -> st
             for row, data in pictures.read(examples.shards[commit], {n: item.sha256 for n, item in rows.items()}):
                 _fill(rows[row], data, mode)
         except Exception as error:
-            log.warning("no thumbnails from %s: %s", examples.shards[commit].get("path"), error)
+            log.warning("no thumbnails from %s: %s", examples.shards[commit].path, error)
             problem = problem or _short(error)
     missing = sum(example.image is None for example in shown)
     if not missing:

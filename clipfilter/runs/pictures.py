@@ -19,13 +19,13 @@ class Pictures:
         """Raises whatever the libraries between us and the dataset raise where it is no longer there."""
         self._source = Source.from_plan(dataset)
 
-    def read(self, shard: dict[str, Any], rows: Mapping[int, str | None]) -> Iterator[tuple[int, bytes]]:
-        """(row, encoded picture) of these rows of a shard (as commits record it), in the order of the shard.
+    def read(self, shard: Shard, rows: Mapping[int, str | None]) -> Iterator[tuple[int, bytes]]:
+        """(row, encoded picture) of these rows of a shard, in its order.
 
         rows: the sha256 of each row's picture when it was decided, None where nobody recorded it. Rows without a picture,
         or with another one now, are left out. Raises whatever reading the dataset raises.
         """
-        for batch in self._source.read(Shard.from_json(shard), rows=sorted(rows)):
+        for batch in self._source.read(shard, rows=sorted(rows)):
             for row, image in zip(batch.column("cf_row").to_pylist(), batch.column("cf_image"), strict=True):
                 if row in rows and image.is_valid:
                     data: bytes = image.as_py()

@@ -74,7 +74,7 @@ class Gallery:
                 found = await asyncio.to_thread(self._read, number, group)
                 problem = "The source no longer holds this picture as it was decided."
             except Exception as error:  # whatever library lies between us and the source, only pictures are lost
-                log.warning("no pictures from %s: %s", self._vectors.shards[number].shard.get("path"), error)
+                log.warning("no pictures from %s: %s", self._vectors.shards[number].shard.path, error)
                 found, problem = {}, "The source cannot be read here."
             for wanted in group:
                 self._settle(batch[wanted], wanted, found.get(wanted), problem)
