@@ -19,7 +19,7 @@ from apache_beam.typehints import with_input_types, with_output_types
 from apache_beam.utils.shared import Shared
 
 from clipfilter.beam.columns import DUPLICATES, count_by_host, exact_duplicates, hash_buckets
-from clipfilter.beam.executor import OneWorker, task_of
+from clipfilter.beam.tasks import OneWorker, task_of
 from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.policies import BUCKETS, high_histogram, low_histogram

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from clipfilter.cli.guard import guard
 from clipfilter.errors import RefusedError
 from clipfilter.operations import CostConfig, Estimate, estimate_lines
 from clipfilter.policies import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, suggest
@@ -187,6 +188,4 @@ def arguments(description: str | None, given: Sequence[str] | None = None) -> ar
 
 def start(main: Callable[[], int]) -> None:
     """Run a pipeline as a program: errors become one sentence and an exit code, as on clipfilter's command line."""
-    from clipfilter.cli.main import guard
-
     guard(lambda: sys.exit(main()))
