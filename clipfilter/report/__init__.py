@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from clipfilter.faces import lazily
+from clipfilter.report import text
 
 if TYPE_CHECKING:
-    from clipfilter.report import text
     from clipfilter.report.audit import export_decisions
     from clipfilter.report.charts import bars
     from clipfilter.report.data import RuleData, floats, rules_of
