@@ -156,26 +156,6 @@ def _condition(text: str) -> tuple[str, str]:
     return name.strip(), value
 
 
-@contextlib.contextmanager
-def row_progress() -> Iterator[Callable[[int], None] | None]:
-    """How many rows are embedded, on a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    rows = 0
-    with console.status("starting ...") as status:
-
-        def count(more: int) -> None:
-            nonlocal rows
-            rows += more
-            status.update(f"embedding: {rows:,} rows")
-
-        yield count
-
-
 def _print(result: Evaluation) -> None:
     from rich.console import Console
     from rich.text import Text

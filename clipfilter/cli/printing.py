@@ -1,0 +1,51 @@
+"""How every command prints: JSON, lines and tables."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+#: Colours of what can become of a row, and of a rule's band.
+COLOURS = {
+    "keep": "green", "review": "yellow", "reject": "red", "failed": "magenta", "missing": "yellow", "escalate": "red",
+}  # fmt: skip
+#: Extent of padding around the cells of a table: none before the first column, two between columns.
+_PADDING = (0, 2, 0, 0)
+
+
+def print_json(value: Any, *, indent: int | None = 1, ascii_only: bool = True, **how: Any) -> None:
+    """Print a result as JSON. how: further arguments of json.dumps."""
+    typer.echo(json.dumps(value, indent=indent, ensure_ascii=ascii_only, **how))
+
+
+def say(console: Console, *parts: str | tuple[str, str], style: str = "") -> None:
+    """Print a line of plain or styled parts as it is: nothing in it is markup, and it is not broken."""
+    from rich.text import Text
+
+    console.print(Text.assemble(*parts, style=style), soft_wrap=True)
+
+
+def bar(share: float, width: int) -> str:
+    """A share of 0 to 1 as a bar, never without anything to see."""
+    return "█" * round(width * share) or "▏"
+
+
+def table(*titles: str, fold: bool = False) -> Table:
+    """An empty table without lines. A title that begins with `>` is that of a column of numbers, aligned to the right.
+
+    fold: cells that are too long are continued below instead of being cut off, and columns stand one space apart.
+    """
+    from rich.table import Table
+
+    found = Table(box=None, header_style="dim", pad_edge=not fold, padding=(0, 1) if fold else _PADDING)
+    for title in titles:
+        found.add_column(
+            title.removeprefix(">"), justify="right" if title[:1] == ">" else "left", overflow="fold" if fold else "ellipsis"
+        )
+    return found
