@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipfilter.policies.bands import moved
-from clipfilter.policies.overrides import OVERRIDE_RULE as OVERRIDE
+from clipfilter.policies.language.bands import moved
+from clipfilter.policies.language.overrides import OVERRIDE_RULE as OVERRIDE
 
 if TYPE_CHECKING:
     from clipfilter.policies.compile import CompiledPolicy, CompiledRule

@@ -14,9 +14,9 @@ import pyarrow.json as pajson
 from pydantic import BeforeValidator, ValidationInfo, model_serializer, model_validator
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.attachments import Attachment, Attachments, attach
-from clipfilter.policies.fields import Model, choice, fail, shown, suggest, text
-from clipfilter.policies.known import DigestTable, name_digests
+from clipfilter.policies.hashes import DigestTable, name_digests
+from clipfilter.policies.language.attachments import Attachment, Attachments, attach
+from clipfilter.policies.language.fields import Model, choice, fail, shown, suggest, text
 
 DECISIONS = ("keep", "review", "reject")
 #: The name under which an override stands among the reasons of a row; no rule may have it.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from clipfilter.policies.fields import Model, choice, fail, number, shown, suggest, text
+from clipfilter.policies.language.fields import Model, choice, fail, number, shown, suggest, text
 
 MAX_TESTS = 500
 MAX_CATEGORIES = 200
