@@ -14,8 +14,9 @@ from rich.live import Live
 from rich.text import Text
 
 from clipfilter.cli import printing
-from clipfilter.cli.printing import COLOURS, bar, say, table
+from clipfilter.cli.printing import COLOURS, bar, new_table, say
 from clipfilter.engine import JobRequest, JobResult, MetricsOptions, Progress, published, together
+from clipfilter.policies import DECISIONS
 
 T = TypeVar("T")
 _LINE_SECONDS = 10.0
@@ -114,10 +115,10 @@ def print_result(result: JobResult, report: str | None) -> None:
     title = f"{totals['rows']:,} rows in {totals['shards']:,} shard{'' if totals['shards'] == 1 else 's'}"
     rows = max(totals["rows"], 1)
     if result.plan.job in ("run", "filter"):
-        shown = {name: totals[name] for name in DECISIONS}
+        shown: dict[str, int] = {name: totals[name] for name in DECISIONS}
     else:
         shown = {"embedded" if result.plan.job == "embed" else "scored": totals["embedded"]}
-    found = table("", ">", ">", "")
+    found = new_table("", ">", ">", "")
     found.title, found.title_justify, found.show_header = title, "left", False
     for name, count in {**shown, "failed": totals["failed"]}.items():
         colour = COLOURS.get(name, "")
@@ -148,7 +149,7 @@ def _print_details(console: Console, totals: dict[str, Any]) -> None:
         # What only some policies have (lists of known pictures, modifiers, human decisions) gets a column where it occurs.
         seen = {band for bands in totals["rules"].values() for band in bands}
         names = ["review", "reject", "missing", *(name for name in ("escalate", "tighten", "keep") if name in seen)]
-        found = table("rule", *(f">{name}" for name in names))
+        found = new_table("rule", *(f">{name}" for name in names))
         for rule, bands in totals["rules"].items():
             found.add_row(rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in names))
         console.print()

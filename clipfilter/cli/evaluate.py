@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import enum
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clipfilter.cli.jobs import (
-    BatchSize,
-    CaptionColumn,
-    Decode,
-    DecodeOption,
-    Device,
-    Dtype,
-    ImageColumn,
-    Json,
-    MaxFailures,
-    Threads,
-)
+from clipfilter import defaults
+from clipfilter.cli import options as o
+from clipfilter.cli.printing import new_table, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,16 +19,6 @@ if TYPE_CHECKING:
     from clipfilter.evaluation import Evaluation
 
 _SHOWN_CLASSES = 5
-
-
-class EvaluatedCaptions(enum.StrEnum):
-    first = "first"
-    all = "all"
-
-
-class LabelStyle(enum.StrEnum):
-    as_is = "as-is"
-    words = "words"
 
 
 def evaluate(
@@ -66,31 +44,33 @@ def evaluate(
         typer.Option(help="Class names: JSON list or label-to-name object, or text with one name per line, 0 first."),
     ] = None,
     label_style: Annotated[
-        LabelStyle, typer.Option(help="words: labels without a name in --labels in lower case, underscores as spaces.")
-    ] = LabelStyle.as_is,
+        Literal["as-is", "words"],
+        typer.Option(help="words: labels without a name in --labels in lower case, underscores as spaces."),
+    ] = "as-is",
     templates: Annotated[
         str, typer.Option(help="Prompt ensemble: none, photo, cifar-style, imagenet-like, or a file, one per line.")
     ] = "photo",
-    caption_column: CaptionColumn = None,
+    caption_column: o.CaptionColumn = None,
     captions: Annotated[
-        EvaluatedCaptions, typer.Option(help="Which captions of a row retrieval asks with.")
-    ] = EvaluatedCaptions.first,
+        Literal["first", "all"], typer.Option(help="Which captions of a row retrieval asks with.")
+    ] = "first",
     where: Annotated[
         list[str] | None,
         typer.Option(help="Only rows with COLUMN=VALUE; repeated: all columns, and any of the values of one."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N of the selected rows.")] = None,
-    image_column: ImageColumn = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    batch_size: BatchSize = None,
-    threads: Threads = None,
-    decode: DecodeOption = Decode.fast,
-    max_failures: MaxFailures = 0.01,
+    image_column: o.ImageColumn = None,
+    device: o.Device = defaults.DEVICE,
+    dtype: o.Dtype = None,
+    batch_size: o.BatchSize = None,
+    threads: o.Threads = None,
+    decode: o.Decode = defaults.DECODE,
+    max_failures: o.MaxFailures = defaults.MAX_FAILURES,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")] = None,
-    as_json: Json = False,
+    as_json: o.Json = False,
 ) -> None:
     """Measure a model: zero-shot classification where there are labels, retrieval and matching where captions are."""
+    from clipfilter.cli.display import row_progress
     from clipfilter.engine import DEFAULT_BATCH_SIZE, DEFAULT_DTYPE, EXIT_DONE, EXIT_FAILURES, gpu_count
     from clipfilter.errors import RefusedError
     from clipfilter.evaluation import DataRequest, EvaluateRequest
@@ -107,9 +87,9 @@ def evaluate(
         options=SourceOptions(image_column=image_column, caption_column=caption_column),
         label_column=label_column,
         where=tuple(_condition(text) for text in where or ()),
-        captions=captions.value,
+        captions=captions,
         limit=limit,
-        decode=decode.value,
+        decode=decode,
         batch_size=batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
         threads=threads,
         decode_ahead=0 if kind == "cpu" else 2,
@@ -118,9 +98,9 @@ def evaluate(
         data=data,
         model=model,
         device=device,
-        dtype=dtype.value if dtype else DEFAULT_DTYPE.get(kind, "fp32"),
+        dtype=dtype or DEFAULT_DTYPE.get(kind, "fp32"),
         labels=labels,
-        label_style=label_style.value,
+        label_style=label_style,
         templates=templates,
     )
     with row_progress() as on_rows:
@@ -158,15 +138,13 @@ def _condition(text: str) -> tuple[str, str]:
 
 def _print(result: Evaluation) -> None:
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
     counts = result.counts
-    console.print(
+    say(
+        console,
         f"{counts['images']:,} images ({counts['labelled']:,} with a label, {counts['captioned']:,} with a caption) of "
         f"{result.facts['source']}, model {result.facts['model']}",
-        soft_wrap=True,
-        highlight=False,
     )
     if result.zero_shot is not None:
         _print_zero_shot(console, result)
@@ -183,11 +161,11 @@ def _print(result: Evaluation) -> None:
         rows.append(("one wrong caption each", f"{match.pairs:,}", f"{match.auc_shuffled:.3f}"))
         _table(console, ("caption match", "pairs", "AUC"), rows)
     if counts["failed"] or counts["failed_shards"]:
-        console.print(Text(_failures(result), "magenta"), soft_wrap=True)
+        say(console, _failures(result), style="magenta")
     for path in counts["damaged_shards"]:
-        console.print(Text(f"{path} is damaged; only the rows before the damage are in the numbers", "red"))
+        say(console, f"{path} is damaged; only the rows before the damage are in the numbers", style="red")
     for note in result.notes:
-        console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
+        say(console, f"note: {note}", style="yellow")
 
 
 def _print_zero_shot(console: Console, result: Evaluation) -> None:
@@ -208,17 +186,13 @@ def _print_zero_shot(console: Console, result: Evaluation) -> None:
 
 
 def _table(console: Console, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(columns[0])
-    for name in columns[1:]:
-        table.add_column(name, justify="right")
+    found = new_table(columns[0], *(f">{name}" for name in columns[1:]))
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        found.add_row(*(Text(cell) for cell in row))
     console.print()
-    console.print(table)
+    console.print(found)
 
 
 def _failures(result: Evaluation) -> str:

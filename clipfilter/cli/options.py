@@ -44,9 +44,7 @@ ModelOfRun = Annotated[
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; without it Ray runs on this machine.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each worker.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[
-    defaults.Dtype | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")
-]
+Dtype = Annotated[defaults.Dtype | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass [default: 64 on CPU, 256 on GPU].")]
 Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
@@ -99,9 +97,9 @@ class Encoding:
     ] = False
     batch_size: BatchSize = None
     decode: Decode = defaults.DECODE
-    max_pixels: Annotated[
-        int, typer.Option(min=1, help="Images with more pixels are refused from their header.")
-    ] = defaults.MAX_PIXELS
+    max_pixels: Annotated[int, typer.Option(min=1, help="Images with more pixels are refused from their header.")] = (
+        defaults.MAX_PIXELS
+    )
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     The command line, its help and a caller in Python see the options; the command gets the groups.
     """
     hints = typing.get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name not in groups:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import typer
 
 from clipfilter.cli import audit, calibration, decisions, policy_schema, policy_show, policy_tests
-from clipfilter.cli.policy_show import PolicyArgument
+from clipfilter.cli.options import Policy
 
 policy_app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate policies.", rich_markup_mode=None)
 
 
 @policy_app.command("validate")
-def validate(policy: PolicyArgument) -> None:
+def validate(policy: Policy) -> None:
     """Check a policy; exit code 2 and one sentence with the line when something is wrong."""
     from clipfilter.policies import load_policy
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 COLOURS = {
     "keep": "green", "review": "yellow", "reject": "red", "failed": "magenta", "missing": "yellow", "escalate": "red",
 }  # fmt: skip
-#: Extent of padding around the cells of a table: none before the first column, two between columns.
-_PADDING = (0, 2, 0, 0)
 
 
 def print_json(value: Any, *, indent: int | None = 1, ascii_only: bool = True, **how: Any) -> None:
@@ -36,16 +34,16 @@ def bar(share: float, width: int) -> str:
     return "█" * round(width * share) or "▏"
 
 
-def table(*titles: str, fold: bool = False) -> Table:
+def new_table(*titles: str, fold: bool = False, pad_edge: bool = True) -> Table:
     """An empty table without lines. A title that begins with `>` is that of a column of numbers, aligned to the right.
 
-    fold: cells that are too long are continued below instead of being cut off, and columns stand one space apart.
+    fold: cells that are too long are continued below instead of being cut off. pad_edge: whether cells keep their two
+    spaces at the right end; without, columns stand two spaces apart and the table ends with its cells.
     """
     from rich.table import Table
 
-    found = Table(box=None, header_style="dim", pad_edge=not fold, padding=(0, 1) if fold else _PADDING)
+    found = Table(box=None, header_style="dim", pad_edge=pad_edge, padding=(0, 2, 0, 0) if pad_edge else (0, 1))
     for title in titles:
-        found.add_column(
-            title.removeprefix(">"), justify="right" if title[:1] == ">" else "left", overflow="fold" if fold else "ellipsis"
-        )
+        justify, overflow = "right" if title[:1] == ">" else "left", "fold" if fold else "ellipsis"
+        found.add_column(title.removeprefix(">"), justify=justify, overflow=overflow)  # type: ignore[arg-type]
     return found

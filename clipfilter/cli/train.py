@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import enum
-import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clipfilter.cli.jobs import Precision
+from clipfilter import defaults
+from clipfilter.cli import options as o
+from clipfilter.cli.printing import new_table, print_json, say
 
 if TYPE_CHECKING:
     from clipfilter.training import Shown, TrainResult
 
 _LINE_SECONDS = 10.0
-
-
-class Loss(enum.StrEnum):
-    clip = "clip"
-    siglip = "siglip"
-
-
-class Engine(enum.StrEnum):
-    local = "local"
-    ray = "ray"
-
-
-class DevMeasure(enum.StrEnum):
-    recall = "recall@10"
-    loss = "loss"
 
 
 def train(
@@ -42,7 +27,7 @@ def train(
     ],
     model: Annotated[
         str, typer.Option(help="nano, nano=/path, an open_clip name/tag, or ARCH=/path/to/checkpoint.")
-    ] = "nano",
+    ] = defaults.MODEL,
     train: Annotated[
         str, typer.Option(help="What trains: heads, last-N-blocks, all; image:... or text:... for one tower.")
     ] = "last-2-blocks",
@@ -58,14 +43,13 @@ def train(
         int | None, typer.Option(min=0, help="Steps until the peak rate [default: a tenth of all].")
     ] = None,
     clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    dtype: Annotated[
-        Precision | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: o.Dtype = None,
+    device: o.Device = defaults.DEVICE,
     seed: Annotated[int, typer.Option(help="Order, captions, crops and dropout follow from it.")] = 0,
     loss: Annotated[
-        Loss, typer.Option(help="clip (softmax) or siglip (sigmoid, for models with a logit bias).")
-    ] = Loss.clip,
+        Literal["clip", "siglip"],
+        typer.Option(help="clip (softmax) or siglip (sigmoid, for models with a logit bias)."),
+    ] = "clip",
     augment: Annotated[
         bool, typer.Option("--augment/--no-augment", help="Random resized crops, as open_clip trains.")
     ] = True,
@@ -73,16 +57,16 @@ def train(
         list[str] | None,
         typer.Option(help="Train on rows with this column=value; several values of a column are alternatives."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column with image bytes, paths or URLs.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column with captions.")] = None,
+    limit: o.Limit = None,
+    image_column: o.ImageColumn = None,
+    caption_column: o.CaptionColumn = None,
     dev: Annotated[str | None, typer.Option(help="Pairs to measure on [default: held out of the pairs].")] = None,
     dev_where: Annotated[
         list[str] | None, typer.Option(help="column=value of the dev rows, of --dev or of SOURCE.")
     ] = None,
     dev_measure: Annotated[
-        DevMeasure, typer.Option(help="What chooses the epoch and stops early.")
-    ] = DevMeasure.recall,
+        Literal["recall@10", "loss"], typer.Option(help="What chooses the epoch and stops early.")
+    ] = "recall@10",
     patience: Annotated[
         int, typer.Option(min=1, help="Epochs without a better dev measure before training stops.")
     ] = 3,
@@ -96,15 +80,15 @@ def train(
     checkpoint_every: Annotated[
         int, typer.Option(min=1, help="Steps between checkpoints; each epoch ends with one.")
     ] = 200,
-    engine: Annotated[Engine, typer.Option(help="local, or ray for several GPUs or machines.")] = Engine.local,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="local, or ray for several GPUs or machines.")
+    ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Workers of --engine ray, one per GPU.")] = 1,
-    address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster; without it Ray runs on this machine.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each worker.")] = None,
+    address: o.Address = None,
+    threads: o.Threads = None,
     log: Annotated[str, typer.Option(help="csv, or csv,tensorboard.")] = "csv",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Fine-tune a model on captions, then interpolate with what it was, so that it keeps its zero-shot abilities."""
     given: dict[str, Any] = dict(locals())
@@ -112,7 +96,6 @@ def train(
     from clipfilter.training import train as run_training
 
     as_json, quiet = given.pop("as_json"), given.pop("quiet")
-    given = {name: str(value) if isinstance(value, enum.StrEnum) else value for name, value in given.items()}
     given |= {name: tuple(given[name] or ()) for name in ("where", "dev_where")}
     given["log"] = tuple(part.strip() for part in log.split(","))
     given["device"] = _device(device)
@@ -123,7 +106,7 @@ def train(
         command = ["clipfilter", *sys.argv[1:]]
         result = run_training(settings, command=command, tell=_nothing if silent else shown.tell, show=shown.show)
     if as_json:
-        print(json.dumps({"out": result.out, **result.summary}, indent=1))
+        print_json({"out": result.out, **result.summary})
     elif not quiet:
         _print_result(result)
 
@@ -194,26 +177,23 @@ def _progress(*, enabled: bool) -> Iterator[_Shown]:
 
 def _print_result(result: TrainResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from clipfilter.training import table_rows
 
     console = Console()
     if not result.computed:
         console.print("everything was already done; nothing was computed again", style="dim")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("")
-    for name in result.summary["reported"]:
-        table.add_column(name, justify="right")
+    found = new_table("", *(f">{name}" for name in result.summary["reported"]))
     for title, values in table_rows(result.summary):
-        table.add_row(title, *values)
-    console.print(table)
+        found.add_row(title, *values)
+    console.print(found)
     summary = result.summary
-    console.print(
+    say(
+        console,
         f"{summary['steps']} steps in {summary['epochs']} epochs, interpolated with alpha {summary['alpha']:g}; measured on "
         f"{summary['reported_on']['pairs']:,} pairs and {summary['reported_on']['labelled']:,} labelled images "
         "that chose nothing",
-        style="dim", soft_wrap=True, highlight=False,
-    )  # fmt: skip
-    console.print(f"model    --model {summary['load']}", soft_wrap=True, highlight=False)
-    console.print(f"card     {result.out}/MODEL_CARD.md", soft_wrap=True, highlight=False)
+        style="dim",
+    )
+    say(console, f"model    --model {summary['load']}")
+    say(console, f"card     {result.out}/MODEL_CARD.md")
