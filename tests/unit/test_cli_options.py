@@ -49,7 +49,7 @@ def test_the_commands_of_jobs_share_their_options() -> None:
     assert names["run"] - names["embed"] == {"policy", "copy", "thumbnails"}
     assert names["embed"] < names["run"]
     assert names["score"] - names["embed"] == {"heads", "concepts", "policy"}
-    assert names["filter_"] - names["run"] == set()
+    assert names["filter_"] - names["run"] == {"run"}
 
 
 def test_a_source_gives_captions_also_where_the_job_ignores_them() -> None:
