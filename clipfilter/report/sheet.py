@@ -44,11 +44,11 @@ def contact_sheet(vectors: RunVectors, result: SearchResult, mode: str = "blur")
             shown.append(None)
             continue
         shard = vectors.shards[number]
-        examples.shards[shard.name] = shard.shard
+        examples.shards[shard.name] = shard.shard.to_json()
         shown.append(
             Example(
                 commit=shard.name,
-                path=shard.shard["path"],
+                path=shard.shard.path,
                 row=row["cf_row"],
                 key=row["cf_key"] or "",
                 caption=None,

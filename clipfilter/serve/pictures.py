@@ -77,7 +77,7 @@ class Pictures:
                 found = await asyncio.to_thread(self._read, number, group)
                 problem = "The source no longer holds this picture as it was decided."
             except Exception as error:  # whatever library lies between us and the source, only pictures are lost
-                log.warning("no pictures from %s: %s", self._vectors.shards[number].shard.get("path"), error)
+                log.warning("no pictures from %s: %s", self._vectors.shards[number].shard.path, error)
                 found, problem = {}, "The source cannot be read here."
             for wanted in group:
                 self._settle(batch[wanted], wanted, found.get(wanted), problem)
@@ -94,7 +94,7 @@ class Pictures:
         future.set_result(jpeg)
 
     def _read(self, number: int, group: list[Wanted]) -> dict[Wanted, bytes]:
-        from clipfilter.sources import Shard, Source
+        from clipfilter.sources import Source
 
         positions = sorted({wanted.position for wanted in group})
         identity = self._vectors.rows_at(positions, ["cf_row", "cf_sha256"]).to_pylist()
@@ -103,7 +103,7 @@ class Pictures:
         with self._reading:
             if self._source is None:
                 self._source = Source.from_plan(self._plan)
-            shard = Shard.from_json(self._vectors.shards[number].shard)
+            shard = self._vectors.shards[number].shard
             for batch in self._source.read(shard, rows=sorted(rows)):
                 for row, image in zip(batch.column("cf_row").to_pylist(), batch.column("cf_image"), strict=True):
                     if row in rows and image.is_valid:
