@@ -36,7 +36,3 @@ def export(
         return
     counts = ", ".join(f"{count:,} {name}" for name, count in sorted(found.decisions.items()))
     typer.echo(f"{found.rows:,} decisions ({counts}) in {found.out}")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("export-decisions")(export)

@@ -200,8 +200,3 @@ def _promise(item: Any) -> str:
     if item.target.startswith("miss-rate"):
         return f"guaranteed on average, and at most {item.bound:.3g} with {item.confidence:.0%} confidence"
     return "exact for this run"
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("sample")(sample)
-    app.command("calibrate")(calibrate)

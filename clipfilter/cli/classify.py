@@ -70,19 +70,10 @@ def classify(
             raise RefusedError(
                 "--out takes one dataset or run, and writes Parquet itself; leave out --csv and --parquet."
             )
-        columns = o.Columns("none", image_column)
-        request = job_request(
-            "score",
-            images[0],
-            out,
-            placing,
-            batches,
-            columns=columns,
-            labels=wanted,
-            model=model,
-            max_failures=max_failures,
-        )
-        run_command(request, o.Telling(as_json=as_json, quiet=quiet), after=_print_counts)
+        telling = o.Telling(max_failures, as_json=as_json, quiet=quiet)
+        groups = (placing, batches, o.Columns("none", image_column), telling)
+        request = job_request("score", images[0], out, *groups, labels=wanted, model=model)
+        run_command(request, telling, after=_print_counts)
         return
     if placing.address is not None or placing.workers is not None:
         raise RefusedError("--address and --workers are for whole datasets; name a run directory with --out.")
@@ -330,7 +321,3 @@ def _print_counts(out: str) -> None:
                 column = pq.read_table(handle, columns=["cf_label"])["cf_label"]
             counts.update({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
     _print_table(Console(), counts)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("classify")(classify)

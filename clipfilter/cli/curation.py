@@ -209,9 +209,3 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
         totals = summary["totals"]
         typer.echo(f"{totals['embedded']:,} rows in {totals['shards']:,} shards, {totals['failed']:,} failed")
         typer.echo(f"run          {summary['out']}")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.add_typer(curate_app, name="curate")
-    app.command("import")(import_)
-    app.command("forget")(forget)

@@ -142,8 +142,3 @@ def _print_explanation(console: Console, found: Explanation) -> None:
     line((f"record   {text.place(found.run)}, version {found.version}, {found.commit}", "dim"))
     for note in found.notes:
         line((f"note     {note}", "dim"))
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("explain")(explain)
-    app.command("diff")(diff)

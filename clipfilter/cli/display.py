@@ -178,15 +178,8 @@ def print_plan(request: JobRequest, as_json: bool) -> None:
     overview = plan_overview(request)
     if as_json:
         printing.print_json(overview)
-        return
-    console = Console()
-    warnings = overview.pop("warnings")
-    for name, value in overview.items():
-        shown = ", ".join(value) if isinstance(value, list) else value
-        say(console, f"{name:<14} {shown}")
-    for warning in warnings:
-        say(console, f"warning: {warning}", style="yellow")
-    console.print("nothing was done (--dry-run)", style="dim")
+    else:
+        printing.print_overview(overview)
 
 
 def _duration(seconds: float) -> str:

@@ -123,10 +123,6 @@ def evaluate(
     raise typer.Exit(EXIT_DONE)
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("evaluate")(evaluate)
-
-
 def _condition(text: str) -> tuple[str, str]:
     from clipfilter.errors import RefusedError
 

@@ -109,7 +109,3 @@ def _outcome(night: dict[str, Any]) -> Any:
         kinds = ", ".join(dict.fromkeys(alert["kind"] for alert in night["alerts"]))
         return Text(f"{told}: {kinds}", "red")
     return Text(told, _STYLES.get(outcome, "green"))
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("history")(history)

@@ -99,7 +99,3 @@ def _print(result: IngestResult) -> None:
     say(console, f"status   {result.status}")
     for message in result.messages:
         say(console, message, style="red")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("ingest")(ingest)

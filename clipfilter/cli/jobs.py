@@ -36,10 +36,8 @@ def run(
     telling: o.Telling,
 ) -> None:
     """Decide a dataset: embed every image, score it by a policy, write kept, review and rejected rows."""
-    request = job_request(
-        "run", source, out, placing, encoding, rows, columns=columns, policy=policy, model=model, copy=copy,
-        retry_failed=retry_failed, max_failures=telling.max_failures,
-    )  # fmt: skip
+    groups = (placing, encoding, columns, rows, telling)
+    request = job_request("run", source, out, *groups, policy=policy, model=model, copy=copy, retry_failed=retry_failed)
     run_command(request, telling, thumbnails=thumbnails)
 
 
@@ -57,10 +55,8 @@ def embed(
     telling: o.Telling,
 ) -> None:
     """Embed a dataset once; `filter` decides it later, as often as you like, without images."""
-    request = job_request(
-        "embed", source, out, placing, encoding, rows, columns=columns, model=model, retry_failed=retry_failed,
-        max_failures=telling.max_failures,
-    )  # fmt: skip
+    groups = (placing, encoding, columns, rows, telling)
+    request = job_request("embed", source, out, *groups, model=model, retry_failed=retry_failed)
     run_command(request, telling)
 
 
@@ -87,10 +83,9 @@ def score(
     telling: o.Telling,
 ) -> None:
     """Add CLIP score (image-caption similarity), heads and named concepts to every row as columns; no decisions."""
-    request = job_request(
-        "score", source, out, placing, encoding, rows, columns=columns, policy=_score_policy(heads, concepts, policy),
-        model=model, retry_failed=retry_failed, max_failures=telling.max_failures,
-    )  # fmt: skip
+    added = _score_policy(heads, concepts, policy)
+    groups = (placing, encoding, columns, rows, telling)
+    request = job_request("score", source, out, *groups, policy=added, model=model, retry_failed=retry_failed)
     run_command(request, telling)
 
 
@@ -121,27 +116,16 @@ def filter_(
     telling: o.Telling,
 ) -> None:
     """Decide an embedded dataset again with a policy, without reading any image."""
-    request = job_request("filter", run, out, placing, policy=policy, model=model, max_failures=telling.max_failures)
+    request = job_request("filter", run, out, placing, telling, policy=policy, model=model)
     run_command(request, telling)
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("run")(run)
-    app.command("embed")(embed)
-    app.command("filter")(filter_)
-    app.command("score")(score)
-
-
-def job_request(
-    job: str, source: str, out: str, *groups: Any, columns: o.Columns | None = None, **given: Any
-) -> JobRequest:
-    """What the engine is asked for. groups: groups of options; given: further options, by the request's names."""
+def job_request(job: str, source: str, out: str, *groups: o.Group, **given: Any) -> JobRequest:
+    """What the engine is asked for, from groups of options and `given` ones, by the request's names."""
     from clipfilter.engine import JobRequest
 
-    columns = columns or o.Columns()
     for group in groups:
-        given |= vars(group)
-    given = {"captions": columns.captions, "source_options": columns.source_options()} | given
+        given |= group.request()
     return JobRequest(job, source, out, **given)  # type: ignore[arg-type]
 
 

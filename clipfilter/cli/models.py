@@ -196,7 +196,3 @@ def _facts(encoder: Any) -> dict[str, Any]:
         "fingerprint": encoder.fingerprint,
         "note": note,
     }
-
-
-def add_to(app: typer.Typer) -> None:
-    app.add_typer(models_app, name="models")

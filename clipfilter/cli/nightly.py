@@ -47,10 +47,8 @@ def nightly(
     """Process only what is new or changed since the last night, append it as a new version, alert on drift or failure."""
     from clipfilter.nightly import NightRequest
 
-    job = job_request(
-        "run" if policy else "score", source, out, placing, batches, columns=columns, policy=policy, model=model,
-        copy=copy, retry_failed=retry_failed, max_failures=telling.max_failures,
-    )  # fmt: skip
+    options = {"policy": policy, "model": model, "copy": copy, "retry_failed": retry_failed}
+    job = job_request("run" if policy else "score", source, out, placing, batches, columns, telling, **options)
     request = NightRequest(job, missing=missing, refit=refit, silence_nights=silence, window=window, webhook=webhook)
     if telling.dry_run:
         from clipfilter.cli.pipeline_config import show_plan
@@ -106,7 +104,3 @@ def _print(result: NightResult) -> None:
         say(console, f"ALERT    {alert.kind}: {alert.message}", style="red")
     for message in result.messages:
         say(console, message, style="yellow")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("nightly")(nightly)

@@ -19,7 +19,6 @@ from clipfilter import defaults
 
 if TYPE_CHECKING:
     from clipfilter.engine import MetricsOptions
-    from clipfilter.sources import SourceOptions
 
 Source = Annotated[
     str,
@@ -64,7 +63,16 @@ Seed = Annotated[int, typer.Option(help="Another seed draws other rows.")]
 
 
 @dataclass(frozen=True)
-class Placing:
+class Group:
+    """Options that always come together."""
+
+    def request(self) -> dict[str, Any]:
+        """What the request of a job takes of them."""
+        return vars(self)
+
+
+@dataclass(frozen=True)
+class Placing(Group):
     """Where the work runs."""
 
     engine: Annotated[
@@ -79,7 +87,7 @@ class Placing:
 
 
 @dataclass(frozen=True)
-class Batches:
+class Batches(Group):
     """How images become batches."""
 
     dtype: Dtype = None
@@ -88,7 +96,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class Encoding(Group):
     """How images become batches, with all that a job can be told about it."""
 
     dtype: Dtype = None
@@ -103,7 +111,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Group):
     """Which columns of a source mean what, and which of a row's captions counts."""
 
     captions: Annotated[
@@ -113,17 +121,16 @@ class Columns:
     caption_column: CaptionColumn = None
     uid_column: Annotated[str | None, typer.Option(help="Column with the rows' own unique ids.")] = None
 
-    def source_options(self) -> SourceOptions:
-        """How to open the source."""
+    def request(self) -> dict[str, Any]:
         from clipfilter.sources import SourceOptions
 
         # A source reads captions even where the job ignores them: they stay columns of the rows.
-        captions = defaults.CAPTIONS if self.captions == "none" else self.captions
-        return SourceOptions(**vars(self) | {"captions": captions})
+        read = {"captions": defaults.CAPTIONS} if self.captions == "none" else {}
+        return {"captions": self.captions, "source_options": SourceOptions(**vars(self) | read)}
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Group):
     """Which rows of a source."""
 
     limit: Limit = None
@@ -133,7 +140,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Telling:
+class Telling(Group):
     """What a job says while it runs and when it is done."""
 
     max_failures: MaxFailures = defaults.MAX_FAILURES
@@ -150,6 +157,9 @@ class Telling:
     dry_run: DryRun = False
     as_json: Json = False
     quiet: Quiet = False
+
+    def request(self) -> dict[str, Any]:
+        return {"max_failures": self.max_failures}
 
     @property
     def silent(self) -> bool:
@@ -169,7 +179,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     The command line, its help and a caller in Python see the options; the command gets the groups.
     """
     hints = typing.get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and issubclass(kind, Group)}
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name not in groups:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from clipfilter.cli import audit, calibration, decisions, policy_schema, policy_show, policy_tests
@@ -19,8 +21,8 @@ def validate(policy: Policy) -> None:
     typer.echo(f"{loaded.name} version {loaded.version}: {len(loaded.rules)} rules, sha256 {loaded.sha256[:12]}")
 
 
-policy_show.add_to(policy_app)
-policy_tests.add_to(policy_app)
+policy_app.command("show")(policy_show.show)
+policy_app.command("test")(policy_tests.check)
 
 
 @policy_app.command("list")
@@ -32,11 +34,13 @@ def packs() -> None:
         typer.echo(name)
 
 
-decisions.add_to(policy_app)
-calibration.add_to(policy_app)
-audit.add_to(policy_app)
-policy_schema.add_to(policy_app)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.add_typer(policy_app, name="policy")
+_MORE: dict[str, Callable[..., None]] = {
+    "explain": decisions.explain,
+    "diff": decisions.diff,
+    "sample": calibration.sample,
+    "calibrate": calibration.calibrate,
+    "export-decisions": audit.export,
+    "schema": policy_schema.schema,
+}
+for name, command in _MORE.items():
+    policy_app.command(name)(command)

@@ -113,7 +113,3 @@ def _print_contrasts(console: Console, found: list[Contrast], model: str) -> Non
         console.print(phrases)
         for warning in contrast.warnings:
             say(console, warning, style="yellow")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("show")(show)

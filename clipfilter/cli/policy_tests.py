@@ -108,7 +108,3 @@ def junit_xml(report: TestReport) -> bytes:
             ]
             failure.text = clean("\n".join([f"expected {result.expected}", problems, *scores]))
     return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True))
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("test")(check)

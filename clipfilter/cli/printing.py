@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -27,6 +28,21 @@ def say(console: Console, *parts: str | tuple[str, str], style: str = "") -> Non
     from rich.text import Text
 
     console.print(Text.assemble(*parts, style=style), soft_wrap=True)
+
+
+def print_overview(overview: dict[str, Any], more: Iterable[str] = ()) -> None:
+    """Print what `--dry-run` shows people: what would be done by name, warnings, and `more` lines."""
+    from rich.console import Console
+
+    console = Console()
+    for name, value in overview.items():
+        if name != "warnings":
+            say(console, f"{name:<14} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    for warning in overview.get("warnings", ()):
+        say(console, f"warning: {warning}", style="yellow")
+    for line in more:
+        say(console, line)
+    say(console, "nothing was done (--dry-run)", style="dim")
 
 
 def bar(share: float, width: int) -> str:

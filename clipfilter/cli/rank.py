@@ -117,7 +117,3 @@ def _reasons(row: dict[str, Any]) -> str:
 def _number(reason: dict[str, Any]) -> str:
     sign = ">" if reason["score"] > reason["threshold"] else "<"
     return f"{reason['score']:.3g} {sign} {reason['threshold']:.3g}"
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("rank")(rank)

@@ -67,9 +67,3 @@ def report(
     from clipfilter.report import write_report
 
     typer.echo(write_report(run, thumbnails=thumbnails))
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("export")(export)
-    app.command("report")(report)
-    app.command("verify")(verify)

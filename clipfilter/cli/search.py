@@ -170,8 +170,3 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return text.score(value)
     return "" if value is None else text.clean(value, 120)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("index")(index)
-    app.command("search")(search)

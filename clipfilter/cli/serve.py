@@ -43,7 +43,3 @@ def serve(
 
     serve_run(run, host=host, port=port, labels=labels, policy=policy, model=model, ready=ready)
     typer.echo("stopped")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("serve")(serve)

@@ -111,10 +111,6 @@ def train(
         _print_result(result)
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("train")(train)
-
-
 def _device(name: str) -> str:
     if name != "auto":
         return name

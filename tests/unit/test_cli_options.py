@@ -13,12 +13,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from clipfilter.cli.jobs import embed, filter_, run, score
-from clipfilter.cli.options import Columns, grouped
+from clipfilter.cli.options import Columns, Group, grouped
 from clipfilter.cli.printing import bar, new_table, print_json, say
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Group):
     width: Annotated[int, typer.Option(help="Pixels.")] = 3
     height: int = 4
 
@@ -53,8 +53,8 @@ def test_the_commands_of_jobs_share_their_options() -> None:
 
 
 def test_a_source_gives_captions_also_where_the_job_ignores_them() -> None:
-    assert Columns("none", uid_column="id").source_options().captions == "first"
-    options = Columns("mean", "picture", "text", "id").source_options()
+    assert Columns("none", uid_column="id").request()["source_options"].captions == "first"
+    options = Columns("mean", "picture", "text", "id").request()["source_options"]
     assert (options.captions, options.image_column, options.caption_column, options.uid_column) == (
         "mean", "picture", "text", "id",
     )  # fmt: skip
