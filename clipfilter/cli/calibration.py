@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -90,9 +91,6 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Choose a rule's thresholds from labels, with a guarantee, and write them with their evidence into the policy."""
-    import datetime
-    from pathlib import Path
-
     from clipfilter import calibration as c
     from clipfilter.errors import RefusedError
     from clipfilter.policies import load_policy
@@ -114,16 +112,26 @@ def calibrate(
         prevalence=prevalence,
     )
     if source is not None and destination is not None:
-        raw = source.read_bytes()
-        text = c.calibrated_text(raw, str(source), found, datetime.date.today().isoformat())
-        same = destination.exists() and destination.samefile(source)
-        c.write_policy(destination, text, expected=raw if same else None)
+        _write(found, source, destination)
     if plot is not None:
         Path(plot).write_text(c.plot_svg(found), encoding="utf-8")
+    written = str(destination) if destination else None
     if as_json:
-        print_json(_summary(found, str(destination) if destination else None))
+        print_json(_summary(found, written))
     else:
-        _print(found, str(destination) if destination else None, plot)
+        _print(found, written, plot)
+
+
+def _write(found: Calibrated, source: Path, destination: Path) -> None:
+    """Write the policy with its new thresholds; what has been changed in it meanwhile is not overwritten."""
+    import datetime
+
+    from clipfilter.calibration import calibrated_text, write_policy
+
+    raw = source.read_bytes()
+    text = calibrated_text(raw, str(source), found, datetime.date.today().isoformat())
+    same = destination.exists() and destination.samefile(source)
+    write_policy(destination, text, expected=raw if same else None)
 
 
 def _summary(found: Calibrated, written: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,88 +22,95 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 5
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Measuring(o.Group):
+    """What is measured, on what."""
+
     source: Annotated[
         str,
         typer.Argument(metavar="SOURCE", help="A dataset with labels or captions, or a run directory; path or URL."),
-    ],
+    ]
     model: Annotated[
         str | None,
         typer.Option(
             help="nano, an open_clip name/pretrained tag, or ARCH=/path/to/checkpoint [default: nano, or the run's own]."
         ),
-    ] = None,
+    ] = None
     label_column: Annotated[
         str | None,
         typer.Option(
             help="Column with the class; `folder` takes the name of the image's folder "
             "[default: label, cls, class or class_name]."
         ),
-    ] = None,
+    ] = None
     labels: Annotated[
         str | None,
         typer.Option(help="Class names: JSON list or label-to-name object, or text with one name per line, 0 first."),
-    ] = None,
+    ] = None
     label_style: Annotated[
         Literal["as-is", "words"],
         typer.Option(help="words: labels without a name in --labels in lower case, underscores as spaces."),
-    ] = "as-is",
+    ] = "as-is"
     templates: Annotated[
         str, typer.Option(help="Prompt ensemble: none, photo, cifar-style, imagenet-like, or a file, one per line.")
-    ] = "photo",
-    caption_column: o.CaptionColumn = None,
-    captions: Annotated[
-        Literal["first", "all"], typer.Option(help="Which captions of a row retrieval asks with.")
-    ] = "first",
+    ] = "photo"
+    caption_column: o.CaptionColumn = None
+    captions: Annotated[Literal["first", "all"], typer.Option(help="Which captions of a row retrieval asks with.")] = (
+        "first"
+    )
     where: Annotated[
         list[str] | None,
         typer.Option(help="Only rows with COLUMN=VALUE; repeated: all columns, and any of the values of one."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N of the selected rows.")] = None,
-    image_column: o.ImageColumn = None,
-    device: o.Device = defaults.DEVICE,
-    dtype: o.Dtype = None,
-    batch_size: o.BatchSize = None,
-    threads: o.Threads = None,
-    decode: o.Decode = defaults.DECODE,
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N of the selected rows.")] = None
+    image_column: o.ImageColumn = None
+    device: o.Device = defaults.DEVICE
+    dtype: o.Dtype = None
+    batch_size: o.BatchSize = None
+    threads: o.Threads = None
+    decode: o.Decode = defaults.DECODE
+
+    def request(self) -> dict[str, Any]:
+        """What an EvaluateRequest takes, with the defaults of the device."""
+        from clipfilter.engine import on_device
+        from clipfilter.evaluation import DataRequest
+        from clipfilter.sources import SourceOptions
+
+        at = on_device(self.device, self.dtype, self.batch_size)
+        data = DataRequest(
+            source=self.source,
+            options=SourceOptions(image_column=self.image_column, caption_column=self.caption_column),
+            label_column=self.label_column,
+            where=tuple(_condition(text) for text in self.where or ()),
+            captions=self.captions,
+            limit=self.limit,
+            decode=self.decode,
+            batch_size=at.batch_size,
+            threads=self.threads,
+            decode_ahead=at.decode_ahead,
+        )
+        same = {name: getattr(self, name) for name in ("model", "labels", "label_style", "templates")}
+        return {"data": data, "device": at.device, "dtype": at.dtype, **same}
+
+
+@o.grouped
+def evaluate(
+    *,
+    measuring: Measuring,
     max_failures: o.MaxFailures = defaults.MAX_FAILURES,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """Measure a model: zero-shot classification where there are labels, retrieval and matching where captions are."""
     from clipfilter.cli.display import row_progress
-    from clipfilter.engine import DEFAULT_BATCH_SIZE, DEFAULT_DTYPE, EXIT_DONE, EXIT_FAILURES, gpu_count
+    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES
     from clipfilter.errors import RefusedError
-    from clipfilter.evaluation import DataRequest, EvaluateRequest
+    from clipfilter.evaluation import EvaluateRequest
     from clipfilter.evaluation import evaluate as measure
-    from clipfilter.sources import SourceOptions
 
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise RefusedError(f"--out {out}: its folder does not exist; make it first.")
-    if device == "auto":
-        device = "cuda" if gpu_count() else "cpu"
-    kind = device.partition(":")[0]
-    data = DataRequest(
-        source=source,
-        options=SourceOptions(image_column=image_column, caption_column=caption_column),
-        label_column=label_column,
-        where=tuple(_condition(text) for text in where or ()),
-        captions=captions,
-        limit=limit,
-        decode=decode,
-        batch_size=batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
-        threads=threads,
-        decode_ahead=0 if kind == "cpu" else 2,
-    )
-    request = EvaluateRequest(
-        data=data,
-        model=model,
-        device=device,
-        dtype=dtype or DEFAULT_DTYPE.get(kind, "fp32"),
-        labels=labels,
-        label_style=label_style,
-        templates=templates,
-    )
+    request = EvaluateRequest(**measuring.request())
     with row_progress() as on_rows:
         result = measure(request, on_rows)
     text = json.dumps(result.to_json(), indent=1, ensure_ascii=False)

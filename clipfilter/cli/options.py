@@ -188,7 +188,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         kinds = typing.get_type_hints(groups[name], include_extras=True)
         parameters += [
             inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name]
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=kinds[field.name]
             )
             for field in dataclasses.fields(groups[name])
         ]
@@ -206,3 +206,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default

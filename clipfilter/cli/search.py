@@ -13,7 +13,7 @@ from clipfilter.cli.options import Json, ModelOfRun, Run
 from clipfilter.cli.printing import COLOURS, new_table, print_json, say
 
 if TYPE_CHECKING:
-    from clipfilter.search import SearchResult
+    from clipfilter.search import Searcher, SearchResult
 
 IndexAt = Annotated[
     str | None, typer.Option("--index", help="Directory of the index (path or URL) [default: index/ in the run].")
@@ -103,8 +103,6 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the rows nearest to a text, an image, a row, or a sum of them."""
-    from pathlib import Path
-
     from clipfilter.errors import RefusedError
     from clipfilter.search import Searcher
 
@@ -117,13 +115,7 @@ def search(
             [*text, *(plus or [])], image or [], uid or [], minus or [],
             k=k, where=where, minus_weight=minus_weight, columns=_columns(chosen),
         )  # fmt: skip
-        problem = None
-        if sheet is not None:
-            from clipfilter.report import contact_sheet
-
-            png, problem = contact_sheet(searcher.vectors, found, thumbnails)
-            Path(sheet).parent.mkdir(parents=True, exist_ok=True)
-            Path(sheet).write_bytes(png)
+        problem = None if sheet is None else _write_sheet(sheet, searcher, found, thumbnails)
     if as_json:
         print_json(found.to_json() | {"sheet": sheet}, ascii_only=False, default=str)
     else:
@@ -133,6 +125,18 @@ def search(
     for note in (*found.notes, problem):
         if note and not as_json:
             typer.echo(f"note     {note}", err=True)
+
+
+def _write_sheet(sheet: str, searcher: Searcher, found: SearchResult, thumbnails: defaults.Thumbnails) -> str | None:
+    """Write the hits' pictures; what is to be said about them."""
+    from pathlib import Path
+
+    from clipfilter.report import contact_sheet
+
+    png, problem = contact_sheet(searcher.vectors, found, thumbnails)
+    Path(sheet).parent.mkdir(parents=True, exist_ok=True)
+    Path(sheet).write_bytes(png)
+    return problem
 
 
 def _columns(chosen: list[str]) -> list[str]:
