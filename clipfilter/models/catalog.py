@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,9 +104,7 @@ def download_model(name: str) -> Path:
     from clipfilter.models.tokenizer import open_clip_tokenizer
 
     if name == "nano" or name.startswith("nano@"):
-        edition = f"nano@{json.loads(nano.NANO_CONFIG.read_text(encoding='utf-8'))['edition']}"
-        if name not in ("nano", edition):
-            raise RefusedError(f"this version of clipfilter bundles {edition}, not {name}: use nano or {edition}")
+        nano.check_edition(name)
         return nano.WEIGHTS
     if name.startswith(huggingface.PREFIX) and not hub.is_folder(name.removeprefix(huggingface.PREFIX)):
         folder = huggingface.fetch_repository(name.removeprefix(huggingface.PREFIX))
@@ -127,10 +124,10 @@ def download_model(name: str) -> Path:
 
 
 def _nano() -> ModelEntry:
-    from clipfilter.models.nano import NANO_CONFIG
+    from clipfilter.models.nano import bundled_config
     from clipfilter.models.nano.network import class_dim
 
-    config = json.loads(NANO_CONFIG.read_text(encoding="utf-8"))
+    config = bundled_config()
     size, length = int(config["preprocess"]["size"]), int(config["context_length"])
     dim = int(config["network"]["caption_dim"]) + class_dim(config["network"])
     return ModelEntry("nano", dim, size, length, None, "softmax", "bundled", None, True)

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from clipfilter import storage
 from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError
+from clipfilter.retry import retry
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,16 +90,13 @@ def read_url(url: str) -> bytes:
 
     Raises RowError: missing_image when it is not there, read_error, or image_too_large.
     """
-    for attempt in range(ATTEMPTS):
-        try:
-            return _read_once(url)
-        except RowError as error:
-            if (
-                error.error_class != READ_ERROR or attempt + 1 == ATTEMPTS or error.__cause__ is None
-            ):  # no cause: no use
-                raise
-            time.sleep(0.25 * 2**attempt * (1 + random.random()))
-    raise AssertionError("unreachable")
+
+    def may_pass(error: Exception, attempt: int) -> bool:
+        # Without a cause (a file that may not be read) it is no use.
+        return isinstance(error, RowError) and error.error_class == READ_ERROR and error.__cause__ is not None
+
+    waits = (0.25 * 2**attempt * (1 + random.random()) for attempt in range(ATTEMPTS - 1))
+    return retry(lambda: _read_once(url), waits, may_pass)
 
 
 def _read_once(url: str) -> bytes:
