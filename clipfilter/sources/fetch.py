@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import re
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from clipfilter import storage
-from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError
+from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError, one_line
 from clipfilter.retry import retry
 
 T = TypeVar("T")
@@ -118,8 +119,7 @@ def _read_once(url: str) -> bytes:
     except PermissionError:
         raise RowError(READ_ERROR, f"{_short(url)} may not be read") from None
     except Exception as error:  # every filesystem has exceptions of its own
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise RowError(READ_ERROR, f"{_short(url)} cannot be read: {text[:200]}") from error
+        raise RowError(READ_ERROR, f"{_short(url)} cannot be read: {one_line(error)}") from error
 
 
 def _read_local(url: str) -> bytes:
@@ -193,17 +193,11 @@ def fetch_in_order(
         return result
 
     remaining = enumerate(items)
-    exhausted = False
     pool = ThreadPoolExecutor(workers, thread_name_prefix="clipfilter-fetch")
     try:
         while True:
-            while not exhausted and len(waiting) < AHEAD:
-                try:
-                    number, item = next(remaining)
-                except StopIteration:
-                    exhausted = True
-                else:
-                    waiting.append(pool.submit(run, number, item))
+            for number, item in itertools.islice(remaining, AHEAD - len(waiting)):
+                waiting.append(pool.submit(run, number, item))
             if not waiting:
                 return
             result = waiting.popleft().result()

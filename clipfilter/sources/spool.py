@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import Any
 
 from clipfilter import storage
-from clipfilter.errors import ShardError
+from clipfilter.errors import ShardError, one_line
 from clipfilter.retry import retry
 from clipfilter.sources.tar import TarFile
 
@@ -46,7 +46,7 @@ class TarCache:
         except ShardError:
             raise
         except Exception as error:  # every filesystem has exceptions of its own
-            raise ShardError(f"{url} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+            raise ShardError(f"{url} cannot be read: {one_line(error)}") from error
         with self._lock:
             self._open[(url, etag)] = tar
             while len(self._open) > _KEPT_OPEN:

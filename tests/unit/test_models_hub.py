@@ -35,7 +35,7 @@ import json, sys
 from clipfilter.errors import RefusedError
 from clipfilter.models import catalog, load_encoder
 try:
-    path = catalog.download(sys.argv[1])
+    path = catalog.download_model(sys.argv[1])
     encoder = load_encoder(sys.argv[1])
     vector = encoder.encode_texts(["a dog"])[0, :4].tolist()
     print(json.dumps({"path": str(path), "fingerprint": encoder.fingerprint, "vector": vector}))
