@@ -65,33 +65,6 @@ def find_model(pattern: str) -> list[ModelEntry]:
     ]
 
 
-def count_parameters(name: str) -> int:
-    """Numbers in the weights of `ARCH/TAG` or `ARCH`, from the architecture alone (about a second; no weights are read).
-
-    Raises RefusedError for other names, and for towers whose size only their hub repository knows.
-    """
-    import torch
-
-    from clipfilter.models._torch import torch_with_torchvision
-
-    torch_with_torchvision()
-    import open_clip
-
-    from clipfilter.models.openclip import architecture_config, quiet
-
-    architecture = name.partition("/")[0]
-    config = architecture_config(architecture)
-    if config["text_cfg"].get("hf_model_name"):
-        raise RefusedError(
-            f"the size of {architecture}'s text tower is in {config['text_cfg']['hf_model_name']}, not in open_clip"
-        )
-    with quiet(), torch.device("meta"):
-        model = open_clip.create_model(
-            architecture.removesuffix("-quickgelu"), device="meta", load_weights=False, pretrained_text=False
-        )
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def download_model(name: str) -> Path:
     """Fetch everything `load_encoder(name)` reads into the caches; returns the weights (for `hf:`, their folder).
 
