@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter.runs.columns import FACTS, embeddings_schema, vector_column
+from clipfilter.storage import file_sha256
 from tests.support.engine import REPO
 from tests.support.report import Built, build_run
 
@@ -42,6 +43,7 @@ def embedded_run(folder: Path, *, job: str = "run") -> Built:
         with pa.OSFile(str(out / name), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         commit["files"]["embeddings"] = {"name": name, "rows": rows.num_rows, "bytes": (out / name).stat().st_size}
+        commit["files"]["embeddings"]["sha256"] = file_sha256(out / name)
         path.write_text(json.dumps(commit))
     return built
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipfilter.policies.load import parse_policy
-from clipfilter.policies.schema import Policy
+from clipfilter.policies.language.load import parse_policy
+from clipfilter.policies.language.schema import Policy
 from clipfilter.report import text
 from clipfilter.report.reproduce import policy_yaml
 
