@@ -17,6 +17,7 @@ from clipfilter.runs.columns import (
 )
 from clipfilter.runs.derive import EmbeddedRun, RunShard, derive, embedded_version, refuse_existing
 from clipfilter.runs.ledger import FINAL_STAGE, CommitName, write_commit
+from clipfilter.runs.pictures import Pictures
 from clipfilter.runs.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
 from clipfilter.runs.records import (
     COUNTS,
@@ -58,6 +59,7 @@ __all__ = [
     "FileKind",
     "Files",
     "Job",
+    "Pictures",
     "Plan",
     "Run",
     "RunShard",
