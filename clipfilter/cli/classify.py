@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.cli import options as o
 from clipfilter.cli.jobs import job_request, run_command
@@ -145,7 +146,7 @@ def _classify(
 
 def _counted(tables: Iterable[pa.Table], counts: Counter[str | None]) -> Iterator[pa.Table]:
     for table in tables:
-        counts.update({item["values"]: item["counts"] for item in table["cf_label"].value_counts().to_pylist()})
+        counts.update({item["values"]: item["counts"] for item in table[cf.LABEL].value_counts().to_pylist()})
         yield table
 
 
@@ -173,9 +174,9 @@ class _Csv:
 
     def write(self, table: pa.Table) -> None:
         for row in table.to_pylist():
-            found = row["cf_labels"] or [{"label": "", "score": ""}] * self._k
+            found = row[cf.LABELS] or [{"label": "", "score": ""}] * self._k
             pairs = [value for item in found for value in (item["label"], item["score"])]
-            self._writer.writerow([row["image"], *pairs, row["cf_error_class"] or "", row["cf_error"] or ""])
+            self._writer.writerow([row["image"], *pairs, row[cf.ERROR_CLASS] or "", row[cf.ERROR] or ""])
 
     def close(self) -> None:
         self._file.close()
@@ -210,9 +211,9 @@ def _print_json(tables: Iterable[pa.Table], labels: LabelSet, model: str, lost: 
     first = True
     for table in tables:
         for row in table.to_pylist():
-            entry = {"image": row["image"], "labels": row["cf_labels"]}
-            if row["cf_error_class"] is not None:
-                entry |= {"error_class": row["cf_error_class"], "error": row["cf_error"]}
+            entry = {"image": row["image"], "labels": row[cf.LABELS]}
+            if row[cf.ERROR_CLASS] is not None:
+                entry |= {"error_class": row[cf.ERROR_CLASS], "error": row[cf.ERROR]}
             print("" if first else ",", json.dumps(entry, ensure_ascii=False), sep="\n", end="")
             first = False
     print('\n], "failed_shards": ' + json.dumps(lost, ensure_ascii=False) + "}")
@@ -249,11 +250,11 @@ def _print_image(console: Console, row: dict[str, Any]) -> None:
     from clipfilter.report import text
 
     say(console, text.clean(row["image"]), style="bold")
-    if row["cf_labels"] is None:
-        say(console, f"  {row['cf_error_class']}: {text.clean(row['cf_error'])}", style="magenta")
+    if row[cf.LABELS] is None:
+        say(console, f"  {row[cf.ERROR_CLASS]}: {text.clean(row[cf.ERROR])}", style="magenta")
         return
-    width = max(len(text.clean(item["label"], 40)) for item in row["cf_labels"])
-    for place, item in enumerate(row["cf_labels"]):
+    width = max(len(text.clean(item["label"], 40)) for item in row[cf.LABELS])
+    for place, item in enumerate(row[cf.LABELS]):
         name = f"  {text.clean(item['label'], 40):<{width}}  {item['score']:>6.1%}  "
         say(console, (name, "" if place == 0 else "dim"), (bar(item["score"], _BAR), "green" if place == 0 else "dim"))
 
@@ -272,11 +273,11 @@ def _print_lines(console: Console, rows: list[dict[str, Any]]) -> None:
     following.no_wrap, following.max_width = True, 24
     for row in rows:
         name = Text(text.clean(row["image"]))
-        if row["cf_labels"] is None:
-            why = Text(text.clean(row["cf_error"], 60), "dim")
-            found.add_row(name, Text(row["cf_error_class"], "magenta"), "", why)
+        if row[cf.LABELS] is None:
+            why = Text(text.clean(row[cf.ERROR], 60), "dim")
+            found.add_row(name, Text(row[cf.ERROR_CLASS], "magenta"), "", why)
             continue
-        best, *others = row["cf_labels"]
+        best, *others = row[cf.LABELS]
         then = f"{text.clean(others[0]['label'], 30)} {others[0]['score']:.1%}" if others else ""
         found.add_row(name, Text(text.clean(best["label"], 40)), f"{best['score']:.1%}", Text(then, "dim"))
     console.print(found)
@@ -318,6 +319,6 @@ def _print_counts(out: str) -> None:
         counts[None] += commit["counts"]["failed"]
         if "annotated" in commit["files"]:
             with directory.open(commit["files"]["annotated"]["name"]) as handle:
-                column = pq.read_table(handle, columns=["cf_label"])["cf_label"]
+                column = pq.read_table(handle, columns=[cf.LABEL])[cf.LABEL]
             counts.update({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
     _print_table(Console(), counts)

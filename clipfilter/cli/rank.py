@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.cli import options as o
 from clipfilter.cli.printing import bar, new_table, print_json, say
@@ -64,11 +65,11 @@ def _rows(table: pa.Table, top: int | None) -> list[dict[str, Any]]:
             "rank": row["rank"],
             "image": row["image"],
             "score": row["score"],
-            "similarity": row["cf_similarity"],
-            "decision": row["cf_decision"],
-            "reasons": row["cf_reasons"],
-            "error_class": row["cf_error_class"],
-            "error": row["cf_error"],
+            "similarity": row[cf.SIMILARITY],
+            "decision": row[cf.DECISION],
+            "reasons": row[cf.REASONS],
+            "error_class": row[cf.ERROR_CLASS],
+            "error": row[cf.ERROR],
         }
         for row in table.to_pylist()
     ]

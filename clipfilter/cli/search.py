@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.cli.options import Json, ModelOfRun, Run
 from clipfilter.cli.printing import COLOURS, new_table, print_json, say
@@ -151,15 +152,15 @@ def _print(found: SearchResult, chosen: list[str]) -> None:
 
     console = Console()
     rows = found.hits.to_pylist()
-    decided = any(row["cf_decision"] for row in rows)
-    names = chosen or ["cf_key", "cf_caption", *(["cf_decision"] if decided else [])]
-    hits = new_table(">", ">cosine", *(name.removeprefix("cf_") for name in names))
+    decided = any(row[cf.DECISION] for row in rows)
+    names = chosen or [cf.KEY, cf.CAPTION, *([cf.DECISION] if decided else [])]
+    hits = new_table(">", ">cosine", *(name.removeprefix(cf.PREFIX) for name in names))
     for name, column in zip(names, hits.columns[2:], strict=True):
-        column.no_wrap = name == "cf_key"
+        column.no_wrap = name == cf.KEY
     for row in rows:
         cells = [Text(_shown(row[name])) for name in names]
         for name, cell in zip(names, cells, strict=True):
-            cell.style = COLOURS.get(row[name], "") if name == "cf_decision" else ""
+            cell.style = COLOURS.get(row[name], "") if name == cf.DECISION else ""
         hits.add_row(str(row["rank"]), f"{row['cosine']:.3f}", *cells)
     console.print(hits)
     if not rows:
