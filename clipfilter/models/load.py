@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Literal
 
 from clipfilter.errors import RefusedError
@@ -40,30 +39,30 @@ def load_encoder(
 
     Raises RefusedError when the model is unknown, cannot be had (no network), or its file does not fit.
     """
-    encoder = _loader(name)(name, device=device, dtype=dtype, threads=threads)
+    encoder = _load(name, device, dtype, threads)
     if compile:
         _compile(encoder)
     return encoder
 
 
-def _loader(name: str) -> Callable[..., Encoder]:
+def _load(name: str, device: str, dtype: str, threads: int | None) -> Encoder:
     # One branch per kind of name; a further kind is one more module and one more branch.
     if name == "nano" or name.startswith(("nano@", "nano=")):
         from clipfilter.models.nano import load_nano
 
-        return load_nano
+        return load_nano(name, device=device, dtype=dtype, threads=threads)
     if name.startswith("onnx:"):
         from clipfilter.models.onnx import load_onnx
 
-        return load_onnx
+        return load_onnx(name, device=device, dtype=dtype, threads=threads)
     if name.startswith("hf:"):
         from clipfilter.models.huggingface import load_huggingface
 
-        return load_huggingface
+        return load_huggingface(name, device=device, dtype=dtype, threads=threads)
     if "=" in name or "/" in name or _looks_like_open_clip(name):
         from clipfilter.models.openclip import load_openclip
 
-        return load_openclip
+        return load_openclip(name, device=device, dtype=dtype, threads=threads)
     raise RefusedError(
         f"unknown model {name!r}: use nano, an open_clip name with its weights (ViT-B-32/openai), a local checkpoint "
         "(ViT-B-32=/path/to/checkpoint.safetensors), or a repository (hf-hub:ORG/NAME, hf:ORG/NAME)"
