@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,6 +24,7 @@ from clipfilter.decisions import DECISIONS
 from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.policies import BUCKETS, high_histogram, low_histogram
+from clipfilter.retry import retry
 from clipfilter.runs import HASH_LENGTH
 from clipfilter.storage import Directory, file_sha256
 
@@ -54,22 +54,24 @@ class Decide(beam.DoFn):  # type: ignore[misc]
         self._worker = self._shared.acquire(lambda: OneWorker(spec), tag=spec)
 
     def process(self, element: str) -> Iterator[str]:
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            try:
-                task = task_of(element, json.loads(self._common))
-                commit = self._worker.process(task)["commit"]
-            except RefusedError:
-                raise
-            except Exception as error:
+        def decide() -> dict[str, Any]:
+            commit: dict[str, Any] = self._worker.process(task_of(element, json.loads(self._common)))["commit"]
+            return commit
+
+        def may_pass(error: Exception, attempt: int) -> bool:
+            if not isinstance(error, RefusedError):
                 log.warning("%s: attempt %d failed: %s: %s", element, attempt, type(error).__name__, error)
-                if isinstance(error, ShardError) or attempt == MAX_ATTEMPTS:
-                    self._failed.inc()
-                    return
-                time.sleep(_RETRY_SECONDS * attempt)
-            else:
-                self._rows.inc(commit["counts"]["rows"])
-                yield commit["shard"]["id"]
-                return
+            return not isinstance(error, RefusedError | ShardError)
+
+        try:
+            commit = retry(decide, (_RETRY_SECONDS * n for n in range(1, MAX_ATTEMPTS)), may_pass)
+        except RefusedError:
+            raise
+        except Exception:
+            self._failed.inc()
+            return
+        self._rows.inc(commit["counts"]["rows"])
+        yield commit["shard"]["id"]
 
 
 class HistogramCoder(Coder):  # type: ignore[misc]
