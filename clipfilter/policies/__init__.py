@@ -5,7 +5,7 @@ from __future__ import annotations
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 from clipfilter.policies.columns import BUILTINS, check_metadata, metadata_values
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration, rule_prompts_sha256
-from clipfilter.policies.deciding import ESCALATE, TIGHTEN, escalated
+from clipfilter.policies.deciding import escalated
 from clipfilter.policies.evaluate import REASONS, RECHECK, Decisions, Scores
 from clipfilter.policies.fraction import (
     BUCKETS,
@@ -41,7 +41,6 @@ __all__ = [
     "BUILTINS",
     "COSINE_BLOCK",
     "DEFAULT_TEMPLATES",
-    "ESCALATE",
     "KINDS",
     "LABEL_COLUMNS",
     "MAX_YAML_BYTES",
@@ -51,7 +50,6 @@ __all__ = [
     "REASONS",
     "RECHECK",
     "TEMPLATES",
-    "TIGHTEN",
     "Attachments",
     "Band",
     "CompiledPolicy",
