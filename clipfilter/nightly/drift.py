@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from clipfilter.report import Histogram
+from clipfilter.charts import Histogram
 from clipfilter.storage import Directory
 
 #: What a night may lie away from the others without any alarm, however many rows there are.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from clipfilter.report import text
+from clipfilter import text
 from clipfilter.report.audit import export_decisions
-from clipfilter.report.charts import bars
 from clipfilter.report.data import RuleData, floats, rules_of
 from clipfilter.report.diff import diff_page
 from clipfilter.report.explain import Explanation, explain_row, sentence, verdict
-from clipfilter.report.histogram import Histogram
 from clipfilter.report.reproduce import policy_yaml
 from clipfilter.report.sheet import contact_sheet
 from clipfilter.report.thumbnails import thumbnail
@@ -47,10 +45,8 @@ def write_report(run_url: str, thumbnails: str = "blur") -> str:
 
 __all__ = [
     "Explanation",
-    "Histogram",
     "RuleData",
     "Thumbnails",
-    "bars",
     "contact_sheet",
     "diff_page",
     "explain_row",
