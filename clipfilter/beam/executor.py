@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from clipfilter.beam.options import BeamOptions
+from clipfilter.beam.tasks import reference_to
 from clipfilter.engine import JobSpec, Outcome, Resources, Task, Worker
 from clipfilter.errors import RefusedError
 from clipfilter.runs import ledger
@@ -134,49 +134,13 @@ def build(pipeline: beam.Pipeline, spec: JobSpec, tasks: list[Task]) -> beam.PCo
         "thresholds": first.thresholds,
         "run": first.inputs["run"],
     }
-    references = [_reference(task) for task in tasks]
+    references = [reference_to(task) for task in tasks]
     return (
         pipeline
         | "Shards" >> beam.Create(references).with_output_types(str)
         | "Spread" >> beam.Reshuffle()
         | "Decide" >> beam.ParDo(Decide(json.dumps(spec.to_json()), json.dumps(common))).with_output_types(str)
     )
-
-
-def _reference(task: Task) -> str:
-    assert task.inputs is not None
-    return json.dumps({"commit": task.inputs["name"], "generation": task.generation, "attempt": task.attempt})
-
-
-def task_of(reference: str, common: dict[str, Any]) -> Task:
-    """The task that a reference stands for; reads the commit it names."""
-    fields = json.loads(reference)
-    commit = Directory(common["run"]).read_json(fields["commit"])
-    inputs = {"run": common["run"], "name": fields["commit"], "generation": commit["generation"], "commit": commit}
-    return Task(
-        op=common["op"],
-        shard=commit["shard"],
-        generation=fields["generation"],
-        plan_sha256=common["plan_sha256"],
-        inputs=inputs,
-        thresholds=common["thresholds"],
-        attempt=fields["attempt"],
-    )
-
-
-class OneWorker:
-    """The engine's worker of one process: loaded once, used by one thread at a time, nothing left behind."""
-
-    def __init__(self, spec: str) -> None:
-        self._worker = Worker(JobSpec(**json.loads(spec)))
-        self._turn = threading.Lock()
-
-    def process(self, task: Task) -> dict[str, Any]:
-        with self._turn:
-            try:
-                return self._worker.process(task)
-            finally:
-                self._worker.close()
 
 
 def _commit_name(task: Task) -> ledger.CommitName:

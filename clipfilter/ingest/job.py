@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from clipfilter.errors import RefusedError
 from clipfilter.ingest import states
-from clipfilter.ingest.shards import ShardTask, Workers, require_img2dataset
+from clipfilter.ingest.fetching import Limits
+from clipfilter.ingest.shards import Settings, ShardTask, Workers, require_img2dataset
 from clipfilter.ingest.urls import UrlList, open_list, row_ids
 from clipfilter.storage import Directory
 
@@ -211,7 +212,10 @@ def _fetch(
     done: Counter[str] = Counter()
     if not pending.count:
         return done
-    workers = Workers(request, directory.scratch())
+    folder = directory.scratch() / "fetched"
+    limits = Limits(request.timeout, request.deadline, request.private)
+    settings = Settings(str(folder), request.rows_per_shard, request.threads, request.image_size, limits)
+    workers = Workers(request.processes, settings)
     try:
         for outcome in workers.run(_tasks(request, listed, directory, pending)):
             done.update(states.publish(directory, outcome))

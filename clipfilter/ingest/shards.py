@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,9 +23,6 @@ from clipfilter.errors import ClipfilterError, RefusedError, RowError
 from clipfilter.ingest.fetching import LARGEST, OPT_OUTS, Fetch, Limits
 from clipfilter.ingest.states import DIGITS, OUTCOMES, SUCCESS, Outcome, shard_name, state_of
 from clipfilter.ingest.urls import row_ids
-
-if TYPE_CHECKING:
-    from clipfilter.ingest.job import IngestRequest
 
 _QUALITY = 95
 
@@ -63,16 +60,13 @@ class Settings:
 class Workers:
     """Processes that fetch shards; close them when done."""
 
-    def __init__(self, request: IngestRequest, scratch: Path) -> None:
-        self._folder = scratch / "fetched"
+    def __init__(self, processes: int, settings: Settings) -> None:
+        self._folder = Path(settings.folder)
         self._folder.mkdir(exist_ok=True)
-        limits = Limits(request.timeout, request.deadline, request.private)
-        self._settings = Settings(
-            str(self._folder), request.rows_per_shard, request.threads, request.image_size, limits
-        )
-        self._most = request.processes + 1
+        self._settings = settings
+        self._most = processes + 1
         # Spawned: img2dataset's libraries do not survive a fork of a process with threads.
-        self._pool = ProcessPoolExecutor(request.processes, multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
 
     def run(self, tasks: Iterable[ShardTask]) -> Iterator[Outcome]:
         """The outcomes, in the order in which shards are finished; one task more than processes is read ahead.

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from clipfilter.policies import attachments
-from clipfilter.policies.about import Expectation, RuleExpectation
-from clipfilter.policies.attachments import ATTACHMENTS_FOLDER, Attachments
-from clipfilter.policies.bands import bent
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 from clipfilter.policies.columns import BUILTINS, check_metadata, metadata_values
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration, rule_prompts_sha256
-from clipfilter.policies.conditions import in_words
 from clipfilter.policies.deciding import ESCALATE, TIGHTEN, escalated
+from clipfilter.policies.decisions import DECISIONS, Decision
 from clipfilter.policies.evaluate import REASONS, RECHECK, Decisions, Scores
-from clipfilter.policies.extends import read_document, resolve
 from clipfilter.policies.fraction import (
     BUCKETS,
     Threshold,
@@ -25,21 +20,28 @@ from clipfilter.policies.fraction import (
     low_histogram,
     wanted_rank,
 )
-from clipfilter.policies.json_schema import policy_schema
 from clipfilter.policies.kinds import PIXELS
 from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
-from clipfilter.policies.load import load_policy, pack_names, packs_folder, parse_policy, policy_file
-from clipfilter.policies.overrides import OVERRIDE_RULE
+from clipfilter.policies.language import attachments
+from clipfilter.policies.language.about import Expectation, RuleExpectation
+from clipfilter.policies.language.attachments import ATTACHMENTS_FOLDER, Attachments
+from clipfilter.policies.language.bands import bent
+from clipfilter.policies.language.conditions import in_words
+from clipfilter.policies.language.extends import read_document, resolve
+from clipfilter.policies.language.json_schema import policy_schema
+from clipfilter.policies.language.load import load_policy, pack_names, packs_folder, parse_policy, policy_file
+from clipfilter.policies.language.overrides import OVERRIDE_RULE
+from clipfilter.policies.language.schema import KINDS, MODEL_KINDS, Band, Policy, Rule, check_band, json_sha256, suggest
+from clipfilter.policies.language.scores import ScorePolicy, named_scores, scores_of
+from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, scalar
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
-from clipfilter.policies.schema import KINDS, MODEL_KINDS, Band, Policy, Rule, check_band, json_sha256, suggest
-from clipfilter.policies.scores import ScorePolicy, named_scores, scores_of
-from clipfilter.policies.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, scalar
 
 __all__ = [
     "ATTACHMENTS_FOLDER",
     "BUCKETS",
     "BUILTINS",
     "COSINE_BLOCK",
+    "DECISIONS",
     "DEFAULT_TEMPLATES",
     "ESCALATE",
     "KINDS",
@@ -55,6 +57,7 @@ __all__ = [
     "Attachments",
     "Band",
     "CompiledPolicy",
+    "Decision",
     "Decisions",
     "Expectation",
     "LabelScorer",

@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies import captions, columns
-from clipfilter.policies.attachments import Attachments
-from clipfilter.policies.conditions import check_condition, is_text
-from clipfilter.policies.fields import suggest
-from clipfilter.policies.known import DigestTable, PerceptualIndex, phash_values, sha256_digests
-from clipfilter.policies.schema import Rule
+from clipfilter.policies.hashes import DigestTable, PerceptualIndex, phash_values, sha256_digests
+from clipfilter.policies.language.attachments import Attachments
+from clipfilter.policies.language.conditions import check_condition, is_text
+from clipfilter.policies.language.fields import suggest
+from clipfilter.policies.language.schema import Rule
 
 _CAPTION = "cf_caption"
 _Answer = Callable[[pa.Table], tuple[np.ndarray, np.ndarray | None]]

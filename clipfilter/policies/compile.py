@@ -17,24 +17,17 @@ import pyarrow as pa
 from clipfilter.errors import RefusedError
 from clipfilter.models.heads import Head, SafetyChecker, load_head
 from clipfilter.policies import column_rules, deciding, evaluate
-from clipfilter.policies.attachments import Attachments
-from clipfilter.policies.bands import Band, bent, moved
-from clipfilter.policies.calibrated import CalibratedRule
 from clipfilter.policies.column_rules import ColumnRule
 from clipfilter.policies.deciding import Decisions
 from clipfilter.policies.evaluate import Scores
-from clipfilter.policies.overrides import OverrideTable
+from clipfilter.policies.language.attachments import Attachments
+from clipfilter.policies.language.bands import Band, bent, moved
+from clipfilter.policies.language.calibrated import CalibratedRule
+from clipfilter.policies.language.overrides import OverrideTable
+from clipfilter.policies.language.schema import MODEL_KINDS, Calibration, DatasetThreshold, Policy, Rule, json_sha256
 from clipfilter.policies.phrases import PhraseColumns, unit_vectors
 from clipfilter.policies.plans import ConceptPlan, HeadPlan
 from clipfilter.policies.safety import SafetyMember, SafetyPlan
-from clipfilter.policies.schema import (
-    MODEL_KINDS,
-    Calibration,
-    DatasetThreshold,
-    Policy,
-    Rule,
-    json_sha256,
-)
 
 
 class TextEncoder(Protocol):

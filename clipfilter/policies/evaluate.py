@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from clipfilter.policies import blocks, conditions
+from clipfilter.policies import blocks
 from clipfilter.policies.blocks import BLOCK, similarity
 from clipfilter.policies.columns import metadata_values
 from clipfilter.policies.deciding import REASONS, Decisions, annotation, decide
+from clipfilter.policies.language import conditions
 from clipfilter.policies.plans import RECHECK, ConceptPlan, HeadPlan, LinearHead, OpenedHead, concept_scores
 
 if TYPE_CHECKING:

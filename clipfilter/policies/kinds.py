@@ -9,10 +9,9 @@ from pydantic import BeforeValidator, model_validator
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads
-from clipfilter.policies.attachments import Attached, Attachments
-from clipfilter.policies.fields import Model, choice, fail, number, shown, text
-from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION
-from clipfilter.policies.values import (
+from clipfilter.policies.language.attachments import Attached, Attachments
+from clipfilter.policies.language.fields import Model, choice, fail, number, shown, text
+from clipfilter.policies.language.values import (
     MAX_PHRASE_CHARS,
     MAX_PHRASES,
     Generic,
@@ -22,6 +21,7 @@ from clipfilter.policies.values import (
     Sha256,
     same_phrase,
 )
+from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION
 from clipfilter.policies.vectors import LearnedVectors, read_vectors
 
 Score = Annotated[

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ValidationInfo, model_serializer, model_validator
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies import captions, known
-from clipfilter.policies.attachments import Attachment, Attachments, attach
-from clipfilter.policies.fields import Model, fail, shown, suggest, text
-from clipfilter.policies.values import Whole
+from clipfilter.policies import captions
+from clipfilter.policies import hashes as known
+from clipfilter.policies.language.attachments import Attachment, Attachments, attach
+from clipfilter.policies.language.fields import Model, fail, shown, suggest, text
+from clipfilter.policies.language.values import Whole
 
 # ---------------------------------------------------------------- captions
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.attachments import Attachments
 from clipfilter.policies.kinds import Concept
+from clipfilter.policies.language.attachments import Attachments
 from clipfilter.policies.plans import ConceptPlan
 from clipfilter.policies.prompts import fill
 from clipfilter.policies.text_cache import cached_texts
 
 if TYPE_CHECKING:
     from clipfilter.policies.compile import CompiledRule, TextEncoder
-    from clipfilter.policies.schema import Policy, Rule
+    from clipfilter.policies.language.schema import Policy, Rule
 
 _TEXT_BATCH = 1024
 

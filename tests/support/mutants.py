@@ -9,9 +9,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clipfilter.policies.extends import KEYS
-from clipfilter.policies.files import pack_names, packs_folder
-from clipfilter.policies.yaml_nodes import read_yaml
+from clipfilter.policies.language.extends import KEYS
+from clipfilter.policies.language.files import pack_names, packs_folder
+from clipfilter.policies.language.yaml_nodes import read_yaml
 
 CANARY = "code-ran"
 #: Maps whose keys are names that the writer of a policy chooses.

@@ -32,8 +32,8 @@ from clipfilter.operations.classify import CLASSIFIED, classify_stream
 from clipfilter.operations.verify import verify_run
 from clipfilter.policies import compile_policy, load_policy, parse_policy
 from clipfilter.policies.labels import LabelScorer, LabelSet, parse_labels
+from clipfilter.policies.language.scores import ScorePolicy, named_scores, scores_of
 from clipfilter.policies.prompts import TEMPLATES
-from clipfilter.policies.scores import ScorePolicy, named_scores, scores_of
 from tests.support.engine import POLICY, SHARED, data_files, photos, policy_file, write_tars
 from tests.support.policies import FakeEncoder, embeddings
 

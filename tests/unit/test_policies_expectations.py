@@ -15,7 +15,7 @@ from clipfilter.evaluation.contrast import contrasts
 from clipfilter.models import Encoder, load_encoder
 from clipfilter.operations.expectations import run_tests
 from clipfilter.policies import load_policy, pack_names, parse_policy
-from clipfilter.policies.files import packs_folder
+from clipfilter.policies.language.files import packs_folder
 from tests.support.engine import PHOTOS
 from tests.support.policies import FakeEncoder
 

@@ -332,7 +332,7 @@ def test_loading_runs_no_heavy_import() -> None:
     import sys
 
     code = (
-        "import sys; from clipfilter.policies.load import parse_policy; parse_policy(sys.argv[1]); "
+        "import sys; from clipfilter.policies.language.load import parse_policy; parse_policy(sys.argv[1]); "
         "assert not {'torch', 'ray', 'open_clip'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, GOOD], check=True, timeout=60)
@@ -353,7 +353,7 @@ def test_every_example_of_the_reference_loads() -> None:
 
 def test_the_reference_names_every_key_and_every_ensemble() -> None:
     from clipfilter.policies.columns import BUILTINS
-    from clipfilter.policies.schema import Band, Calibration, Concept, Rule
+    from clipfilter.policies.language.schema import Band, Calibration, Concept, Rule
 
     text = (Path(__file__).parents[2] / "docs" / "reference" / "policy.md").read_text()
     keys = {name for model in (Policy, Rule, Concept, Band, Calibration) for name in model.model_fields}

@@ -10,9 +10,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from clipfilter.policies.files import pack_names, packs_folder
-from clipfilter.policies.json_schema import policy_schema
-from clipfilter.policies.yaml_nodes import read_yaml
+from clipfilter.policies.language.files import pack_names, packs_folder
+from clipfilter.policies.language.json_schema import policy_schema
+from clipfilter.policies.language.yaml_nodes import read_yaml
 
 REPO = Path(__file__).parents[2]
 PUBLISHED = REPO / "docs" / "reference" / "policy.schema.json"

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
-from clipfilter.policies.fields import Model, fail, shown
-from clipfilter.policies.values import Identifier, Number
+from clipfilter.policies.language.fields import Model, fail, shown
+from clipfilter.policies.language.values import Identifier, Number
 
 DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from clipfilter.policies.fields import choice, fail, identifier, number, shown, suggest
+from clipfilter.policies.language.fields import choice, fail, identifier, number, shown, suggest
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
 MAX_PHRASES = 256

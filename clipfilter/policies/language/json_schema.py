@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from clipfilter.policies.about import SAFESEARCH
 from clipfilter.policies.kinds import PIXELS
+from clipfilter.policies.language.about import SAFESEARCH
+from clipfilter.policies.language.schema import KINDS, Policy
 from clipfilter.policies.prompts import TEMPLATES
-from clipfilter.policies.schema import KINDS, Policy
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _TEXTS: dict[str, Any] = {"type": "array", "items": _TEXT, "minItems": 1}

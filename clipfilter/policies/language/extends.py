@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.fields import suggest
-from clipfilter.policies.files import SUFFIXES, pack_path, read_policy_file
-from clipfilter.policies.yaml_nodes import MAX_NODES, Node, Place, YamlRefusedError, read_yaml
+from clipfilter.policies.language.fields import suggest
+from clipfilter.policies.language.files import SUFFIXES, pack_path, read_policy_file
+from clipfilter.policies.language.yaml_nodes import MAX_NODES, Node, Place, YamlRefusedError, read_yaml
 
 KEYS = ("extends", "variables", "remove")
 #: What a file says about itself; an extending file says it anew or goes without.

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pydantic import PlainValidator, WithJsonSchema
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.fields import fail, number, shown, suggest
+from clipfilter.policies.language.fields import fail, number, shown, suggest
 
 MAX_DEPTH = 8
 MAX_VALUES = 1000

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ValidationInfo
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.fields import Model, fail, shown
-from clipfilter.policies.values import Sha256
+from clipfilter.policies.language.fields import Model, fail, shown
+from clipfilter.policies.language.values import Sha256
 from clipfilter.storage import Directory, file_sha256
 
 ATTACHMENTS_FOLDER = "policy"

@@ -7,16 +7,16 @@ import stat
 from pathlib import Path
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.fields import suggest
-from clipfilter.policies.yaml_nodes import MAX_YAML_BYTES
+from clipfilter.policies.language.fields import suggest
+from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES
 
 SUFFIXES = (".yaml", ".yml")
 
 
 def packs_folder() -> Path:
     """Where the packs lie: inside the package when installed, else the repository's top-level `policies/`."""
-    inside = Path(__file__).parent / "packs"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "policies"
+    inside = Path(__file__).parents[1] / "packs"
+    return inside if inside.is_dir() else Path(__file__).parents[3] / "policies"
 
 
 def pack_names() -> list[str]:

@@ -15,18 +15,17 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, ValidationError, model_validator
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.about import Card, Expectation, Interchange, check_rules
-from clipfilter.policies.attachments import Attachment
-from clipfilter.policies.bands import Band, Tighten, check_order, moved
-from clipfilter.policies.calibrated import CalibratedBand, Calibration
-from clipfilter.policies.fields import Model as _Model
-from clipfilter.policies.fields import fail, suggest
-from clipfilter.policies.fields import shown as _shown
-from clipfilter.policies.fields import text as _text
 from clipfilter.policies.kinds import Concept
-from clipfilter.policies.overrides import OverridesField
-from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
-from clipfilter.policies.rule import (
+from clipfilter.policies.language.about import Card, Expectation, Interchange, check_rules
+from clipfilter.policies.language.attachments import Attachment
+from clipfilter.policies.language.bands import Band, Tighten, check_order, moved
+from clipfilter.policies.language.calibrated import CalibratedBand, Calibration
+from clipfilter.policies.language.fields import Model as _Model
+from clipfilter.policies.language.fields import fail, suggest
+from clipfilter.policies.language.fields import shown as _shown
+from clipfilter.policies.language.fields import text as _text
+from clipfilter.policies.language.overrides import OverridesField
+from clipfilter.policies.language.rule import (
     ESCALATE,
     KINDS,
     KNOWN_ACTIONS,
@@ -35,7 +34,8 @@ from clipfilter.policies.rule import (
     check_band,
     is_probability,
 )
-from clipfilter.policies.values import Identifier, Missing, Templates, Whole
+from clipfilter.policies.language.values import Identifier, Missing, Templates, Whole
+from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
 
 __all__ = [
     "KINDS", "MODEL_KINDS", "Band", "CalibratedBand", "Calibration", "Concept", "DatasetThreshold", "Policy", "Rule",

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads as head_models
-from clipfilter.policies.load import sentence_of
-from clipfilter.policies.schema import KINDS, Policy
-from clipfilter.policies.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml
+from clipfilter.policies.language.load import sentence_of
+from clipfilter.policies.language.schema import KINDS, Policy
+from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml
 
 
 class ScorePolicy(Policy):

@@ -8,11 +8,6 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, model_validator
 
 from clipfilter.models import heads
-from clipfilter.policies.attachments import Attachment
-from clipfilter.policies.bands import Band, Tighten, check_order
-from clipfilter.policies.conditions import Condition
-from clipfilter.policies.fields import Model, fail, identifier, shown, suggest
-from clipfilter.policies.fields import text as text_value
 from clipfilter.policies.kinds import (
     PIXELS,
     Alignment,
@@ -24,9 +19,14 @@ from clipfilter.policies.kinds import (
     empty_map,
     read_head,
 )
+from clipfilter.policies.language.attachments import Attachment
+from clipfilter.policies.language.bands import Band, Tighten, check_order
+from clipfilter.policies.language.conditions import Condition
+from clipfilter.policies.language.fields import Model, fail, identifier, shown, suggest
+from clipfilter.policies.language.fields import text as text_value
+from clipfilter.policies.language.overrides import OVERRIDE_RULE as OVERRIDE
+from clipfilter.policies.language.values import Identifier, Missing, Templates
 from clipfilter.policies.listed import Known, Text
-from clipfilter.policies.overrides import OVERRIDE_RULE as OVERRIDE
-from clipfilter.policies.values import Identifier, Missing, Templates
 
 MAX_SEVERITY = 100
 

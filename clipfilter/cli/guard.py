@@ -1,0 +1,48 @@
+"""How errors become one sentence and an exit code, for the command line and for pipelines."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+
+from clipfilter.errors import ClipfilterError, RefusedError
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived: leave at once; everything committed stays."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def guard(call: Callable[[], object]) -> None:
+    """Call it; what it raises becomes one sentence and an exit code. SIGTERM and SIGINT stop it at once."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        call()
+    except Interrupted as stop:
+        _stop("stopped; what is committed stays, run the same command again to resume.", 128 + stop.signum)
+    except RefusedError as error:
+        _stop(str(error), 2)
+    except ClipfilterError as error:
+        _stop(str(error), 1)
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        _stop(f"stopped by the system: {error}; run the same command again to resume.", 1)
+    except Exception as error:
+        traceback.print_exc()
+        _stop(f"crashed: {type(error).__name__}: {error} (a bug: please report it with the lines above)", 1)
+
+
+def _stop(sentence: str, code: int) -> None:
+    print(f"clipfilter: {sentence}", file=sys.stderr)
+    sys.exit(code)
