@@ -57,16 +57,14 @@ def _bands(side: Side, rule: str) -> str:
 
 def _flips(found: Comparison, examples: list[Example]) -> list[tuple[tuple[str, str], int, bool, list[dict[str, Any]]]]:
     """(change, rows, whether there are pictures, cards) of each kind of change."""
-    shown = []
-    for change in dict.fromkeys((flip.before, flip.after) for flip in found.flips):
-        cards = [
-            {"example": example, "before": _reasons(flip.reasons_before), "after": _reasons(flip.reasons_after)}
-            for flip, example in zip(found.flips, examples, strict=True)
-            if (flip.before, flip.after) == change
-        ]
-        pictures = any(card["example"].image is not None for card in cards)
-        shown.append((change, found.changes[change], pictures, cards))
-    return shown
+    cards: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    pictures: set[tuple[str, str]] = set()
+    for flip, example in zip(found.flips, examples, strict=True):
+        change, said = (flip.before, flip.after), (_reasons(flip.reasons_before), _reasons(flip.reasons_after))
+        cards.setdefault(change, []).append({"example": example, "before": said[0], "after": said[1]})
+        if example.image is not None:
+            pictures.add(change)
+    return [(change, found.changes[change], change in pictures, shown) for change, shown in cards.items()]
 
 
 def _reasons(reasons: list[dict[str, Any]]) -> Sentence:
