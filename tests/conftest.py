@@ -24,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
     quick.install()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process per core; each needs two gigabytes, so four at most."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
 @pytest.fixture(autouse=True)
 def _processes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Worker processes for the tests that are about them (marker `processes`)."""
