@@ -249,6 +249,12 @@ class Directory:
         return aborted
 
 
+def directory_of(url: str) -> tuple[Directory, str]:
+    """The directory that a file lies in, and its name there."""
+    folder, slash, name = url.rpartition("/")
+    return Directory(folder or slash or "."), name
+
+
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a local file; of a folder, the sha256 over its sorted relative names and file hashes."""
     if path.is_dir():

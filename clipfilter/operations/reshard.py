@@ -16,7 +16,7 @@ import numpy as np
 from clipfilter.curation import HALVES
 from clipfilter.errors import RefusedError
 from clipfilter.sources import TarFile, TarShards, row_members
-from clipfilter.storage import Directory
+from clipfilter.storage import Directory, directory_of
 
 MARKER = "reshard.json"
 _UID = re.compile(r"[0-9a-fA-F]{1,32}")
@@ -34,8 +34,7 @@ class Resharded:
 
 def load_subset(url: str) -> np.ndarray:
     """A subset file: .npy of `HALVES`, sorted; memory-mapped where it is local. Raises RefusedError for another file."""
-    folder, _, name = url.rpartition("/")
-    directory = Directory(folder or ("/" if url.startswith("/") else "."))
+    directory, name = directory_of(url)
     try:
         if directory.local:
             subset = np.load(directory.path(name), mmap_mode="r", allow_pickle=False)
