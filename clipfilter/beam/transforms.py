@@ -20,6 +20,7 @@ from apache_beam.utils.shared import Shared
 from clipfilter import columns as cf
 from clipfilter.beam.columns import DUPLICATES, count_by_host, exact_duplicates, hash_buckets
 from clipfilter.beam.tasks import OneWorker, task_of
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.policies import BUCKETS, high_histogram, low_histogram
@@ -254,7 +255,7 @@ class WriteHosts(_Writer):
             {
                 "domain": pa.array([host for host, _ in rows], pa.string()),
                 "rows": counts.sum(axis=1),
-                **{name: counts[:, place] for place, name in enumerate(("keep", "review", "reject"))},
+                **{name: counts[:, place] for place, name in enumerate(DECISIONS)},
                 "keep_rate": counts[:, 0] / counts.sum(axis=1),
             }
         )
