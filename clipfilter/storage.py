@@ -85,6 +85,13 @@ class Directory:
         self.local = is_local(self.url)
         self._scratch: Path | None = None
 
+    def __enter__(self) -> Directory:
+        """At the end of the block this process's unfinished files are removed."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.clean_scratch(stale_only=False)
+
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 

@@ -110,7 +110,7 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
     _check(source, options)
     refuse_existing(source, out, COLUMNS)
     scratch = Directory(out)
-    try:
+    with scratch:
         rows = _collect(source, options)
         order = canonical_order(rows.preference, rows.keys, rows.places)
         found = _search(source, rows, order, options, scratch)
@@ -121,8 +121,6 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
             return _columns(shard, offsets[shard.name], found, rows, uids)
 
         summary = derive(source, out, COLUMNS, {"dedup": asdict(options)}, compute)
-    finally:
-        scratch.clean_scratch(stale_only=False)
     duplicates = {name: int((found.kind == code).sum()) for code, name in enumerate(KINDS)}
     return DedupResult(summary["out"], summary["version"], len(order), duplicates, found.clusters, found.largest)
 

@@ -71,15 +71,13 @@ def reshard(source: str, subset: str, out: str, rows_per_shard: int = 10_000) ->
     expected = _expected(directory, tars)
     result = Resharded()
     shards = TarShards(target, rows_per_shard)
-    try:
+    with target:
         for name in tars:
             with _open_tar(directory, name, target) as tar:
                 _copy(tar, name, (first, second), shards, result)
                 if name in expected and expected[name] != len(tar.index):
                     result.problems.append(f"{name} should have {expected[name]:,} rows, {len(tar.index):,} were found")
         result.tars = shards.close()
-    finally:
-        target.clean_scratch(stale_only=False)
     return result
 
 
