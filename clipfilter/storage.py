@@ -289,9 +289,12 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place, flushed, when the block ends well. One writer at a time."""
-    unfinished = path.with_name(path.name + ".part")
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place, flushed, when the block ends well.
+
+    shared: several processes may do so at once, and the last one wins.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}" if shared else f"{path.name}.part")
     try:
         yield unfinished
         flush(unfinished)
