@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from clipfilter import defaults
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine.driver import Display, Progress
 from clipfilter.errors import RefusedError
 
 log = logging.getLogger("clipfilter.engine")
 
-LOOPBACK = "127.0.0.1"
-DECISIONS = ("keep", "review", "reject")
 _FILE_SECONDS = 10.0
 _RATE_SECONDS = 30.0
 
@@ -45,7 +45,7 @@ class MetricsOptions:
     """Where metrics go. port: 0 takes a free one, None opens no endpoint. file: for node_exporter's textfile collector."""
 
     port: int | None = None
-    host: str = LOOPBACK
+    host: str = defaults.LOOPBACK
     file: str | None = None
 
 

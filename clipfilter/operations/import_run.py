@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import defaults
 from clipfilter.errors import ENCODE_ERROR, RefusedError, RowError
 from clipfilter.runs import (
     FACTS,
@@ -63,7 +64,7 @@ class ImportOptions:
     caption_column: str | None = None
     uid_column: str | None = None
     key_column: str | None = None
-    rows_per_shard: int = 10_000
+    rows_per_shard: int = defaults.ROWS_PER_SHARD
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter import defaults
 from clipfilter.curation import HALVES
 from clipfilter.errors import RefusedError
 from clipfilter.sources import TarFile, TarShards, row_members
@@ -50,7 +51,7 @@ def load_subset(url: str) -> np.ndarray:
     return np.asarray(subset)
 
 
-def reshard(source: str, subset: str, out: str, rows_per_shard: int = 10_000) -> Resharded:
+def reshard(source: str, subset: str, out: str, rows_per_shard: int = defaults.ROWS_PER_SHARD) -> Resharded:
     """Copy the rows whose `uid` (a field of the json member) is in the subset, in input order, to new tars in `out`.
 
     source: folder of `{:08d}.tar`; how many rows each should have is read from `sizes.json` or `{:08d}_stats.json`. A row
