@@ -34,13 +34,11 @@ def write_report(run_url: str, thumbnails: str = defaults.THUMBNAILS) -> str:
     if thumbnails not in get_args(defaults.Thumbnails):
         raise RefusedError(f"thumbnails are none, blur or show, not {thumbnails!r}.")
     directory = Directory(run_url)
-    try:
+    with directory:
         data = gather(directory)
         examples = choose_examples(directory, data)
         problem = None if thumbnails == "none" else add_thumbnails(examples, data.plan.dataset, thumbnails)
         directory.replace("report.html", render(data, examples, thumbnails, problem).encode())
-    finally:
-        directory.clean_scratch(stale_only=False)
     return join(directory.url, "report.html")
 
 
