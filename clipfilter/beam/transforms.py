@@ -23,7 +23,7 @@ from clipfilter.beam.tasks import OneWorker, task_of
 from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.policies import BUCKETS, high_histogram, low_histogram
-from clipfilter.runs import HASH_LENGTH
+from clipfilter.runs import HASH_LENGTH, ledger
 from clipfilter.storage import Directory, file_sha256
 
 log = logging.getLogger("clipfilter.beam")
@@ -55,7 +55,7 @@ class Decide(beam.DoFn):  # type: ignore[misc]
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 task = task_of(element, json.loads(self._common))
-                commit = self._worker.process(task)["commit"]
+                commit = self._worker.process(task).commit
             except RefusedError:
                 raise
             except Exception as error:
@@ -65,8 +65,8 @@ class Decide(beam.DoFn):  # type: ignore[misc]
                     return
                 time.sleep(_RETRY_SECONDS * attempt)
             else:
-                self._rows.inc(commit["counts"]["rows"])
-                yield commit["shard"]["id"]
+                self._rows.inc(commit.counts.rows)
+                yield commit.shard.id
                 return
 
 
@@ -153,10 +153,10 @@ class _Columns(beam.DoFn):  # type: ignore[misc]
     def read(self, commit: str, columns: list[str] | None) -> pa.Table | None:
         """The columns, all scores with None; nothing for a commit without rows."""
         directory = Directory(self._run)
-        files = directory.read_json(commit)["files"]
-        if "annotated" not in files:
+        annotated = ledger.read_commit(directory, commit).files.annotated
+        if annotated is None:
             return None
-        with directory.open(files["annotated"]["name"]) as handle:
+        with directory.open(annotated.name) as handle:
             file = pq.ParquetFile(handle)
             if columns is None:
                 columns = [n for n in file.schema_arrow.names if n == "cf_similarity" or n.startswith("cf_score.")]

@@ -32,7 +32,7 @@ def history(
     if rollback is not None and accept is not None:
         raise RefusedError("--rollback and --accept are two steps; give one of them.")
     if rollback is not None:
-        name, content = roll_back(run, rollback)
+        made = roll_back(run, rollback)
         totals = content["totals"]
         if as_json:
             typer.echo(json.dumps({"version": name, "rolled_back_to": content["rolled_back_to"], "totals": totals}))

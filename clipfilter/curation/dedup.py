@@ -16,7 +16,7 @@ from clipfilter.curation.scores import smallest
 from clipfilter.curation.uids import canonical_order, seeded_hash, uid_keys
 from clipfilter.errors import RefusedError
 from clipfilter.policies import check_metadata, metadata_values
-from clipfilter.runs import FACTS, EmbeddedRun, RunShard, as_matrix, derive, refuse_existing, with_facts
+from clipfilter.runs import FACTS, Run, RunShard, as_matrix, derive, refuse_existing, with_facts
 from clipfilter.sources import schema_from_text
 from clipfilter.storage import Directory
 
@@ -105,7 +105,7 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
 
     Raises RefusedError for options that make no sense or do not fit the run.
     """
-    source = EmbeddedRun(run)
+    source = Run(run).origin()
     _check(source, options)
     refuse_existing(source, out, COLUMNS)
     scratch = Directory(out)
@@ -117,11 +117,11 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
         offsets: dict[str, int] = {}
         first = 0
         for shard in source.shards():
-            offsets[shard.name] = first
+            offsets[shard.commit.name] = first
             first += shard.rows.num_rows
 
         def compute(shard: RunShard) -> dict[str, pa.Array]:
-            return _columns(shard, offsets[shard.name], found, rows, uids)
+            return _columns(shard, offsets[shard.commit.name], found, rows, uids)
 
         summary = derive(source, out, COLUMNS, {"dedup": asdict(options)}, compute)
     finally:
@@ -130,7 +130,7 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
     return DedupResult(summary["out"], summary["version"], len(order), duplicates, found.clusters, found.largest)
 
 
-def _check(run: EmbeddedRun, options: DedupOptions) -> None:
+def _check(run: Run, options: DedupOptions) -> None:
     if options.near is not None and not 0 <= options.near < 32:
         raise RefusedError(f"--near is a number of bits between 0 and 31, not {options.near}.")
     if options.semantic is not None and not 0 < options.semantic <= 1:
@@ -143,9 +143,9 @@ def _check(run: EmbeddedRun, options: DedupOptions) -> None:
         check_metadata(options.prefer, numbers)
 
 
-def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
+def _collect(run: Run, options: DedupOptions) -> _Rows:
     keys, places, preference, digests, has_digest, hashes, has_hash = ([] for _ in range(7))
-    for shard in run.shards():
+    for shard in run.shards(similarity=True):
         table, store = shard.rows, shard.embeddings
         n = table.num_rows
         keys.append(uid_keys(table["cf_uid"]))
@@ -157,7 +157,7 @@ def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
         hashes.append(np.asarray(store["cf_phash"].fill_null(0), np.uint64))
         has_hash.append(np.asarray(store["cf_phash"].is_valid()))
     if not keys:
-        raise RefusedError(f"the run in {run.directory.url} has no rows; there is nothing to compare.")
+        raise RefusedError(f"the run in {run.url} has no rows; there is nothing to compare.")
     return _Rows(
         np.concatenate(keys),
         np.concatenate(places),
@@ -169,7 +169,7 @@ def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
     )
 
 
-def _search(run: EmbeddedRun, rows: _Rows, order: np.ndarray, options: DedupOptions, scratch: Directory) -> _Found:
+def _search(run: Run, rows: _Rows, order: np.ndarray, options: DedupOptions, scratch: Directory) -> _Found:
     n = len(order)
     found = _Found(np.full(n, -1, np.int64), np.full(n, -1, np.int8))
 
@@ -201,7 +201,7 @@ def _search(run: EmbeddedRun, rows: _Rows, order: np.ndarray, options: DedupOpti
 
 
 def _semantic(
-    run: EmbeddedRun, rows: _Rows, candidates: np.ndarray, options: DedupOptions, found: _Found, scratch: Directory
+    run: Run, rows: _Rows, candidates: np.ndarray, options: DedupOptions, found: _Found, scratch: Directory
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows of one cluster in canonical order, their keepers' places in it) of every cluster."""
     assert options.semantic is not None
@@ -241,7 +241,7 @@ def _semantic(
         start += size
 
 
-def _embeddings(run: EmbeddedRun, dim: int) -> Iterator[tuple[int, np.ndarray]]:
+def _embeddings(run: Run, dim: int) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first row, float16 [m, d]) of every shard."""
     first = 0
     for shard in run.shards():
@@ -249,7 +249,7 @@ def _embeddings(run: EmbeddedRun, dim: int) -> Iterator[tuple[int, np.ndarray]]:
         first += shard.rows.num_rows
 
 
-def _uids_of(run: EmbeddedRun, wanted: np.ndarray) -> dict[int, str]:
+def _uids_of(run: Run, wanted: np.ndarray) -> dict[int, str]:
     """Row number -> uid, of these rows (ascending)."""
     uids: dict[int, str] = {}
     first = 0

@@ -186,8 +186,10 @@ class WorkerDetails:
 
 @dataclass(frozen=True)
 class Account:
-    """What became of the rows of a shard. rules: rows per band of each rule; damaged, bytes_unread: of a tar that breaks
-    off."""
+    """What became of the rows of a shard; each is counted as embedded (and decided), or as failed.
+
+    rules: rows per band of each rule. damaged, bytes_unread: of a tar that breaks off.
+    """
 
     counts: Counts
     failed_by_class: dict[str, int]
