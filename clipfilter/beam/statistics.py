@@ -74,9 +74,7 @@ def build(pipeline: beam.Pipeline, request: StatisticsRequest, run: str, version
 
     totals, wanted = version.totals, list(request.quantiles)
     about = {"run": run, "version": version.name, "rows": totals.decided, **{name: totals[name] for name in DECISIONS}}
-    commits = (
-        pipeline | "Commits" >> beam.Create(version.commits).with_output_types(str) | "Spread" >> beam.Reshuffle()
-    )
+    commits = pipeline | "Commits" >> beam.Create(version.commits).with_output_types(str) | "Spread" >> beam.Reshuffle()
     scores = commits | "Scores" >> beam.ParDo(t.ReadScores(run)).with_output_types(tuple[str, bytes])
     high = scores | "High" >> beam.CombinePerKey(t.SumHistograms()).with_output_types(tuple[str, bytes])
     low = (

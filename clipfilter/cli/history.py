@@ -33,11 +33,11 @@ def history(
         raise RefusedError("--rollback and --accept are two steps; give one of them.")
     if rollback is not None:
         made = roll_back(run, rollback)
-        totals = content["totals"]
+        back, totals = made.rolled_back_to, made.totals
         if as_json:
-            typer.echo(json.dumps({"version": name, "rolled_back_to": content["rolled_back_to"], "totals": totals}))
+            typer.echo(json.dumps({"version": made.name, "rolled_back_to": back, "totals": totals}))
         else:
-            typer.echo(f"version {int(name)} is version {content['rolled_back_to']} again: {totals['rows']:,} rows")
+            typer.echo(f"version {made.number} is version {back} again: {totals.rows:,} rows")
         return
     if accept is not None:
         accept_night(run, accept)

@@ -38,9 +38,7 @@ def add_scores(
     options: dict[str, Any] = {}
     if negclip:
         if not source.plan.text_column:
-            raise RefusedError(
-                f"the run in {source.url} has no caption embeddings, which negCLIPLoss compares."
-            )
+            raise RefusedError(f"the run in {source.url} has no caption embeddings, which negCLIPLoss compares.")
         fields.append(("cf_negclip", pa.float32()))
         options["negclip"] = {"bank": bank_size, "seed": seed}
     similarity = None

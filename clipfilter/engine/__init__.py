@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clipfilter.engine.decoding import DecodedBatch, DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.driver import MAX_ATTEMPTS, Display, Progress, StageResult, Unit, fix_thresholds, run_units
+from clipfilter.engine.executors.inline import InlineExecutor
 from clipfilter.engine.executors.interface import Outcome, Resources
 from clipfilter.engine.executors.ray import RayExecutor
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
@@ -42,11 +43,12 @@ __all__ = [
     "DecodeSettings",
     "DecodedBatch",
     "Display",
-    "Dtype",
     "Done",
+    "Dtype",
     "EmbeddedShard",
-    "Inputs",
+    "InlineExecutor",
     "Input",
+    "Inputs",
     "JobPlan",
     "JobRequest",
     "JobResult",

@@ -245,7 +245,13 @@ def _without_names(shard: Shard, rows: set[int]) -> Shard:
 
 
 def _copy(
-    directory: Directory, name: str, old: pa.Table, keep: np.ndarray, shard: Shard, writer: ShardWriter, folder: FileKind
+    directory: Directory,
+    name: str,
+    old: pa.Table,
+    keep: np.ndarray,
+    shard: Shard,
+    writer: ShardWriter,
+    folder: FileKind,
 ) -> None:
     """The kept or review images without the forgotten rows; `old` are the rows of the file, in its order."""
     if not keep.any():
@@ -331,7 +337,9 @@ def _new_version(directory: Directory) -> str:
         for path in newest.commits:
             shard, stage = path.removeprefix("commits/").split(".")[:2]
             names.append(generations[shard, stage].path)
-        return replace(newest, commits=names, totals=Totals.of(ledger.commits(directory, names), len(newest.failed_shards)))
+        return replace(
+            newest, commits=names, totals=Totals.of(ledger.commits(directory, names), len(newest.failed_shards))
+        )
 
     return ledger.update_version(directory, change).name
 
@@ -372,7 +380,8 @@ def _note_what_is_left(run: Run, uids: set[str], result: Forgotten) -> None:
                 "into another directory and delete this run."
             )
     result.notes.append(
-        f"the source {run.dataset['url']} was not touched: remove the rows there too, or processing a changed shard brings them back."
+        f"the source {run.dataset['url']} was not touched: remove the rows there too, or processing a changed shard brings "
+        "them back."
     )
     if directory.fs.exists(directory.path(".tmp")) and directory.fs.ls(directory.path(".tmp")):
         result.notes.append("unfinished files of running processes or other machines remain in .tmp/.")

@@ -219,19 +219,13 @@ def _say_what_holds(version: Version, commits: list[Commit], proof: Proof) -> No
             f"{totals.decided:,} decided = {totals.keep:,} keep + {totals.review:,} review + {totals.reject:,} reject"
         )
     else:
-        proof.proved.append(
-            f"{totals.rows:,} rows in = {totals.embedded:,} embedded + {totals.failed:,} failed"
-        )
+        proof.proved.append(f"{totals.rows:,} rows in = {totals.embedded:,} embedded + {totals.failed:,} failed")
     proof.proved.append(
         f"no row is there twice, in {len(commits):,} shard{'' if len(commits) == 1 else 's'}; totals are the sums of the commits"
     )
     if totals.failed_shards:
         proof.notes.append(f"{totals.failed_shards} shard(s) failed as a whole; their row count is unknown")
     if totals.damaged_shards:
-        proof.notes.append(
-            f"{totals.damaged_shards} shard(s) are damaged; {totals.bytes_unread:,} bytes were not read"
-        )
+        proof.notes.append(f"{totals.damaged_shards} shard(s) are damaged; {totals.bytes_unread:,} bytes were not read")
     if totals.not_downloaded:
-        proof.notes.append(
-            f"{totals.not_downloaded:,} rows of the source were never downloaded; they are not rows in"
-        )
+        proof.notes.append(f"{totals.not_downloaded:,} rows of the source were never downloaded; they are not rows in")

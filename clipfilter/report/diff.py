@@ -22,7 +22,11 @@ def diff_page(found: Comparison, thumbnails: str) -> str:
     problem = None
     if thumbnails != "none":
         by_bucket = {("", ""): list(examples.values())}
-        problem = add_thumbnails(Examples(by_bucket, {name: shard.to_json() for name, shard in found.shards.items()}), found.source, thumbnails)
+        problem = add_thumbnails(
+            Examples(by_bucket, {name: shard.to_json() for name, shard in found.shards.items()}),
+            found.source,
+            thumbnails,
+        )
     title = f"{found.before.name} {found.before.version} against {found.after.name} {found.after.version}"
     header = (
         f'<header>\n<p class="kicker">Policy change on <bdi>{text.esc(text.place(found.run), 200)}</bdi>, '

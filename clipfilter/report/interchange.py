@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clipfilter.models import heads
+from clipfilter.models.heads import HEADS
 from clipfilter.report.data import RuleData
 from clipfilter.report.explain import RuleVerdict
 
@@ -36,7 +36,7 @@ def _is_probability(rule: RuleData) -> bool:
         return rule.spec["concept"].get("score", "probability") in ("probability", "calibrated")
     if rule.kind == "head":
         head = rule.spec["head"]
-        known = heads.HEADS.get(head if isinstance(head, str) else head["name"])
+        known = HEADS.get(head if isinstance(head, str) else head["name"])
         return known is not None and known.score == "probability"
     return False
 
