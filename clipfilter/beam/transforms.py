@@ -18,6 +18,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.typehints import with_input_types, with_output_types
 from apache_beam.utils.shared import Shared
 
+from clipfilter import columns as cf
 from clipfilter.beam.columns import DUPLICATES, count_by_host, exact_duplicates, hash_buckets
 from clipfilter.beam.tasks import OneWorker, task_of
 from clipfilter.engine import MAX_ATTEMPTS
@@ -159,7 +160,7 @@ class _Columns(beam.DoFn):  # type: ignore[misc]
         with directory.open(annotated.name) as handle:
             file = pq.ParquetFile(handle)
             if columns is None:
-                columns = [n for n in file.schema_arrow.names if n == "cf_similarity" or n.startswith("cf_score.")]
+                columns = [n for n in file.schema_arrow.names if n == cf.SIMILARITY or n.startswith(cf.SCORE)]
             return file.read(columns=columns)
 
 
@@ -182,9 +183,9 @@ class CountHosts(_Columns):
         self._url_column = url_column
 
     def process(self, element: str) -> Iterator[tuple[str, Counts]]:
-        table = self.read(element, [self._url_column, "cf_decision"])
+        table = self.read(element, [self._url_column, cf.DECISION])
         if table is not None:
-            yield from count_by_host(table[self._url_column], table["cf_decision"]).items()  # type: ignore[misc]
+            yield from count_by_host(table[self._url_column], table[cf.DECISION]).items()  # type: ignore[misc]
 
 
 class SplitByHash(_Columns):
@@ -195,11 +196,11 @@ class SplitByHash(_Columns):
         self._buckets = buckets
 
     def process(self, element: str) -> Iterator[tuple[int, bytes]]:
-        table = self.read(element, ["cf_sha256", "cf_uid", "cf_shard", "cf_row"])
+        table = self.read(element, [cf.SHA256, cf.UID, cf.SHARD, cf.ROW])
         if table is None:
             return
-        table = table.filter(pa.compute.is_valid(table["cf_sha256"])).combine_chunks()
-        part_of = hash_buckets(table["cf_sha256"], self._buckets)
+        table = table.filter(pa.compute.is_valid(table[cf.SHA256])).combine_chunks()
+        part_of = hash_buckets(table[cf.SHA256], self._buckets)
         for part in np.unique(part_of).tolist():
             some = table.filter(pa.array(part_of == part))
             sink = pa.BufferOutputStream()
@@ -236,7 +237,7 @@ class WriteDuplicates(_Writer):
         part, streams = element
         table = pa.concat_tables([pa.ipc.open_stream(stream).read_all() for stream in streams])
         found = exact_duplicates(table)
-        groups = len(found["cf_sha256"].unique())
+        groups = len(found[cf.SHA256].unique())
         yield "duplicates", json.dumps(self.write(found.cast(DUPLICATES), "duplicates", part) | {"groups": groups})
 
 

@@ -28,7 +28,14 @@ from clipfilter.engine.job import (
 )
 from clipfilter.engine.metrics import LOOPBACK, MetricsOptions, published, together
 from clipfilter.engine.shard import EmbeddedShard, embed_rows, shard_report
-from clipfilter.engine.stream import Input, StreamOptions, embed_stream, open_inputs, stream_options
+from clipfilter.engine.stream import (
+    Input,
+    StreamOptions,
+    embed_stream,
+    on_device,
+    open_inputs,
+    stream_options,
+)
 from clipfilter.engine.worker import Done, Inputs, JobSpec, Task, Worker, compile_for
 
 __all__ = [
@@ -72,6 +79,7 @@ __all__ = [
     "embed_stream",
     "fix_thresholds",
     "gpu_count",
+    "on_device",
     "open_inputs",
     "plan_overview",
     "prefetch",

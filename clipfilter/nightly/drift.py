@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.report import Histogram
 from clipfilter.storage import Directory
 
@@ -52,7 +53,7 @@ def distributions(directory: Directory, files: Iterable[str]) -> dict[str, Distr
     for name in files:
         with directory.open(name) as handle:
             file = pq.ParquetFile(handle)
-            wanted = [c for c in file.schema_arrow.names if c == "cf_similarity" or c.startswith("cf_score.")]
+            wanted = [c for c in file.schema_arrow.names if c == cf.SIMILARITY or c.startswith(cf.SCORE)]
             for batch in file.iter_batches(_BATCH, columns=wanted):
                 for column in wanted:
                     values = np.asarray(batch.column(column).to_numpy(zero_copy_only=False), np.float64)

@@ -6,6 +6,7 @@ from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosin
 from clipfilter.policies.columns import BUILTINS, check_metadata, metadata_values
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration, rule_prompts_sha256
 from clipfilter.policies.deciding import ESCALATE, TIGHTEN, escalated
+from clipfilter.policies.decisions import DECISIONS, Decision
 from clipfilter.policies.evaluate import REASONS, RECHECK, Decisions, Scores
 from clipfilter.policies.fraction import (
     BUCKETS,
@@ -40,6 +41,7 @@ __all__ = [
     "BUCKETS",
     "BUILTINS",
     "COSINE_BLOCK",
+    "DECISIONS",
     "DEFAULT_TEMPLATES",
     "ESCALATE",
     "KINDS",
@@ -55,6 +57,7 @@ __all__ = [
     "Attachments",
     "Band",
     "CompiledPolicy",
+    "Decision",
     "Decisions",
     "Expectation",
     "LabelScorer",

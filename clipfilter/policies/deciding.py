@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter.policies.decisions import DECISIONS
 from clipfilter.policies.language.bands import moved
 from clipfilter.policies.language.overrides import OVERRIDE_RULE as OVERRIDE
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from clipfilter.policies.evaluate import Scores
 
 KEEP, REVIEW, REJECT = 0, 1, 2
-DECISIONS = ("keep", "review", "reject")
 #: What a rule may say of a row.
 BANDS = ("review", "reject", "missing")
 #: The band of a picture on a list of known ones: rejected, never shown.

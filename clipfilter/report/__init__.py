@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clipfilter.report.histogram import Histogram
     from clipfilter.report.reproduce import policy_yaml
     from clipfilter.report.sheet import contact_sheet
-    from clipfilter.report.thumbnails import thumbnail
+    from clipfilter.report.thumbnails import jpeg_of
 
 Thumbnails = Literal["none", "blur", "show"]
 
@@ -41,7 +41,7 @@ def write_report(run_url: str, thumbnails: str = "blur") -> str:
     try:
         data = gather(directory)
         examples = choose_examples(directory, data)
-        problem = None if thumbnails == "none" else add_thumbnails(examples, data.source, thumbnails)
+        problem = None if thumbnails == "none" else add_thumbnails(examples, data.plan.dataset, thumbnails)
         directory.replace("report.html", render(data, examples, thumbnails, problem).encode())
     finally:
         directory.clean_scratch(stale_only=False)
@@ -59,11 +59,11 @@ __all__ = [
     "explain_row",
     "export_decisions",
     "floats",
+    "jpeg_of",
     "policy_yaml",
     "rules_of",
     "sentence",
     "text",
-    "thumbnail",
     "verdict",
     "write_report",
 ]
@@ -80,10 +80,10 @@ __getattr__ = lazily(
         "explain_row": "explain",
         "export_decisions": "audit",
         "floats": "data",
+        "jpeg_of": "thumbnails",
         "policy_yaml": "reproduce",
         "rules_of": "data",
         "sentence": "explain",
-        "thumbnail": "thumbnails",
         "verdict": "explain",
     },
 )

@@ -11,6 +11,7 @@ from clipfilter.report.examples import Example, Examples
 from clipfilter.report.markup import dot, note, place_of, plural, table
 from clipfilter.report.page import document
 from clipfilter.report.thumbnails import add_thumbnails
+from clipfilter.sources import Shard
 
 _DECISIONS = (("keep", "Kept"), ("review", "To review"), ("reject", "Rejected"))
 _BANDS = ("review", "reject", "escalate", "missing", "keep")
@@ -22,11 +23,7 @@ def diff_page(found: Comparison, thumbnails: str) -> str:
     problem = None
     if thumbnails != "none":
         by_bucket = {("", ""): list(examples.values())}
-        problem = add_thumbnails(
-            Examples(by_bucket, {name: shard.to_json() for name, shard in found.shards.items()}),
-            found.source,
-            thumbnails,
-        )
+        problem = add_thumbnails(Examples(by_bucket, found.shards), found.source, thumbnails)
     title = f"{found.before.name} {found.before.version} against {found.after.name} {found.after.version}"
     header = (
         f'<header>\n<p class="kicker">Policy change on <bdi>{text.esc(text.place(found.run), 200)}</bdi>, '

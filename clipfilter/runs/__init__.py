@@ -17,6 +17,7 @@ from clipfilter.runs.columns import (
 )
 from clipfilter.runs.derive import derive, refuse_existing, write_summary
 from clipfilter.runs.ledger import FINAL_STAGE, CommitName
+from clipfilter.runs.pictures import Pictures
 from clipfilter.runs.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
 from clipfilter.runs.records import (
     COUNTS,
@@ -58,6 +59,7 @@ __all__ = [
     "FileKind",
     "Files",
     "Job",
+    "Pictures",
     "Plan",
     "Run",
     "RunShard",

@@ -28,7 +28,9 @@ def about(run: Run, labels: LabelFile) -> dict[str, Any]:
     """Everything that does not change while the page is open, and the labels so far."""
     plan, totals = run.plan, run.content["totals"]
     return {
-        "name": text.clean(text.place(run.source_plan.get("url", "")).rstrip("/").rsplit("/", 1)[-1] or "dataset", 120),
+        "name": text.clean(
+            text.place(run.plan.dataset.get("url", "")).rstrip("/").rsplit("/", 1)[-1] or "dataset", 120
+        ),
         "run": text.place(run.url),
         "version": int(run.version),
         "model": str(plan.model.get("model")),

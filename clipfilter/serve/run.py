@@ -50,15 +50,6 @@ class Run:
         self._lock = threading.Lock()
 
     @property
-    def source_plan(self) -> dict[str, Any]:
-        """The plan of the dataset itself."""
-        plan = self.plan
-        source: dict[str, Any] = plan.source
-        while "run" in source and "source" in source:  # a filter carries that of the run it decided
-            source = source["source"]
-        return source
-
-    @property
     def shards(self) -> list[VectorShard]:
         return self.vectors.shards
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import MISSING_IMAGE, RefusedError, RowError
 from clipfilter.images import decode
 from clipfilter.sources import SourceOptions, open_source
@@ -134,11 +135,11 @@ def _usable(
     failed: Counter[str],
     pool: ThreadPoolExecutor,
 ) -> list[dict[str, Any]]:
-    errors = batch.column("cf_error_class").to_pylist()
-    captions = batch.column("cf_captions").to_pylist()
+    errors = batch.column(cf.ERROR_CLASS).to_pylist()
+    captions = batch.column(cf.CAPTIONS).to_pylist()
     labels = batch.column(label_column).to_pylist() if label_column else [None] * batch.num_rows
-    uids = batch.column("cf_uid").to_pylist()
-    images = batch.column("cf_image")
+    uids = batch.column(cf.UID).to_pylist()
+    images = batch.column(cf.IMAGE)
     found = []
     for row in rows:
         texts = [text.strip() for text in captions[row] or () if text and text.strip()]

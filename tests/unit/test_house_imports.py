@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from clipfilter.models import torch_with_torchvision
 from tests.support.imports import INNER_FACES, REPO, Import, circles, contract, graph, imports, layers, modules, package
 
 #: What is still to be untangled.
@@ -78,5 +79,6 @@ def test_what_is_imported_from_a_face_is_in_its_list(face: str, everything: list
     # `from clipfilter import storage` and `from clipfilter.models import heads` name faces, too.
     offered |= {name for name in inside if face == "clipfilter" or f"{face}.{name}" in INNER_FACES}
     assert set(used) <= offered | {""}, [used[name] for name in sorted(set(used) - offered)]
+    torch_with_torchvision()
     for name in sorted(offered - inside):
         assert getattr(importlib.import_module(face), name) is not None

@@ -6,10 +6,11 @@ None of it changes a decision, so none of it is part of the policy's canonical f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, model_validator
 
+from clipfilter.policies.decisions import DECISIONS, Decision
 from clipfilter.policies.language.fields import Model, choice, fail, number, shown, suggest, text
 
 MAX_TESTS = 500
@@ -19,12 +20,10 @@ SERVICES = ("openai", "rekognition", "safesearch")
 #: What SafeSearch answers about, each with a likelihood.
 SAFESEARCH = ("adult", "spoof", "medical", "violence", "racy")
 
-Decision = Annotated[
-    Literal["keep", "review", "reject"], BeforeValidator(choice("the expected decision", "keep", "review", "reject"))
-]
+Expected = Annotated[Decision, BeforeValidator(choice("the expected decision", *DECISIONS))]
 #: What a rule may say of a row; keep where it says nothing.
-OUTCOMES = ("keep", "review", "reject", "missing", "escalate", "tighten")
-Outcome = Literal["keep", "review", "reject", "missing", "escalate", "tighten"]
+Outcome = Literal[Decision, "missing", "escalate", "tighten"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _outcome = choice("what the rule says", *OUTCOMES)
 Number = Annotated[float, BeforeValidator(number)]
 
@@ -144,7 +143,7 @@ class Expectation(Model):
     size: Annotated[tuple[int, int], BeforeValidator(_size)] | None = None
     caption: Annotated[str, BeforeValidator(text("caption", 5000))] | None = None
     columns: dict[str, Number] = {}  # noqa: RUF012
-    expect: Decision | None = None
+    expect: Expected | None = None
     rules: (
         Annotated[dict[str, Annotated[RuleExpectation, BeforeValidator(_rule_expectation)]], BeforeValidator(_rule_map)]
         | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +14,11 @@ import pyarrow.json as pajson
 from pydantic import BeforeValidator, ValidationInfo, model_serializer, model_validator
 
 from clipfilter.errors import RefusedError
+from clipfilter.policies.decisions import DECISIONS, Decision
 from clipfilter.policies.hashes import DigestTable, name_digests
 from clipfilter.policies.language.attachments import Attachment, Attachments, attach
 from clipfilter.policies.language.fields import Model, choice, fail, shown, suggest, text
 
-DECISIONS = ("keep", "review", "reject")
 #: The name under which an override stands among the reasons of a row; no rule may have it.
 OVERRIDE_RULE = "override"
 MAX_LISTED = 1000
@@ -31,7 +31,7 @@ class Override(Model):
     """What a person decided about one row."""
 
     cf_uid: Annotated[str, BeforeValidator(text("cf_uid", 1000))]
-    decision: Annotated[Literal["keep", "review", "reject"], BeforeValidator(choice("the decision", *DECISIONS))]
+    decision: Annotated[Decision, BeforeValidator(choice("the decision", *DECISIONS))]
     by: Annotated[str, BeforeValidator(text("by", 200))] | None = None
     date: Annotated[str, BeforeValidator(text("date", 40))] | None = None
     note: Annotated[str, BeforeValidator(text("note", 2000))] | None = None
