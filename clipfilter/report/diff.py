@@ -11,7 +11,6 @@ from clipfilter.report.examples import Example, Examples
 from clipfilter.report.markup import dot, note, place_of, plural, table
 from clipfilter.report.page import document
 from clipfilter.report.thumbnails import add_thumbnails
-from clipfilter.sources import Shard
 
 _DECISIONS = (("keep", "Kept"), ("review", "To review"), ("reject", "Rejected"))
 _BANDS = ("review", "reject", "escalate", "missing", "keep")
