@@ -20,7 +20,6 @@ from clipfilter.runs import (
     Base,
     Commit,
     Counts,
-    Files,
     ShardWriter,
     Thresholds,
     WorkerDetails,
@@ -282,9 +281,8 @@ class Worker:
             damaged=commit.damaged,
             bytes_unread=commit.bytes_unread,
         )
-        carried = {k: file for k, file in commit.files.items() if same_run and k in ("embeddings", "failed")}
         return report, {
-            "carried": Files(carried),
+            "carried": commit.files.only("embeddings", "failed") if same_run else None,
             "base_generation": commit.generation,
             "thresholds": task.thresholds or None,
             "base": None if same_run else Base(origin.url, commit.name),

@@ -96,7 +96,7 @@ def write_summary(directory: Directory, version: Version) -> dict[str, Any]:
 def _write_shard(run: Run, directory: Directory, plan: Plan, base: Commit, added: pa.Schema, compute: Compute) -> None:
     shard = run.read(base, similarity=True)
     with ShardWriter(directory, base.shard, None) as writer:
-        carried = Files({kind: file for kind, file in base.files.items() if kind in ("embeddings", "failed")})
+        carried = base.files.only("embeddings", "failed")
         for file in carried.values():
             carry(run.directory, directory, file.name)
         if shard is not None:

@@ -94,6 +94,10 @@ class DataFile:
 class Files(dict[FileKind, DataFile]):
     """The data files of a shard by what they hold, in the order in which they were written; None where there is none."""
 
+    def only(self, *kinds: FileKind) -> Files:
+        """Those of these kinds."""
+        return Files({kind: file for kind, file in self.items() if kind in kinds})
+
     @property
     def annotated(self) -> DataFile | None:
         """The rows that did not fail, with their decision (if any)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -155,7 +156,7 @@ def test_nothing_that_travels_is_pickled() -> None:
     count = BeamOptions().pipeline()
     totals = Totals(decided=3_000_000, keep=1, review=1, reject=1)
     request = statistics.StatisticsRequest("/run", "/stats", url_column="url")
-    statistics.build(count, request, "/run", version_of([], totals=totals, commits=["commits/a.json"]))
+    statistics.build(count, request, "/run", replace(version_of([]), totals=totals, commits=["commits/a.json"]))
     plain = (
         coders.BytesCoder, coders.StrUtf8Coder, coders.VarIntCoder, coders.TupleCoder, coders.IterableCoder, HistogramCoder,
     )  # fmt: skip
