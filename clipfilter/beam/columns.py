@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS
 from clipfilter.policies import key_score, locate
 
-DECISIONS = ("keep", "review", "reject")
 DUPLICATES = pa.schema(
     [
         (cf.SHA256, pa.string()),

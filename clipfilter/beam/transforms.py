@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,10 +20,12 @@ from apache_beam.utils.shared import Shared
 from clipfilter import columns as cf
 from clipfilter.beam.columns import DUPLICATES, count_by_host, exact_duplicates, hash_buckets
 from clipfilter.beam.tasks import OneWorker, task_of
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.policies import BUCKETS, high_histogram, low_histogram
-from clipfilter.runs import HASH_LENGTH, ledger
+from clipfilter.retry import retry
+from clipfilter.runs import HASH_LENGTH, Commit, ledger
 from clipfilter.storage import Directory, file_sha256
 
 log = logging.getLogger("clipfilter.beam")
@@ -53,22 +54,24 @@ class Decide(beam.DoFn):  # type: ignore[misc]
         self._worker = self._shared.acquire(lambda: OneWorker(spec), tag=spec)
 
     def process(self, element: str) -> Iterator[str]:
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            try:
-                task = task_of(element, json.loads(self._common))
-                commit = self._worker.process(task).commit
-            except RefusedError:
-                raise
-            except Exception as error:
+        def decide() -> Commit:
+            commit: Commit = self._worker.process(task_of(element, json.loads(self._common))).commit
+            return commit
+
+        def may_pass(error: Exception, attempt: int) -> bool:
+            if not isinstance(error, RefusedError):
                 log.warning("%s: attempt %d failed: %s: %s", element, attempt, type(error).__name__, error)
-                if isinstance(error, ShardError) or attempt == MAX_ATTEMPTS:
-                    self._failed.inc()
-                    return
-                time.sleep(_RETRY_SECONDS * attempt)
-            else:
-                self._rows.inc(commit.counts.rows)
-                yield commit.shard.id
-                return
+            return not isinstance(error, RefusedError | ShardError)
+
+        try:
+            commit = retry(decide, (_RETRY_SECONDS * n for n in range(1, MAX_ATTEMPTS)), may_pass)
+        except RefusedError:
+            raise
+        except Exception:
+            self._failed.inc()
+            return
+        self._rows.inc(commit.counts.rows)
+        yield commit.shard.id
 
 
 class HistogramCoder(Coder):  # type: ignore[misc]
@@ -220,13 +223,11 @@ class _Writer(beam.DoFn):  # type: ignore[misc]
         entry: dict[str, Any] = {"rows": table.num_rows}
         if table.num_rows:
             directory = Directory(self._out)
-            try:
+            with directory:
                 path = directory.scratch() / f"{folder}-{part}"
                 pq.write_table(table, path, compression="zstd")
                 entry["name"] = f"{folder}/{part:05d}-{file_sha256(path)[:HASH_LENGTH]}.parquet"
                 directory.publish(path, entry["name"])
-            finally:
-                directory.clean_scratch(stale_only=False)
         return entry
 
 
@@ -252,7 +253,7 @@ class WriteHosts(_Writer):
             {
                 "domain": pa.array([host for host, _ in rows], pa.string()),
                 "rows": counts.sum(axis=1),
-                **{name: counts[:, place] for place, name in enumerate(("keep", "review", "reject"))},
+                **{name: counts[:, place] for place, name in enumerate(DECISIONS)},
                 "keep_rate": counts[:, 0] / counts.sum(axis=1),
             }
         )
@@ -282,8 +283,6 @@ class WriteSummary(beam.DoFn):  # type: ignore[misc]
             } | {"files": [part["name"] for part in parts if "name" in part]}
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         directory = Directory(self._out)
-        try:
+        with directory:
             directory.replace("statistics.json", text.encode())
-        finally:
-            directory.clean_scratch(stale_only=False)
         yield text

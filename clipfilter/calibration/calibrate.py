@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic_core import PydanticCustomError
 
+from clipfilter import columns as cf
 from clipfilter.calibration import guarantees as g
 from clipfilter.calibration import probability as prob
 from clipfilter.calibration.labels import Label
@@ -24,10 +25,11 @@ from clipfilter.calibration.scores import (
     prompts_sha256,
     refuse_other_scores,
 )
+from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Band, Policy, Rule, check_band, json_sha256
 
-BANDS = ("reject", "review", "keep")
+BANDS = tuple(reversed(DECISIONS))
 _TARGET = re.compile(r"(precision|miss-rate|review-budget)\s*(>=|<=|=)\s*([0-9.eE+-]{1,20})\Z")
 _SIGN = {"precision": ">=", "miss-rate": "<=", "review-budget": "<="}
 _HOME = {"precision": "reject", "miss-rate": "review", "review-budget": "review"}
@@ -223,7 +225,7 @@ def calibrate(
         found[target.band] = Threshold(
             band=target.band, direction=direction, value=sign * value, target=str(target), **evidence
         )
-    if {"reject", "review"} <= set(flagging) and not _looser(flagging["review"], flagging["reject"]):
+    if set(LIMITS) <= set(flagging) and not _looser(flagging["review"], flagging["reject"]):
         raise RefusedError(
             f"the reject threshold {direction} {sign * flagging['reject']:g} would swallow the review band at "
             f"{sign * flagging['review']:g}; calibrate review in the same command, with a second --target such as "
@@ -293,9 +295,9 @@ def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) ->
     """Flagging scores of all scored rows, ascending; those of the labels [len(labels)], NaN where there is none; and
     the number of rows without a score."""
     if all(label.uid is not None for label in labels):
-        column, names = "cf_uid", [label.uid for label in labels]
+        column, names = cf.UID, [label.uid for label in labels]
     elif all(label.key is not None for label in labels):
-        column, names = "cf_key", [label.key for label in labels]
+        column, names = cf.KEY, [label.key for label in labels]
     else:
         raise RefusedError("some labels have only cf_uid, others only cf_key; give the same one for all.")
     position: dict[str | None, int] = {}
@@ -315,7 +317,7 @@ def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) ->
             if times[label] == 0:
                 values[label] = part[row]
             times[label] += 1
-    if column == "cf_key" and (times > 1).any():
+    if column == cf.KEY and (times > 1).any():
         key = list(position)[int(np.argmax(times > 1))]
         raise RefusedError(f"the key {key!r} is in the run {times.max()} times, so labels must name images by cf_uid.")
     scored = scores[:at]

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
+from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import (
     MODEL_KINDS,
@@ -26,7 +28,7 @@ from clipfilter.storage import Directory
 
 _BATCH = 16_384
 #: What a rule says besides what its scores are.
-_NOT_SCORE = ("id", "review", "reject", "on_missing", "tighten", "severity", "action")
+_NOT_SCORE = ("id", *LIMITS, "on_missing", "tighten", "severity", "action")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class ScoredRun:
 
     def batches(self, rule: str, columns: tuple[str, ...]) -> Iterator[tuple[str, pa.RecordBatch, np.ndarray]]:
         """(path of the shard, these columns, scores of the rule as float32 with NaN for none), batch by batch."""
-        name = f"cf_score.{rule}"
+        name = cf.score(rule)
         for _, commit in ledger.iter_commits(self.directory, self.version["commits"]):
             if "annotated" not in commit["files"]:
                 continue
@@ -133,7 +135,7 @@ def bands_in_use(policy: Policy, rule: Rule, weights_sha256: str | None) -> dict
     entry = next((entry for entry in policy.calibrations if entry.weights_sha256 == weights_sha256), None)
     own = entry.rules.get(rule.id) if entry is not None else None
     bands = {}
-    for name in ("review", "reject"):
+    for name in LIMITS:
         calibrated = getattr(own, name) if own is not None else None
         band = calibrated.band() if calibrated is not None else getattr(rule, name)
         if band is not None:

@@ -9,6 +9,7 @@ import typer
 
 from clipfilter.cli.options import Json, Policy
 from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.decisions import Limit
 
 if TYPE_CHECKING:
     from clipfilter.calibration import Calibrated, Sample
@@ -77,7 +78,7 @@ def calibrate(
     rule: RuleOption = None,
     confidence: Annotated[float, typer.Option(help="Confidence of the guarantee.")] = 0.9,
     band: Annotated[
-        Literal["review", "reject"] | None,
+        Limit | None,
         typer.Option(help="Band that a single target is for [default: reject for precision, else review]."),
     ] = None,
     prevalence: Annotated[

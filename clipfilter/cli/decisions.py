@@ -10,6 +10,7 @@ import typer
 from clipfilter import defaults
 from clipfilter.cli.options import Json, ModelOfRun, Run
 from clipfilter.cli.printing import COLOURS, new_table, print_json, say
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from clipfilter.operations import Comparison
     from clipfilter.report import Explanation
 
-_RESULTS = ("escalate", "reject", "review", "missing", "keep", "skipped")
+_RESULTS = (ESCALATE, *reversed(LIMITS), MISSING, "keep", "skipped")
 _STYLES = COLOURS | {"failed": "red"}
 
 
@@ -77,7 +78,6 @@ def diff(
 def _print_comparison(console: Console, found: Comparison) -> None:
     from rich.text import Text
 
-    from clipfilter.policies import DECISIONS
     from clipfilter.report import text
 
     sides = (found.before, found.after)

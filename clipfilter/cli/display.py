@@ -15,8 +15,8 @@ from rich.text import Text
 
 from clipfilter.cli import printing
 from clipfilter.cli.printing import COLOURS, bar, new_table, say
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
 from clipfilter.engine import JobRequest, JobResult, MetricsOptions, Progress, published, together
-from clipfilter.policies import DECISIONS
 
 T = TypeVar("T")
 _LINE_SECONDS = 10.0
@@ -148,7 +148,7 @@ def _print_details(console: Console, totals: dict[str, Any]) -> None:
     if totals["rules"]:
         # What only some policies have (lists of known pictures, modifiers, human decisions) gets a column where it occurs.
         seen = {band for bands in totals["rules"].values() for band in bands}
-        names = ["review", "reject", "missing", *(name for name in ("escalate", "tighten", "keep") if name in seen)]
+        names = [*LIMITS, MISSING, *(name for name in (ESCALATE, TIGHTEN, "keep") if name in seen)]
         found = new_table("rule", *(f">{name}" for name in names))
         for rule, bands in totals["rules"].items():
             found.add_row(rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in names))

@@ -8,6 +8,7 @@ import typer
 
 from clipfilter.cli.options import Json, Run
 from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.decisions import DECISIONS
 
 _STYLES = {"failed": "red", "unfinished": "red", "running": "cyan", "rollback": "yellow", "unchanged": "dim"}
 
@@ -56,8 +57,6 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from clipfilter.policies import DECISIONS
-
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file has no width: nothing is cut off
@@ -79,8 +78,6 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _cells(night: dict[str, Any]) -> list[Any]:
-    from clipfilter.policies import DECISIONS
-
     counts, shards = night.get("counts", {}), night.get("shards", {})
     rows = [f"{counts[name]:,}" if counts.get(name) else "" for name in ("rows", *DECISIONS, "failed")]
     new = shards.get("new", 0) + shards.get("changed", 0)

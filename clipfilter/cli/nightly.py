@@ -11,6 +11,7 @@ from clipfilter import defaults
 from clipfilter.cli import options as o
 from clipfilter.cli.jobs import job_request
 from clipfilter.cli.printing import print_json, say
+from clipfilter.decisions import DECISIONS
 
 if TYPE_CHECKING:
     from clipfilter.engine import MetricsOptions
@@ -80,8 +81,6 @@ def run_and_show(request: NightRequest, *, as_json: bool, quiet: bool, metrics: 
 
 def _print(result: NightResult) -> None:
     from rich.console import Console
-
-    from clipfilter.policies import DECISIONS
 
     console = Console()
     counts, totals, shards = result.counts, result.totals, result.shards

@@ -10,6 +10,7 @@ import typer
 from clipfilter import defaults
 from clipfilter.cli import options as o
 from clipfilter.cli.printing import COLOURS, new_table, print_json, say
+from clipfilter.decisions import LIMITS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def _print_policy(console: Console, policy: Policy) -> None:
         for name, text in policy.card.model_dump(exclude_none=True).items():
             say(console, (f"{name.replace('_', ' ') + ':':<14}", "dim"), text)
     console.print()
-    rules = new_table("rule", "kind", "what", "review", "reject", "missing", fold=True, pad_edge=False)
+    rules = new_table("rule", "kind", "what", *LIMITS, "missing", fold=True, pad_edge=False)
     for rule in policy.rules:
         bands = [
             Text(f"{band.direction} {band.value:g}" if band is not None else "", COLOURS[name])

@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from clipfilter import defaults
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
 from clipfilter.engine.executors.interface import Executor, Resources
 from clipfilter.engine.hardware import gpu_count
 from clipfilter.engine.worker import JobSpec, compile_for
 from clipfilter.errors import RefusedError
-from clipfilter.models import DEFAULT_MODEL
 from clipfilter.policies import Policy, attachments, load_policy
 from clipfilter.runs import (
     FINAL_STAGE,
@@ -45,11 +45,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipfilter.engine")
 
 #: Enough for any camera, far below a decompression bomb (Pillow's own limit).
-DEFAULT_MAX_PIXELS = 178_956_970
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
 DEFAULT_DTYPE: dict[str, Any] = {"cpu": "fp32", "cuda": "bf16"}
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 
 EXIT_DONE, EXIT_CRASH, EXIT_REFUSED, EXIT_FAILURES = 0, 1, 2, 3
 
@@ -71,23 +69,23 @@ class JobRequest:
     policy: str | Policy | None = None
     labels: LabelSet | None = None
     model: str | None = None
-    engine: str = "auto"
+    engine: str = defaults.ENGINE
     address: str | None = None
     workers: int | None = None
     threads: int | None = None
-    device: str = "auto"
-    dtype: Dtype | None = None
+    device: str = defaults.DEVICE
+    dtype: defaults.Dtype | None = None
     compile_model: bool = False
     batch_size: int | None = None
-    decode: str = "fast"
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    captions: str = "first"
+    decode: str = defaults.DECODE
+    max_pixels: int = defaults.MAX_PIXELS
+    captions: str = defaults.CAPTIONS
     source_options: SourceOptions = field(default_factory=SourceOptions)
     limit: int | None = None
     sample: float | None = None
     copy: bool = True
     retry_failed: bool = False
-    max_failures: float = 0.01
+    max_failures: float = defaults.MAX_FAILURES
 
 
 @dataclass(frozen=True)
@@ -179,12 +177,12 @@ class JobPlan:
             **columns,
         }
 
-    def dtype(self, device: str) -> Dtype:
+    def dtype(self, device: str) -> defaults.Dtype:
         """What the model computes in, by the same rule; of a run that is used again its own."""
         if self.base is not None:
-            return cast(Dtype, self.base.plan.model.get("dtype", "fp32"))
+            return cast(defaults.Dtype, self.base.plan.model.get("dtype", "fp32"))
         recorded = self.existing.model.get("dtype") if self.existing else None
-        return cast(Dtype, self.request.dtype or recorded or DEFAULT_DTYPE[device])
+        return cast(defaults.Dtype, self.request.dtype or recorded or DEFAULT_DTYPE[device])
 
     def spec(self, resources: Resources) -> JobSpec:
         """What every worker is told."""
@@ -249,7 +247,7 @@ def resolve(request: JobRequest) -> JobPlan:
         existing = read_plan(directory)
         source = _open_source(request, existing)
         text = request.captions != "none" and source.has_captions is not False
-        model = _with_absolute_path(request.model or DEFAULT_MODEL)
+        model = _with_absolute_path(request.model or defaults.MODEL)
         plan = JobPlan(request, directory, source, None, policy, existing, model, text)
     plan.refuse_other()
     return plan
@@ -330,7 +328,7 @@ def choose_executor(request: JobRequest) -> Executor:
     executor = RayExecutor(request.address, request.workers, request.threads, request.device)
     executor.refuse_unshared(request.out, "--out")
     executor.refuse_unshared(request.source, "the source")
-    checkpoint = _local_checkpoint(request.model or DEFAULT_MODEL)
+    checkpoint = _local_checkpoint(request.model or defaults.MODEL)
     if checkpoint is not None:
         executor.refuse_unshared(checkpoint, "the checkpoint")
     return executor

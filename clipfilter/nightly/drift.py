@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS
 from clipfilter.report import Histogram
 from clipfilter.storage import Directory
 
@@ -20,7 +21,7 @@ FLOOR = 0.2
 #: How often a night like all others may alarm when only chance moves it.
 FALSE_ALARM = 0.001
 BINS = 10
-DECISIONS = ("keep", "review", "reject", "failed")
+OUTCOMES = (*DECISIONS, "failed")
 
 _ROWS_PER_BIN = 5
 _STORED_BINS = 1024
@@ -145,8 +146,8 @@ def compare_nights(before: Sequence[Mapping[str, Any]], tonight: Mapping[str, An
     if not before or not tonight["counts"].get("rows"):
         return []
     found = []
-    totals = [sum(record["counts"].get(name, 0) for record in before) for name in DECISIONS]
-    mine = [tonight["counts"].get(name, 0) for name in DECISIONS]
+    totals = [sum(record["counts"].get(name, 0) for record in before) for name in OUTCOMES]
+    mine = [tonight["counts"].get(name, 0) for name in OUTCOMES]
     if sum(totals[:3]):
         found.append(psi("decisions", totals, mine))
     for column, distribution in tonight["scores"].items():

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
 from clipfilter.nightly import record
 from clipfilter.runs import Run, Version, ledger
@@ -26,7 +27,7 @@ def history(url: str) -> dict[str, Any]:
             {
                 "version": name,
                 "rows": totals.rows,
-                **{part: totals[part] for part in ("keep", "review", "reject", "failed", "shards", "failed_shards")},
+                **{part: totals[part] for part in (*DECISIONS, "failed", "shards", "failed_shards")},
                 "rolled_back_to": version.rolled_back_to,
                 "set_aside": len(version.set_aside or []),
             }
@@ -39,10 +40,8 @@ def history(url: str) -> dict[str, Any]:
 def accept_night(url: str, night: int) -> None:
     """Compare later nights with this one and its successors only. Raises RefusedError where there is no such night."""
     directory = Directory(url)
-    try:
+    with directory:
         record.accept(directory, night)
-    finally:
-        directory.clean_scratch(stale_only=False)
 
 
 def roll_back(url: str, version: str, now: float | None = None) -> Version:
@@ -74,7 +73,7 @@ def roll_back(url: str, version: str, now: float | None = None) -> Version:
         aside = [name for name in since if name not in held]
         return replace(target, rolled_back_to=target.number, set_aside=aside, order=order)
 
-    try:
+    with directory:
         made = ledger.update_version(directory, change)
         record.finish(
             directory,
@@ -90,8 +89,6 @@ def roll_back(url: str, version: str, now: float | None = None) -> Version:
                 "alerts": [],
             },
         )
-    finally:
-        directory.clean_scratch(stale_only=False)
     return made
 
 

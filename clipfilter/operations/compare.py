@@ -148,7 +148,7 @@ def compare_policies(
     sample = _Sample(examples)
     hidden = escalated_rows(run)
     rows = 0
-    try:
+    with origin.directory:
         for side, policy in zip(sides, compiled, strict=True):
             side.thresholds = _dataset_thresholds(origin, encoder, policy)
         for shard in origin.shards():
@@ -160,8 +160,6 @@ def compare_policies(
             for side, table in zip(sides, decided, strict=True):
                 _count(side, table)
             _compare(shard.commit, decided[0], decided[1], changes, sample, hidden)
-    finally:
-        origin.directory.clean_scratch(stale_only=False)
     return Comparison(
         run=origin.url,
         dataset_version=origin.version.name,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import defaults
 from clipfilter.errors import ENCODE_ERROR, RefusedError, RowError
 from clipfilter.runs import (
     FACTS,
@@ -63,7 +64,7 @@ class ImportOptions:
     caption_column: str | None = None
     uid_column: str | None = None
     key_column: str | None = None
-    rows_per_shard: int = 10_000
+    rows_per_shard: int = defaults.ROWS_PER_SHARD
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
     writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
     committed: list[str] = []
-    try:
+    with target:
         for part in parts:
             with _opened(directory, part, target) as (image, text_emb):
                 for shard, rows in _shards(directory, part, schema, options.rows_per_shard):
@@ -129,8 +130,6 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
                         writer.write(shard, rows, image[here], texts)
         made = Version.of(plan.sha256, "embedded", ledger.commits(target, committed), [])
         version = ledger.write_version(target, made)
-    finally:
-        target.clean_scratch(stale_only=False)
     return write_summary(target, version)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 from clipfilter.policies.columns import BUILTINS, check_metadata, metadata_values
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration, rule_prompts_sha256
-from clipfilter.policies.deciding import ESCALATE, TIGHTEN, escalated
-from clipfilter.policies.decisions import DECISIONS, Decision
+from clipfilter.policies.deciding import escalated
 from clipfilter.policies.evaluate import REASONS, RECHECK, Decisions, Scores
 from clipfilter.policies.fraction import (
     BUCKETS,
@@ -41,9 +40,7 @@ __all__ = [
     "BUCKETS",
     "BUILTINS",
     "COSINE_BLOCK",
-    "DECISIONS",
     "DEFAULT_TEMPLATES",
-    "ESCALATE",
     "KINDS",
     "LABEL_COLUMNS",
     "MAX_YAML_BYTES",
@@ -53,11 +50,9 @@ __all__ = [
     "REASONS",
     "RECHECK",
     "TEMPLATES",
-    "TIGHTEN",
     "Attachments",
     "Band",
     "CompiledPolicy",
-    "Decision",
     "Decisions",
     "Expectation",
     "LabelScorer",

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.models.heads import Head, SafetyChecker, load_head
 from clipfilter.policies import column_rules, deciding, evaluate
@@ -137,7 +138,7 @@ class CompiledPolicy:
     @property
     def has_actions(self) -> bool:
         """Whether a rule names what is to be done beyond its bands."""
-        return any(rule.action is not None and rule.action not in ("reject", "review") for rule in self.rules)
+        return any(rule.action is not None and rule.action not in LIMITS for rule in self.rules)
 
     @property
     def score_columns(self) -> list[str]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipfilter.policies.decisions import DECISIONS
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
 from clipfilter.policies.language.bands import moved
 from clipfilter.policies.language.overrides import OVERRIDE_RULE as OVERRIDE
 
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 KEEP, REVIEW, REJECT = 0, 1, 2
 #: What a rule may say of a row.
-BANDS = ("review", "reject", "missing")
-#: The band of a picture on a list of known ones: rejected, never shown.
-ESCALATE = "escalate"
-#: The band of a rule that moved another one's threshold.
-TIGHTEN = "tighten"
+BANDS = (*LIMITS, MISSING)
 _ALL_BANDS = (*BANDS, ESCALATE, TIGHTEN, "keep")
 # In which order reasons are listed: a person's decision stands between escalation and the rules.
 _RANK = {ESCALATE: 40, "reject": 20, "review": 10, TIGHTEN: 0}
@@ -158,7 +154,7 @@ def _outcomes(
     missing = np.ones(len(values), dtype=bool) if unknown else np.isnan(values)
     left = ~missing
     found = []
-    for name in (ESCALATE, "reject", "review"):
+    for name in (ESCALATE, *reversed(LIMITS)):
         if name not in bands:
             continue
         limit = _limits(*bands[name], shift, len(values))
@@ -270,7 +266,7 @@ def _severity(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int)
         return None
     result = np.zeros(rows, dtype=np.int32)
     for outcome in outcomes:
-        if outcome.rule < len(compiled.rules) and outcome.band in ("review", "reject", ESCALATE):
+        if outcome.rule < len(compiled.rules) and outcome.band in (*LIMITS, ESCALATE):
             own = compiled.rules[outcome.rule].severity or 0
             result[outcome.rows] = np.maximum(result[outcome.rows], own)
     return result
@@ -283,7 +279,7 @@ def _action(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int) -
     chosen = np.full(rows, -1, dtype=np.int32)
     for outcome in sorted(outcomes, key=lambda item: -item.rank):
         own = compiled.rules[outcome.rule].action if outcome.rule < len(compiled.rules) else None
-        if own not in (None, "reject", "review") and outcome.band in ("review", "reject", ESCALATE):
+        if own is not None and own not in LIMITS and outcome.band in (*LIMITS, ESCALATE):
             free = outcome.rows[chosen[outcome.rows] < 0]
             chosen[free] = names.index(own)
     return _strings(chosen, pa.array(names))

@@ -16,7 +16,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies import REASONS
 from clipfilter.runs import ledger
 from clipfilter.runs.plan import Plan, settle_plan
-from clipfilter.runs.records import Commit, Counts, Files, Version
+from clipfilter.runs.records import Commit, Counts, Version
 from clipfilter.runs.run import Run, RunShard
 from clipfilter.runs.writer import ShardWriter
 from clipfilter.sources import schema_from_text, schema_to_text

@@ -122,7 +122,7 @@ def run(block: Block, folder: Path) -> list[tuple[Command, int, str]]:
         (folder / block.markers["file"]).write_text(block.text, encoding="utf-8")
         return []
     if block.language == "python":
-        todo = [(Command(block.text, []), [str(fork_server().shims / "python"), "-c", block.text])]
+        todo = [(Command(block.text, []), [fork_server().python, "-c", block.text])]
     else:
         todo = [(c, ["bash", "-euo", "pipefail", "-c", c.text]) for c in commands(block)]
     results = []

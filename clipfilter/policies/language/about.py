@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, model_validator
 
-from clipfilter.policies.decisions import DECISIONS, Decision
+from clipfilter.decisions import DECISIONS, Decision
 from clipfilter.policies.language.fields import Model, choice, fail, number, shown, suggest, text
 
 MAX_TESTS = 500

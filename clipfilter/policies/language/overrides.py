@@ -13,8 +13,8 @@ import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 from pydantic import BeforeValidator, ValidationInfo, model_serializer, model_validator
 
+from clipfilter.decisions import DECISIONS, Decision
 from clipfilter.errors import RefusedError
-from clipfilter.policies.decisions import DECISIONS, Decision
 from clipfilter.policies.hashes import DigestTable, name_digests
 from clipfilter.policies.language.attachments import Attachment, Attachments, attach
 from clipfilter.policies.language.fields import Model, choice, fail, shown, suggest, text

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
+from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.models import heads
 from clipfilter.policies.kinds import (
     PIXELS,
@@ -33,9 +34,8 @@ MAX_SEVERITY = 100
 KINDS = ("concept", "alignment", "head", "safety", "metadata", "pixels", "text", "known", "combine", "fraction")
 #: Kinds whose score depends on the model, and so their thresholds.
 MODEL_KINDS = ("concept", "alignment", "head", "safety")
-ESCALATE = "escalate"
 #: What may happen to a picture that is on a list of known ones.
-KNOWN_ACTIONS = (ESCALATE, "reject", "review")
+KNOWN_ACTIONS = (ESCALATE, *reversed(LIMITS))
 
 
 def _pixels(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ValidationError, model_validator
 
+from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies.kinds import Concept
 from clipfilter.policies.language.about import Card, Expectation, Interchange, check_rules
@@ -26,7 +27,6 @@ from clipfilter.policies.language.fields import shown as _shown
 from clipfilter.policies.language.fields import text as _text
 from clipfilter.policies.language.overrides import OverridesField
 from clipfilter.policies.language.rule import (
-    ESCALATE,
     KINDS,
     KNOWN_ACTIONS,
     MODEL_KINDS,
@@ -187,7 +187,7 @@ class Policy(_Model):
             if rule.kind not in MODEL_KINDS:
                 fail(f"{name!r} is of kind {rule.kind}, whose threshold depends on no model", *here, key=True)
             merged = rule
-            for which in ("review", "reject"):
+            for which in LIMITS:
                 calibrated: CalibratedBand | None = getattr(bands, which)
                 if calibrated is None:
                     continue

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from clipfilter.decisions import LIMITS, Limit
 from clipfilter.policies.language.fields import choice, fail, identifier, number, shown, suggest
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
@@ -14,7 +15,7 @@ MAX_PHRASES = 256
 MAX_PHRASE_CHARS = 300
 MAX_TEMPLATES = 100
 
-OnMissing = Literal["review", "reject", "keep"]
+OnMissing = Literal[Limit, "keep"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -109,4 +110,4 @@ Sha256 = Annotated[str, BeforeValidator(_sha256)]
 Phrases = Annotated[tuple[str, ...], BeforeValidator(phrases)]
 Templates = Annotated[tuple[str, ...], BeforeValidator(_templates)]
 Generic = Annotated[int, BeforeValidator(_generic)]
-Missing = Annotated[OnMissing, BeforeValidator(choice("on_missing", "review", "reject", "keep"))]
+Missing = Annotated[OnMissing, BeforeValidator(choice("on_missing", *LIMITS, "keep"))]
