@@ -14,9 +14,8 @@ from pathlib import Path
 from tests.support.commands import fork_server
 
 REPO = Path(__file__).parents[2]
-#: Pages whose examples have tests of their own (tests/unit/test_policies_load.py, tests/integration/test_newcomer_walk.py)
-#: or are sketches of an API.
-ELSEWHERE = {REPO / "docs/reference/policy.md", REPO / "docs/reference/sources.md", REPO / "docs/guide/look.md"}
+#: Pages between whose commands a person acts: the test that walks through them runs their blocks.
+WALKED = {REPO / "docs/guide/look.md": "tests/integration/test_newcomer_walk.py"}
 _LANGUAGES = ("console", "bash", "python")
 _SECONDS = 300
 
@@ -100,8 +99,6 @@ def commands(block: Block) -> list[Command]:
 
 def runs(page: Path) -> list[Block]:
     """The blocks of a page that are run, or written to files, in order."""
-    if page in ELSEWHERE:
-        return []
     return [b for b in blocks(page) if "no-run" not in b.markers and (b.language in _LANGUAGES or "file" in b.markers)]
 
 
