@@ -14,12 +14,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from clipfilter.policies.compile import TextEncoder
+from clipfilter.policies.encoder import TextEncoder
 
 #: A folder to keep vectors in, or "off".
 VARIABLE = "CLIPFILTER_TEXT_CACHE"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from clipfilter.models.heads import HEADS
-from clipfilter.policies import PIXELS, in_words
+from clipfilter.policies import Written, in_words, joined
 from clipfilter.report import charts, text
 from clipfilter.report.data import Band, RuleData, RunData
 from clipfilter.report.examples import HEADINGS, Example, Examples
@@ -14,21 +11,6 @@ from clipfilter.report.markup import dot, note, plural, table
 from clipfilter.report.thumbnails import NO_THUMBNAILS
 
 _DECISIONS = {"keep": "kept", "review": "review", "reject": "rejected", None: "undecided"}
-_METADATA = {
-    "width": "width in pixels",
-    "height": "height in pixels",
-    "min_side": "shorter side in pixels",
-    "max_side": "longer side in pixels",
-    "aspect_ratio": "longer side divided by shorter side",
-    "pixels": "width times height",
-    "caption_words": "words of the caption",
-    "caption_chars": "characters of the caption",
-    "brightness": "brightness of the picture",
-    "contrast": "contrast of the picture",
-    "blur": "sharpness measure of the picture",
-    "entropy": "entropy of the picture’s grey levels",
-    "colourfulness": "colourfulness of the picture",
-}
 _ON_MISSING = {"review": "goes to review", "reject": "is rejected", "keep": "is let through"}
 
 
@@ -111,41 +93,7 @@ def _rule(data: RunData, rule: RuleData, examples: Examples) -> str:
 
 def _meaning(rule: RuleData) -> str:
     """What the score says, in words."""
-    if rule.kind == "concept":
-        concept = rule.spec["concept"]
-        parts = [_phrases(concept["any_of"])] if concept.get("any_of") else []
-        parts += ["learned vectors"] if "vectors" in concept else []
-        said = f"Looks for {' or '.join(parts)}" if parts else "Looks"
-        if concept.get("all_of"):
-            said += f"{', together with' if parts else ' for all of'} {_phrases(concept['all_of'])}"
-        if concept.get("but_not"):
-            said += f", told apart from {_phrases(concept['but_not'])}"
-        said += " and from what ordinary pictures show" if concept.get("generic") else ""
-        kinds = {
-            "probability": "The score is a probability: 0 not at all, 1 certainly",
-            "margin": "The score is the best phrase’s similarity minus the best contrast’s",
-            "cosine": "The score is the similarity (cosine) to the best phrase",
-            "calibrated": "The score is a probability calibrated on labels: of ten images with 0.9, nine are right",
-        }
-        said += f". {kinds.get(concept.get('score', 'probability'), 'The score is as the policy defines it')}."
-    elif rule.kind == "alignment":
-        said = "How well the caption fits the picture. The score is the cosine of both embeddings; higher fits better."
-    elif rule.kind == "head":
-        said = f"The score of {_head(rule.spec['head'])} on the embedding of the picture."
-    elif rule.kind == "safety":
-        said = _safety(rule.spec["safety"])
-    elif rule.kind == "text":
-        said = _text(rule.spec["text"])
-    elif rule.kind == "known":
-        said = _known(rule)
-    elif rule.kind == "combine":
-        parts = [f"{weight:g} × {text.esc(name)}" for name, weight in rule.spec["combine"]["weighted"].items()]
-        said = f"The weighted sum of other rules’ scores: {' + '.join(parts)}."
-    elif rule.kind in ("metadata", "pixels"):
-        name = rule.spec["metadata"] if rule.kind == "metadata" else PIXELS[rule.spec["pixels"]].metadata
-        said = f"A number of the image: {text.esc(_METADATA.get(name, 'the column ' + name))}."
-    else:
-        said = f"Ranks all images by the score of {text.esc(rule.spec['fraction']['of'])}."
+    said = joined(rule.measure.meaning(rule.measured), _shown)
     if "tighten" in rule.spec:
         tighten = rule.spec["tighten"]
         direction = "above" if "above" in tighten else "below"
@@ -157,35 +105,9 @@ def _meaning(rule: RuleData) -> str:
     return f"{said} An image without this score {_ON_MISSING.get(missing, missing)}."
 
 
-def _safety(spec: dict[str, Any]) -> str:
-    said = "A safety checker"
-    if "concepts" in spec:
-        said += f" for {_phrases([concept['text'] for concept in spec['concepts']])}"
-    if spec.get("special_care"):
-        said += f", stricter by {spec['adjustment']:g} where it sees "
-        said += _phrases([concept["text"] for concept in spec["special_care"]])
-    return f"{said}. The score is the highest similarity to a concept, less the threshold of that concept."
-
-
-def _text(spec: dict[str, Any]) -> str:
-    where = f"the column {text.esc(spec['column'])}" if "column" in spec else "the caption"
-    if "language" in spec:
-        names = ", ".join(spec["language"])
-        if "language_column" in spec:
-            return f"Whether the column {text.esc(spec['language_column'])} says {names}: 1 or 0."
-        return f"How sure it is that {where} is written in {names}; 0 where another language is likelier."
-    what = "patterns" if "matches" in spec else "words of the block list"
-    return f"How many {what} are found in {where}."
-
-
-def _known(rule: RuleData) -> str:
-    if "sha256" in rule.spec["known"]:
-        return "Whether the very file is on a list of known ones: 1 or 0."
-    bits = rule.spec["known"]["distance"]
-    return (
-        f"Whether the picture resembles one on a list of known ones: at most {bits} of 64 bits of their perceptual hashes "
-        "differ. The score is the share of bits that agree, 0 beyond."
-    )
+def _shown(written: Written) -> str:
+    shown = text.esc(written.text, written.limit)
+    return f"<bdi>{shown}</bdi>" if written.isolated else shown
 
 
 def _escalated(rule: RuleData) -> str:
@@ -193,17 +115,6 @@ def _escalated(rule: RuleData) -> str:
         return ""
     count = plural(rule.counts["escalate"], "image")
     return note(f"{count} escalated: rejected, never copied, and shown on no page, not even blurred.")
-
-
-def _head(spec: str | dict[str, str]) -> str:
-    name = spec if isinstance(spec, str) else spec["name"]
-    meaning = HEADS[name].meaning if name in HEADS else ""
-    return f"the head <bdi>{text.esc(name, 120)}</bdi>" + (f" ({text.esc(meaning)})" if meaning else "")
-
-
-def _phrases(phrases: list[str]) -> str:
-    shown = ", ".join(f"“<bdi>{text.esc(phrase, 120)}</bdi>”" for phrase in phrases[:8])
-    return shown + (f" and {len(phrases) - 8} more" if len(phrases) > 8 else "")
 
 
 def _chart(rule: RuleData) -> str:
@@ -215,8 +126,7 @@ def _chart(rule: RuleData) -> str:
     label = f"Histogram of the score of {rule.id}: {scored}. " + " ".join(
         f"{band.beyond:,} lie {band.direction} {text.threshold(band.threshold or 0)} ({band.name})." for band in limits
     )
-    probability = rule.kind == "concept" and rule.spec["concept"].get("score", "probability") == "probability"
-    full = (0.0, 1.0) if probability else None
+    full = (0.0, 1.0) if rule.measure.fills_unit(rule.measured) else None
     drawn = charts.bars(histogram, [band.threshold for band in limits if band.threshold is not None], full)
     notes = [f"{scored}."]
     if rule.unscored:

@@ -16,9 +16,8 @@ from clipfilter.errors import RefusedError
 from clipfilter.models import load_encoder
 from clipfilter.models.heads import HeadFile, load_head
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, parse_policy
-from clipfilter.policies.compile import rule_prompts_sha256
 from clipfilter.policies.fraction import dataset_thresholds
-from clipfilter.policies.language.schema import json_sha256
+from clipfilter.policies.language.schema import json_sha256, rule_prompts_sha256
 from clipfilter.report import write_report
 from clipfilter.report.explain import explain_row, sentence
 from tests.support.engine import commits, data_files, write_tars
