@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipfilter.beam.columns import DECISIONS, quantile_buckets, quantiles
+from clipfilter.beam.columns import quantile_buckets, quantiles
 from clipfilter.beam.options import BeamOptions
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import ClipfilterError, RefusedError
 from clipfilter.runs import ledger, of_run, read_plan
 from clipfilter.storage import Directory

@@ -23,10 +23,11 @@ from clipfilter.calibration.scores import (
     prompts_sha256,
     refuse_other_scores,
 )
+from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, Rule, json_sha256
 
-BANDS = ("reject", "review", "keep")
+BANDS = tuple(reversed(DECISIONS))
 _TARGET = re.compile(r"(precision|miss-rate|review-budget)\s*(>=|<=|=)\s*([0-9.eE+-]{1,20})\Z")
 _SIGN = {"precision": ">=", "miss-rate": "<=", "review-budget": "<="}
 _HOME = {"precision": "reject", "miss-rate": "review", "review-budget": "review"}
@@ -222,7 +223,7 @@ def calibrate(
         found[target.band] = Threshold(
             band=target.band, direction=direction, value=sign * value, target=str(target), **evidence
         )
-    if {"reject", "review"} <= set(flagging) and not _looser(flagging["review"], flagging["reject"]):
+    if set(LIMITS) <= set(flagging) and not _looser(flagging["review"], flagging["reject"]):
         raise RefusedError(
             f"the reject threshold {direction} {sign * flagging['reject']:g} would swallow the review band at "
             f"{sign * flagging['review']:g}; calibrate review in the same command, with a second --target such as "

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.calibration.scores import ScoredRun, bands_in_use, direction_of
+from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, Rule
 
@@ -130,7 +131,7 @@ def draw(
     if cut is not None and design not in ("flagged", "uncertain"):
         raise RefusedError(f"--cut belongs to the designs flagged and uncertain, not to {design}.")
     bands = bands_in_use(policy, rule, run.plan.model.get("weights_sha256"))
-    cuts = [cut] if cut is not None else [bands[name].value for name in ("review", "reject") if name in bands]
+    cuts = [cut] if cut is not None else [bands[name].value for name in LIMITS if name in bands]
     direction = direction_of(policy, rule) if cuts else "above"  # without a cut no direction is needed
     if design != "uniform" and not cuts:
         raise RefusedError(f"the rule {rule.id!r} has no threshold for {run.model}; give the raw score with --cut.")
@@ -139,7 +140,7 @@ def draw(
         meant = Design(design, direction, loosest, seed if design == "flagged" else None)
     else:
         meant = Design(design, seed=seed)
-    strata = {name: _Stratum(n) for name in (("keep", "review", "reject") if design == "per-band" else ("all",))}
+    strata = {name: _Stratum(n) for name in (DECISIONS if design == "per-band" else ("all",))}
     unscored = 0
     for path, batch, scores in run.batches(rule.id, _READ):
         scored = ~np.isnan(scores)
@@ -182,7 +183,7 @@ def past(scores: np.ndarray, direction: str, cut: float) -> np.ndarray:
 
 def _bands(scores: np.ndarray, thresholds: dict[str, float], direction: str) -> np.ndarray:
     place = np.full(len(scores), "keep", object)
-    for name in ("review", "reject"):
+    for name in LIMITS:
         if name in thresholds:
             place[past(scores, direction, thresholds[name])] = name
     return place

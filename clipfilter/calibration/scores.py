@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import (
     Band,
@@ -25,7 +26,7 @@ from clipfilter.storage import Directory
 
 _BATCH = 16_384
 #: What a rule says besides what its scores are.
-_NOT_SCORE = ("id", "review", "reject", "on_missing", "tighten", "severity", "action")
+_NOT_SCORE = ("id", *LIMITS, "on_missing", "tighten", "severity", "action")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def bands_in_use(policy: Policy, rule: Rule, weights_sha256: str | None) -> dict
     entry = next((entry for entry in policy.calibrations if entry.weights_sha256 == weights_sha256), None)
     own = entry.rules.get(rule.id) if entry is not None else None
     bands = {}
-    for name in ("review", "reject"):
+    for name in LIMITS:
         calibrated = getattr(own, name) if own is not None else None
         band = calibrated.band() if calibrated is not None else getattr(rule, name)
         if band is not None:

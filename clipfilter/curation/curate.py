@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.curation.arrays import load_matrix
 from clipfilter.curation.balance import Entries, balanced, count_entries
 from clipfilter.curation.scores import BANK_SIZE, NormSim, negclip_scores, smallest
@@ -41,7 +42,7 @@ def add_scores(
             raise RefusedError(
                 f"the run in {source.directory.url} has no caption embeddings, which negCLIPLoss compares."
             )
-        fields.append(("cf_negclip", pa.float32()))
+        fields.append((cf.NEGCLIP, pa.float32()))
         options["negclip"] = {"bank": bank_size, "seed": seed}
     similarity = None
     if target is not None:
@@ -52,7 +53,7 @@ def add_scores(
                 "the target must come from the run's own model."
             )
         similarity = NormSim(matrix, p)
-        fields.append(("cf_normsim", pa.float32()))
+        fields.append((cf.NORMSIM, pa.float32()))
         options["normsim"] = {"target": hashlib.sha256(matrix.tobytes()).hexdigest(), "p": "inf" if p == np.inf else p}
     if not fields:
         raise RefusedError("nothing is to be computed; give --negclip, --normsim TARGET.npy or both.")
@@ -63,9 +64,9 @@ def add_scores(
     def compute(shard: RunShard) -> dict[str, pa.Array]:
         columns: dict[str, pa.Array] = {}
         if bank is not None:
-            columns["cf_negclip"] = bank.scores(shard)
+            columns[cf.NEGCLIP] = bank.scores(shard)
         if similarity is not None:
-            columns["cf_normsim"] = pa.array(similarity.scores(as_matrix(shard.embeddings["image_emb"], source.dim)))
+            columns[cf.NORMSIM] = pa.array(similarity.scores(as_matrix(shard.embeddings["image_emb"], source.dim)))
         return columns
 
     return derive(source, out, added, options, compute)
@@ -81,10 +82,10 @@ class _Bank:
         image = text = np.empty((0, self._dim), np.float16)
         for shard in run.shards():
             has = np.flatnonzero(np.asarray(shard.embeddings["text_emb"].is_valid()))
-            own = seeded_hash(uid_keys(shard.rows["cf_uid"])[has], seed, "bank")
+            own = seeded_hash(uid_keys(shard.rows[cf.UID])[has], seed, "bank")
             best = smallest(own, size)
             rows = has[best]
-            numbers = np.asarray(shard.rows["cf_row"])[rows].astype(np.uint64)
+            numbers = np.asarray(shard.rows[cf.ROW])[rows].astype(np.uint64)
             hashes = np.concatenate([hashes, own[best]])
             places = np.concatenate([places, np.stack([np.full(len(rows), shard.id, np.uint64), numbers], 1)])
             image = np.concatenate([image, as_matrix(shard.embeddings["image_emb"], self._dim)[rows]])
@@ -96,7 +97,7 @@ class _Bank:
 
     def scores(self, shard: RunShard) -> pa.Array:
         has = np.asarray(shard.embeddings["text_emb"].is_valid())
-        rows = np.asarray(shard.rows["cf_row"]).tolist()
+        rows = np.asarray(shard.rows[cf.ROW]).tolist()
         place = np.array([self._place.get((shard.id, row), -1) for row in rows], np.int64)
         values = np.full(len(rows), np.nan, np.float32)
         image, text = (as_matrix(shard.embeddings[name], self._dim) for name in ("image_emb", "text_emb"))
@@ -118,18 +119,16 @@ def add_balance(run: str, out: str, entries: str, *, t: int, seed: int = 0) -> d
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedError(f"{entries} cannot be read as a list of entries ({error}).") from error
     source = EmbeddedRun(run)
-    added = pa.schema([("cf_balanced", pa.bool_())])
+    added = pa.schema([(cf.BALANCED, pa.bool_())])
     refuse_existing(source, out, added)
     counts = np.zeros(len(listed.names), np.int64)
     for shard in source.shards():
-        matches = (listed.match(caption) for caption in shard.rows["cf_caption"].to_pylist())
+        matches = (listed.match(caption) for caption in shard.rows[cf.CAPTION].to_pylist())
         counts += count_entries(matches, len(listed.names))
 
     def compute(shard: RunShard) -> dict[str, pa.Array]:
-        matches = [listed.match(caption) for caption in shard.rows["cf_caption"].to_pylist()]
-        return {
-            "cf_balanced": pa.array(balanced(matches, uid_keys(shard.rows["cf_uid"]), counts, listed.names, t, seed))
-        }
+        matches = [listed.match(caption) for caption in shard.rows[cf.CAPTION].to_pylist()]
+        return {cf.BALANCED: pa.array(balanced(matches, uid_keys(shard.rows[cf.UID]), counts, listed.names, t, seed))}
 
     options = {"balance": {"entries": listed.sha256, "t": t, "seed": seed}}
     return derive(source, out, added, options, compute)

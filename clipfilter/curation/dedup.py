@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.curation.clusters import fit_centroids, nearest_centroids
 from clipfilter.curation.duplicates import exact_duplicates, follow, near_duplicates, semantic_duplicates
 from clipfilter.curation.scores import smallest
@@ -22,11 +23,11 @@ from clipfilter.storage import Directory
 
 COLUMNS = pa.schema(
     [
-        ("cf_duplicate", pa.bool_()),
-        ("cf_duplicate_of", pa.string()),
-        ("cf_duplicate_kind", pa.string()),
-        ("cf_duplicate_cosine", pa.float32()),
-        ("cf_duplicate_bits", pa.int8()),
+        (cf.DUPLICATE, pa.bool_()),
+        (cf.DUPLICATE_OF, pa.string()),
+        (cf.DUPLICATE_KIND, pa.string()),
+        (cf.DUPLICATE_COSINE, pa.float32()),
+        (cf.DUPLICATE_BITS, pa.int8()),
     ]
 )
 KINDS = ("exact", "near", "semantic")
@@ -139,7 +140,7 @@ def _check(run: EmbeddedRun, options: DedupOptions) -> None:
         raise RefusedError("nothing is to be looked for; leave --exact on, or give --near or --semantic.")
     if options.prefer is not None:
         schema = schema_from_text(run.plan.source["schema"])
-        numbers = pa.schema([*schema, *FACTS, pa.field("cf_similarity", pa.float32())])
+        numbers = pa.schema([*schema, *FACTS, pa.field(cf.SIMILARITY, pa.float32())])
         check_metadata(options.prefer, numbers)
 
 
@@ -148,14 +149,14 @@ def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
     for shard in run.shards():
         table, store = shard.rows, shard.embeddings
         n = table.num_rows
-        keys.append(uid_keys(table["cf_uid"]))
-        places.append(np.stack([np.full(n, shard.id, np.uint64), np.asarray(table["cf_row"]).astype(np.uint64)], 1))
+        keys.append(uid_keys(table[cf.UID]))
+        places.append(np.stack([np.full(n, shard.id, np.uint64), np.asarray(table[cf.ROW]).astype(np.uint64)], 1))
         if options.prefer is not None:
             preference.append(metadata_values(options.prefer, with_facts(table, store)))
-        digests.append(uid_keys(pc.utf8_slice_codeunits(table["cf_sha256"], 0, 32)))
-        has_digest.append(np.asarray(table["cf_sha256"].is_valid()))
-        hashes.append(np.asarray(store["cf_phash"].fill_null(0), np.uint64))
-        has_hash.append(np.asarray(store["cf_phash"].is_valid()))
+        digests.append(uid_keys(pc.utf8_slice_codeunits(table[cf.SHA256], 0, 32)))
+        has_digest.append(np.asarray(table[cf.SHA256].is_valid()))
+        hashes.append(np.asarray(store[cf.PHASH].fill_null(0), np.uint64))
+        has_hash.append(np.asarray(store[cf.PHASH].is_valid()))
     if not keys:
         raise RefusedError(f"the run in {run.directory.url} has no rows; there is nothing to compare.")
     return _Rows(
@@ -256,7 +257,7 @@ def _uids_of(run: EmbeddedRun, wanted: np.ndarray) -> dict[int, str]:
     for shard in run.shards():
         n = shard.rows.num_rows
         here = wanted[(wanted >= first) & (wanted < first + n)]
-        values = shard.rows["cf_uid"].take(pa.array(here - first)).to_pylist()
+        values = shard.rows[cf.UID].take(pa.array(here - first)).to_pylist()
         uids.update(zip(here.tolist(), values, strict=True))
         first += n
     return uids
@@ -275,9 +276,9 @@ def _columns(shard: RunShard, first: int, found: _Found, rows: _Rows, uids: dict
     hashed = gone & rows.has_hash[here] & rows.has_hash[keeper]
     bits = np.where(hashed, np.bitwise_count(rows.hashes[here] ^ rows.hashes[keeper]), 0)
     return {
-        "cf_duplicate": pa.array(gone),
-        "cf_duplicate_of": pa.array([uids[k] if k >= 0 else None for k in keeper.tolist()], pa.string()),
-        "cf_duplicate_kind": pa.array([KINDS[k] if k >= 0 else None for k in kind.tolist()], pa.string()),
-        "cf_duplicate_cosine": pa.array(cosine, pa.float32(), mask=np.isnan(cosine)),
-        "cf_duplicate_bits": pa.array(bits.astype(np.int8), pa.int8(), mask=~hashed),
+        cf.DUPLICATE: pa.array(gone),
+        cf.DUPLICATE_OF: pa.array([uids[k] if k >= 0 else None for k in keeper.tolist()], pa.string()),
+        cf.DUPLICATE_KIND: pa.array([KINDS[k] if k >= 0 else None for k in kind.tolist()], pa.string()),
+        cf.DUPLICATE_COSINE: pa.array(cosine, pa.float32(), mask=np.isnan(cosine)),
+        cf.DUPLICATE_BITS: pa.array(bits.astype(np.int8), pa.int8(), mask=~hashed),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clipfilter.engine.decoding import DecodedBatch, DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.driver import MAX_ATTEMPTS, Display, Progress, StageResult, Unit, fix_thresholds, run_units
+from clipfilter.engine.executors.inline import InlineExecutor
 from clipfilter.engine.executors.interface import Outcome, Resources
 from clipfilter.engine.executors.ray import RayExecutor
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
@@ -27,7 +28,15 @@ from clipfilter.engine.job import (
 )
 from clipfilter.engine.metrics import LOOPBACK, MetricsOptions, published, together
 from clipfilter.engine.shard import EmbeddedShard, embed_rows, shard_report
-from clipfilter.engine.stream import Input, StoredRun, StreamOptions, embed_stream, open_inputs, stream_options
+from clipfilter.engine.stream import (
+    Input,
+    StoredRun,
+    StreamOptions,
+    embed_stream,
+    on_device,
+    open_inputs,
+    stream_options,
+)
 from clipfilter.engine.worker import JobSpec, Task, Worker, compile_for
 
 __all__ = [
@@ -44,6 +53,7 @@ __all__ = [
     "Display",
     "Dtype",
     "EmbeddedShard",
+    "InlineExecutor",
     "Input",
     "JobRequest",
     "JobResult",
@@ -69,6 +79,7 @@ __all__ = [
     "embed_stream",
     "fix_thresholds",
     "gpu_count",
+    "on_device",
     "open_inputs",
     "plan_overview",
     "prefetch",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from clipfilter.errors import RefusedError
+
 #: More threads than this per worker gain little on any tower; larger machines get more workers instead.
 MAX_THREADS = 8
 
@@ -30,3 +32,14 @@ def gpu_count() -> int:
         return len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
     except OSError:
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def local_device(device: str) -> str:
+    """ "cuda" or "cpu": what `--device` means on this machine. Raises RefusedError where a GPU was asked for in vain."""
+    if device == "cpu":
+        return "cpu"
+    if gpu_count():
+        return "cuda"
+    if device.startswith("cuda"):
+        raise RefusedError("no GPU is visible on this machine; use --device cpu, or --address for a Ray cluster.")
+    return "cpu"

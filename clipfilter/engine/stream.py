@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -148,15 +148,35 @@ def stream_options(
     text: bool = False,
 ) -> tuple[Encoder, StreamOptions]:
     """The model and the options for some inputs, with the defaults of a job on this device where None is given."""
-    wanted = "cuda" if device == "auto" and gpu_count() else "cpu" if device == "auto" else device
-    kind = wanted.split(":")[0]
-    encoder = load_for(inputs, model, device=wanted, dtype=dtype or DEFAULT_DTYPE.get(kind, "fp32"), threads=threads)
+    at = on_device(device, dtype, batch_size)
+    encoder = load_for(inputs, model, device=at.device, dtype=at.dtype, threads=threads)
     return encoder, StreamOptions(
-        batch_size=batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
+        batch_size=at.batch_size,
         decode="exact" if decode == "exact" else "fast",
         threads=threads,
-        decode_ahead=0 if kind == "cpu" else 2,
+        decode_ahead=at.decode_ahead,
         text=text,
+    )
+
+
+class OnDevice(NamedTuple):
+    """How a model is run on a device. decode_ahead: batches decoded while the model works."""
+
+    device: str
+    dtype: Dtype
+    batch_size: int
+    decode_ahead: int
+
+
+def on_device(device: str = "auto", dtype: Dtype | None = None, batch_size: int | None = None) -> OnDevice:
+    """What is asked for, with the defaults of the device for None; "auto" takes a GPU where there is one."""
+    wanted = device if device != "auto" else "cuda" if gpu_count() else "cpu"
+    kind = wanted.split(":")[0]
+    return OnDevice(
+        wanted,
+        dtype or DEFAULT_DTYPE.get(kind, "fp32"),
+        batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
+        0 if kind == "cpu" else 2,
     )
 
 

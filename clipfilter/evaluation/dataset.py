@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.engine import (
     DEFAULT_MAX_PIXELS,
     MAX_THREADS,
@@ -253,12 +254,10 @@ class _Collected:
         self.images += len(image_emb)
 
     def fail(self, table: pa.Table) -> None:
-        self.failed.update(table["cf_error_class"].to_pylist())
+        self.failed.update(table[cf.ERROR_CLASS].to_pylist())
         room = _LISTED_FAILURES - len(self.failures)
         for row in table.slice(0, room).to_pylist():
-            self.failures.append(
-                {"key": row["cf_key"], "class": row["cf_error_class"], "message": row["cf_error"] or ""}
-            )
+            self.failures.append({"key": row[cf.KEY], "class": row[cf.ERROR_CLASS], "message": row[cf.ERROR] or ""})
 
     def finish(self) -> EvaluationData:
         if not self.rows:
@@ -312,7 +311,7 @@ def _read_source(dataset: Dataset, collected: _Collected) -> None:
 
 def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collected: _Collected) -> None:
     request, column = dataset.request, dataset.label_column
-    carried = [COLUMN_PREFIX.field("cf_captions")]
+    carried = [COLUMN_PREFIX.field(cf.CAPTIONS)]
     if column in dataset.source.schema.names:
         carried.append(dataset.source.schema.field(column))
     first = request.captions == "first"
@@ -340,7 +339,7 @@ def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collect
     collected.fail(embedded.failed)
     if reader.stats.damaged:
         collected.damaged.append(shard.path)
-    lists = rows["cf_captions"].to_pylist() if dataset.captions else [None] * rows.num_rows
+    lists = rows[cf.CAPTIONS].to_pylist() if dataset.captions else [None] * rows.num_rows
     collected.add(
         as_matrix(embedded.embeddings["image_emb"], dim), _labels(rows, column), [_usable(c) for c in lists], text_emb
     )
@@ -367,7 +366,7 @@ def _labels(rows: pa.Table, column: str | None) -> list[str | int | None] | None
     if column in rows.column_names:
         found: list[str | int | None] = rows[column].to_pylist()
         return [None if value == "" else value for value in found]
-    folders = (key.rpartition("/")[0].rpartition("/")[2] for key in rows["cf_key"].to_pylist())
+    folders = (key.rpartition("/")[0].rpartition("/")[2] for key in rows[cf.KEY].to_pylist())
     return [folder or None for folder in folders]
 
 
@@ -382,9 +381,9 @@ def _usable(captions: str | list[str | None] | None) -> list[str]:
 def _read_run(dataset: Dataset, base: tuple[Directory, dict[str, Any], Plan], collected: _Collected) -> None:
     directory, version, plan = base
     request = dataset.request
-    captions = request.options.caption_column or "cf_caption"
-    stored = captions == "cf_caption" and plan.options["captions"] == "first" and plan.text_column
-    wanted = {"cf_key", captions, dataset.label_column, *(name for name, _ in request.where)}
+    captions = request.options.caption_column or cf.CAPTION
+    stored = captions == cf.CAPTION and plan.options["captions"] == "first" and plan.text_column
+    wanted = {cf.KEY, captions, dataset.label_column, *(name for name, _ in request.where)}
     whole = not request.where and request.limit is None
     for failed_shard in version["failed_shards"]:
         collected.failed_shards.append({"path": failed_shard["shard"]["path"], "error": failed_shard["error"]})

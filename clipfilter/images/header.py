@@ -24,7 +24,6 @@ class Header:
     height: int
     orientation: int = 1
     channels: int = 0  # of a JPEG: 1 gray, 3 colour, 4 CMYK or YCCK
-    clean: bool = True  # of a PNG: nothing but the chunks that make up the picture
     depth: int = 8  # of a PNG: bits per sample
 
     @property

@@ -6,6 +6,7 @@ import re
 import time
 from typing import Any
 
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
 from clipfilter.nightly import record
 from clipfilter.runs import ledger, read_plan
@@ -29,7 +30,7 @@ def history(url: str) -> dict[str, Any]:
             {
                 "version": name,
                 "rows": totals["rows"],
-                **{part: totals[part] for part in ("keep", "review", "reject", "failed", "shards", "failed_shards")},
+                **{part: totals[part] for part in (*DECISIONS, "failed", "shards", "failed_shards")},
                 "rolled_back_to": content.get("rolled_back_to"),
                 "set_aside": len(content.get("set_aside", [])),
             }

@@ -33,45 +33,28 @@ from clipfilter.policies.language.extends import read_document, resolve
 from clipfilter.policies.language.fields import suggest
 from clipfilter.policies.language.json_schema import policy_schema
 from clipfilter.policies.language.load import load_policy, pack_names, packs_folder, parse_policy, policy_file
+from clipfilter.policies.language.overrides import OVERRIDE_RULE
 from clipfilter.policies.language.rule import Rule
 from clipfilter.policies.language.schema import Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.language.scores import ScorePolicy, named_scores, scores_of
 from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, scalar
-from clipfilter.policies.names import (
-    ALL_BANDS,
-    DECISION,
-    DECISIONS,
-    ESCALATE,
-    OVERRIDE_RULE,
-    REASONS_COLUMN,
-    SIMILARITY,
-    TIGHTEN,
-    score_column,
-)
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
 from clipfilter.policies.recheck import RECHECK
 from clipfilter.policies.scoring import Scores
 
 __all__ = [
-    "ALL_BANDS",
     "ATTACHMENTS_FOLDER",
     "BUCKETS",
     "BUILTINS",
     "COSINE_BLOCK",
-    "DECISION",
-    "DECISIONS",
     "DEFAULT_TEMPLATES",
-    "ESCALATE",
     "KINDS",
     "LABEL_COLUMNS",
     "MAX_YAML_BYTES",
     "OVERRIDE_RULE",
     "REASONS",
-    "REASONS_COLUMN",
     "RECHECK",
-    "SIMILARITY",
     "TEMPLATES",
-    "TIGHTEN",
     "Attachments",
     "Band",
     "CompiledPolicy",
@@ -127,7 +110,6 @@ __all__ = [
     "resolve",
     "rule_prompts_sha256",
     "scalar",
-    "score_column",
     "scores_of",
     "sigmoid",
     "similarity",

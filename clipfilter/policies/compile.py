@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import deciding
 from clipfilter.policies.curves import bent
@@ -25,7 +26,6 @@ from clipfilter.policies.language.calibrated import Calibration
 from clipfilter.policies.language.conditions import check_condition
 from clipfilter.policies.language.rule import Rule
 from clipfilter.policies.language.schema import DatasetThreshold, Policy, json_sha256, rule_prompts_sha256
-from clipfilter.policies.names import score_column
 from clipfilter.policies.scoring import Scorer, Scores
 
 
@@ -88,7 +88,7 @@ class CompiledPolicy:
 
     @property
     def score_columns(self) -> list[str]:
-        return [score_column(rule.id) for rule in self.rules]
+        return [cf.score(rule.id) for rule in self.rules]
 
     def check_columns(self, schema: pa.Schema) -> None:
         """Refuse, before work begins, rules that data with this schema can never answer."""

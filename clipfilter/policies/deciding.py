@@ -11,26 +11,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
 from clipfilter.policies.kinds.base import CompiledRule
 from clipfilter.policies.language.bands import moved
+from clipfilter.policies.language.overrides import OVERRIDE_RULE
 from clipfilter.policies.language.schema import DatasetThreshold
-from clipfilter.policies.names import (
-    ACTION,
-    ALL_BANDS,
-    BANDS,
-    DECISION,
-    DECISIONS,
-    ESCALATE,
-    OVERRIDE_RULE,
-    REASONS_COLUMN,
-    REJECT,
-    SEVERITY,
-    SIMILARITY,
-    TIGHTEN,
-    score_column,
-)
 from clipfilter.policies.scoring import Scores
 
+#: What a rule may say of a row.
+BANDS = (*LIMITS, MISSING)
+_ALL_BANDS = (*BANDS, ESCALATE, TIGHTEN, "keep")
 # In which order reasons are listed: a person's decision stands between escalation and the rules.
 _RANK = {ESCALATE: 40, "reject": 20, "review": 10, TIGHTEN: 0}
 _OVERRIDE_RANK = 30
@@ -124,7 +115,7 @@ class Decider:
     @property
     def has_actions(self) -> bool:
         """Whether a rule names what is to be done beyond its bands."""
-        return any(rule.action is not None and rule.action not in ("reject", "review") for rule in self.rules)
+        return any(rule.action is not None and rule.action not in LIMITS for rule in self.rules)
 
     @property
     def names(self) -> list[str]:
@@ -149,7 +140,7 @@ def decide(policy: Decider, scores: Scores, thresholds: dict[str, float | None])
         outcomes += _outcomes(policy, position, rule, scores, thresholds, shifts.get(rule.id))
     outcomes += _modifiers(policy, scores, shifts)
     for outcome in sorted(outcomes, key=lambda item: item.rank):  # the worst last, which stays
-        codes[outcome.rows] = min(outcome.rank // 10, REJECT)
+        codes[outcome.rows] = min(outcome.rank // 10, len(DECISIONS) - 1)
     if scores.overrides is not None:
         final = np.zeros(n, dtype=bool)
         for outcome in outcomes:
@@ -184,7 +175,7 @@ def _outcomes(
     missing = np.ones(len(values), dtype=bool) if unknown else np.isnan(values)
     left = ~missing
     found = []
-    for name in (ESCALATE, "reject", "review"):
+    for name in (ESCALATE, *reversed(LIMITS)):
         if name not in bands:
             continue
         limit = _limits(*bands[name], shift, len(values))
@@ -290,7 +281,7 @@ def _severity(policy: Decider, outcomes: Sequence[_Outcome], rows: int) -> np.nd
         return None
     result = np.zeros(rows, dtype=np.int32)
     for outcome in outcomes:
-        if outcome.rule < len(policy.rules) and outcome.band in ("review", "reject", ESCALATE):
+        if outcome.rule < len(policy.rules) and outcome.band in (*LIMITS, ESCALATE):
             own = policy.rules[outcome.rule].severity or 0
             result[outcome.rows] = np.maximum(result[outcome.rows], own)
     return result
@@ -303,7 +294,7 @@ def _action(policy: Decider, outcomes: Sequence[_Outcome], rows: int) -> pa.Arra
     chosen = np.full(rows, -1, dtype=np.int32)
     for outcome in sorted(outcomes, key=lambda item: -item.rank):
         own = policy.rules[outcome.rule].action if outcome.rule < len(policy.rules) else None
-        if own not in (None, "reject", "review") and outcome.band in ("review", "reject", ESCALATE):
+        if own is not None and own not in LIMITS and outcome.band in (*LIMITS, ESCALATE):
             free = outcome.rows[chosen[outcome.rows] < 0]
             chosen[free] = names.index(own)
     return _strings(chosen, pa.array(names))
@@ -319,7 +310,7 @@ def _reasons(policy: Decider, scores: Scores, outcomes: Sequence[_Outcome]) -> p
 
     lengths = np.array([len(outcome.rows) for outcome in fired], dtype=np.intp)
     rule = np.repeat(np.array([outcome.rule for outcome in fired], dtype=np.int32), lengths)
-    band = np.repeat(np.array([ALL_BANDS.index(outcome.band) for outcome in fired], dtype=np.int32), lengths)
+    band = np.repeat(np.array([_ALL_BANDS.index(outcome.band) for outcome in fired], dtype=np.int32), lengths)
     threshold = _joined(np.float32, [outcome.threshold for outcome in fired])
     scored = [_scored(policy, outcome) for outcome in fired]
     score = _found(scores.values, [name for name, _ in scored], fired, np.float32(np.nan))
@@ -329,7 +320,7 @@ def _reasons(policy: Decider, scores: Scores, outcomes: Sequence[_Outcome]) -> p
     items = pa.StructArray.from_arrays(
         [
             _strings(rule[order], pa.array(policy.names)),
-            _strings(band[order], pa.array(ALL_BANDS)),
+            _strings(band[order], pa.array(_ALL_BANDS)),
             _floats(score[order]),
             _floats(threshold[order]),
             _strings(nearest[order], policy.labels),
@@ -381,13 +372,13 @@ def annotation(policy: Decider, scores: Scores, decisions: Decisions | None) -> 
     thresholds are fixed) the columns of the decision are null.
     """
     n = scores.rows
-    columns: dict[str, pa.Array] = {SIMILARITY: _floats(scores.similarity)}
-    columns |= {score_column(rule.id): _floats(scores.values[rule.id]) for rule in policy.rules}
-    columns[DECISION] = pa.nulls(n, pa.string()) if decisions is None else decisions.decision
-    columns[REASONS_COLUMN] = pa.nulls(n, REASONS) if decisions is None else decisions.reasons
+    columns: dict[str, pa.Array] = {cf.SIMILARITY: _floats(scores.similarity)}
+    columns |= {cf.score(rule.id): _floats(scores.values[rule.id]) for rule in policy.rules}
+    columns[cf.DECISION] = pa.nulls(n, pa.string()) if decisions is None else decisions.decision
+    columns[cf.REASONS] = pa.nulls(n, REASONS) if decisions is None else decisions.reasons
     if policy.has_severities:
         known = decisions is not None and decisions.severity is not None
-        columns[SEVERITY] = pa.array(decisions.severity) if known else pa.nulls(n, pa.int32())  # type: ignore[union-attr]
+        columns[cf.SEVERITY] = pa.array(decisions.severity) if known else pa.nulls(n, pa.int32())  # type: ignore[union-attr]
     if policy.has_actions:
-        columns[ACTION] = pa.nulls(n, pa.string()) if decisions is None else decisions.action
+        columns[cf.ACTION] = pa.nulls(n, pa.string()) if decisions is None else decisions.action
     return pa.table(columns)

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.policies import blocks
 from clipfilter.policies.blocks import BLOCK
 from clipfilter.policies.columns import metadata_values
 from clipfilter.policies.kinds.base import Answer, Block, CompiledRule, Found, Plan, Rows
 from clipfilter.policies.language import conditions
 from clipfilter.policies.language.overrides import OverrideTable
-from clipfilter.policies.names import SIMILARITY, UID
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Scorer:
         cosine, found = self._blocks(image_emb, text_emb)
         if has_text is not None:
             cosine[~np.asarray(has_text, dtype=bool)] = np.nan
-        if text_emb is None and SIMILARITY in columns.column_names:
-            cosine[:] = metadata_values(SIMILARITY, columns)
+        if text_emb is None and cf.SIMILARITY in columns.column_names:
+            cosine[:] = metadata_values(cf.SIMILARITY, columns)
         values: dict[str, np.ndarray] = {}
         nearest: dict[str, np.ndarray] = {}
         contrast: dict[str, np.ndarray] = {}
@@ -141,9 +141,9 @@ class Scorer:
         return cosine, found
 
     def _overrides(self, columns: pa.Table) -> np.ndarray | None:
-        if self.overrides is None or UID not in columns.column_names:
+        if self.overrides is None or cf.UID not in columns.column_names:
             return None
-        return self.overrides.find(columns.column(UID))
+        return self.overrides.find(columns.column(cf.UID))
 
 
 def _placed(labels: np.ndarray, first: int) -> np.ndarray:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from clipfilter.faces import lazily
 from clipfilter.report import text
-from clipfilter.report.audit import export_decisions
-from clipfilter.report.charts import bars
-from clipfilter.report.data import RuleData, floats, rules_of
-from clipfilter.report.diff import diff_page
-from clipfilter.report.explain import Explanation, explain_row, sentence, verdict
-from clipfilter.report.histogram import Histogram
-from clipfilter.report.reproduce import policy_yaml
-from clipfilter.report.sheet import contact_sheet
-from clipfilter.report.thumbnails import thumbnail
+
+if TYPE_CHECKING:
+    from clipfilter.report.audit import export_decisions
+    from clipfilter.report.charts import bars
+    from clipfilter.report.data import RuleData, floats, rules_of
+    from clipfilter.report.diff import diff_page
+    from clipfilter.report.explain import Explanation, explain_row, sentence, verdict
+    from clipfilter.report.histogram import Histogram
+    from clipfilter.report.reproduce import policy_yaml
+    from clipfilter.report.sheet import contact_sheet
+    from clipfilter.report.thumbnails import jpeg_of
 
 Thumbnails = Literal["none", "blur", "show"]
 
@@ -38,7 +41,7 @@ def write_report(run_url: str, thumbnails: str = "blur") -> str:
     try:
         data = gather(directory)
         examples = choose_examples(directory, data)
-        problem = None if thumbnails == "none" else add_thumbnails(examples, data.source, thumbnails)
+        problem = None if thumbnails == "none" else add_thumbnails(examples, data.plan.dataset, thumbnails)
         directory.replace("report.html", render(data, examples, thumbnails, problem).encode())
     finally:
         directory.clean_scratch(stale_only=False)
@@ -56,11 +59,31 @@ __all__ = [
     "explain_row",
     "export_decisions",
     "floats",
+    "jpeg_of",
     "policy_yaml",
     "rules_of",
     "sentence",
     "text",
-    "thumbnail",
     "verdict",
     "write_report",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Explanation": "explain",
+        "Histogram": "histogram",
+        "RuleData": "data",
+        "bars": "charts",
+        "contact_sheet": "sheet",
+        "diff_page": "diff",
+        "explain_row": "explain",
+        "export_decisions": "audit",
+        "floats": "data",
+        "jpeg_of": "thumbnails",
+        "policy_yaml": "reproduce",
+        "rules_of": "data",
+        "sentence": "explain",
+        "verdict": "explain",
+    },
+)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Measure, bent, measure_in, measure_of
 from clipfilter.report.histogram import Histogram
-from clipfilter.runs import Plan, ledger, of_run, read_plan
+from clipfilter.runs import Plan, ledger, read_plan
 from clipfilter.storage import Directory
 
 BANDS = ("review", "reject", "missing", "escalate")
@@ -145,11 +145,6 @@ class RunData:
     @property
     def totals(self) -> dict[str, Any]:
         return dict(self.content["totals"])
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """The plan of the dataset itself (a `filter` carries that of the run it decided)."""
-        return dict(self.plan.source["source"] if of_run(self.plan.source) else self.plan.source)
 
 
 def gather(directory: Directory) -> RunData:

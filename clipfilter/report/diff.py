@@ -11,6 +11,7 @@ from clipfilter.report.examples import Example, Examples
 from clipfilter.report.markup import dot, note, place_of, plural, table
 from clipfilter.report.page import document
 from clipfilter.report.thumbnails import add_thumbnails
+from clipfilter.sources import Shard
 
 _DECISIONS = (("keep", "Kept"), ("review", "To review"), ("reject", "Rejected"))
 _BANDS = ("review", "reject", "escalate", "missing", "keep")
@@ -21,8 +22,9 @@ def diff_page(found: Comparison, thumbnails: str) -> str:
     examples = {id(flip): _example(flip) for flip in found.flips}
     problem = None
     if thumbnails != "none":
+        shards = {name: Shard.from_json(shard) for name, shard in found.shards.items()}
         by_bucket = {("", ""): list(examples.values())}
-        problem = add_thumbnails(Examples(by_bucket, found.shards), found.source, thumbnails)
+        problem = add_thumbnails(Examples(by_bucket, shards), found.source, thumbnails)
     title = f"{found.before.name} {found.before.version} against {found.after.name} {found.after.version}"
     header = (
         f'<header>\n<p class="kicker">Policy change on <bdi>{text.esc(text.place(found.run), 200)}</bdi>, '

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from clipfilter.policies import escalated
 from clipfilter.report.data import Band, RuleData, RunData, floats, past
 from clipfilter.runs import ledger
+from clipfilter.sources import Shard
 from clipfilter.storage import Directory
 
 #: Examples on the whole page, and of one rule's bucket.
@@ -60,10 +61,10 @@ class Example:
 
 @dataclass
 class Examples:
-    """Examples by (rule id, bucket); the rule id is "" for a run without policy. shards: shard JSON by commit name."""
+    """Examples by (rule id, bucket); the rule id is "" for a run without policy. shards: by commit name."""
 
     by_bucket: dict[tuple[str, str], list[Example]] = field(default_factory=dict)
-    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shards: dict[str, Shard] = field(default_factory=dict)
 
     def all(self) -> list[Example]:
         return [example for found in self.by_bucket.values() for example in found]
@@ -75,7 +76,7 @@ def choose_examples(directory: Directory, data: RunData) -> Examples:
     chosen = Examples()
     for name in data.chosen:
         commit = ledger.read_commits(directory, [name])[0]
-        chosen.shards[name] = commit["shard"]
+        chosen.shards[name] = Shard.from_json(commit["shard"])
         with directory.open(commit["files"]["annotated"]["name"]) as handle:
             file = pq.ParquetFile(handle)
             scores = [f"cf_score.{rule.id}" for rule in data.rules] or ["cf_similarity"]

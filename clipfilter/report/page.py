@@ -84,7 +84,7 @@ def document(title: str, header: str, sections: Sequence[str], written_from: str
 
 def dataset_name(data: RunData) -> str:
     """The last part of the source's URL."""
-    url = text.place(data.source.get("url", "")).rstrip("/")
+    url = text.place(data.plan.dataset.get("url", "")).rstrip("/")
     name = url.rsplit("/", 1)[-1]
     return (unquote(name) if "://" in url else name) or "dataset"
 

@@ -48,7 +48,7 @@ def contact_sheet(vectors: RunVectors, result: SearchResult, mode: str = "blur")
         shown.append(
             Example(
                 commit=shard.name,
-                path=shard.shard["path"],
+                path=shard.shard.path,
                 row=row["cf_row"],
                 key=row["cf_key"] or "",
                 caption=None,
@@ -59,8 +59,7 @@ def contact_sheet(vectors: RunVectors, result: SearchResult, mode: str = "blur")
             )
         )
     examples.by_bucket["", "hits"] = [example for example in shown if example is not None]
-    source = vectors.plan.source["source"] if vectors.plan.job == "filter" else vectors.plan.source
-    problem = add_thumbnails(examples, source, mode)
+    problem = add_thumbnails(examples, vectors.plan.dataset, mode)
     return _draw(rows, cosines, shown), problem
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import logging
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 from clipfilter.errors import ClipfilterError, RowError
 from clipfilter.report.examples import Example, Examples
+from clipfilter.runs import Pictures
 
 log = logging.getLogger("clipfilter.report")
 
@@ -22,43 +21,35 @@ MAX_BYTES = 12_000
 CELLS = 8
 #: How the sentence ends when no picture could be had at all.
 NO_THUMBNAILS = "so there are no thumbnails."
-_DECODE_SIDE = 224
 _MAX_PIXELS = 64_000_000
 
 
-def add_thumbnails(examples: Examples, source_plan: dict[str, Any], mode: str) -> str | None:
+def add_thumbnails(examples: Examples, dataset: dict[str, Any], mode: str) -> str | None:
     """Fill in `image` of the examples; mode "blur" or "show". Only rows that were kept are shown clearly under "blur".
     Of escalated rows (`hidden`) the bytes are not even read.
 
-    Returns a sentence about what could not be shown, None when everything could. Never raises for a source that
-    cannot be read: a report outlives its source.
+    dataset: `Plan.dataset`. Returns a sentence about what could not be shown, None when everything could. Never raises for
+    a dataset that cannot be read: a report outlives its source.
     """
-    from clipfilter.sources import Shard, Source
-
-    wanted: dict[str, dict[int, Example]] = defaultdict(dict)
     shown = [example for example in examples.all() if not example.hidden]
-    for example in shown:
-        wanted[example.commit][example.row] = example
-    if not wanted:
+    if not shown:
         return None
+    wanted: dict[str, dict[int, Example]] = {}
+    for example in shown:
+        wanted.setdefault(example.commit, {})[example.row] = example
     problem = ""
     # Any error here, of any library between us and the source, only costs the pictures.
     try:
-        source = Source.from_plan(source_plan)
+        pictures = Pictures(dataset)
     except Exception as error:
         log.warning("no thumbnails: %s", error)
         return f"The source could not be opened ({_short(error)}), {NO_THUMBNAILS}"
     for commit, rows in wanted.items():
         try:
-            shard = Shard.from_json(examples.shards[commit])
-            for batch in source.read(shard, rows=sorted(rows)):
-                numbers = batch.column("cf_row").to_pylist()
-                for position, row in enumerate(numbers):
-                    image = batch.column("cf_image")[position]
-                    if row in rows and image.is_valid:
-                        _fill(rows[row], image.as_py(), mode)
+            for row, data in pictures.read(examples.shards[commit], {n: item.sha256 for n, item in rows.items()}):
+                _fill(rows[row], data, mode)
         except Exception as error:
-            log.warning("no thumbnails from %s: %s", examples.shards[commit].get("path"), error)
+            log.warning("no thumbnails from %s: %s", examples.shards[commit].path, error)
             problem = problem or _short(error)
     missing = sum(example.image is None for example in shown)
     if not missing:
@@ -70,17 +61,22 @@ def add_thumbnails(examples: Examples, source_plan: dict[str, Any], mode: str) -
 
 
 def _fill(example: Example, data: bytes, mode: str) -> None:
+    blurred = mode != "show" and example.decision != "keep"
+    jpeg = jpeg_of(data, blurred=blurred)
+    if jpeg is not None:
+        example.blurred = blurred
+        example.image = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+
+
+def jpeg_of(data: bytes, *, blurred: bool, side: int = SIDE, max_bytes: int = MAX_BYTES) -> bytes | None:
+    """`thumbnail` of an encoded picture from anywhere, decoded under guard; None where it cannot be decoded."""
     from clipfilter.images import decode
 
-    if example.sha256 is not None and hashlib.sha256(data).hexdigest() != example.sha256:
-        return  # not the image that was decided
     try:
-        rgb = decode(data, mode="fast", min_side=_DECODE_SIDE, max_pixels=_MAX_PIXELS).rgb
+        rgb = decode(data, mode="fast", min_side=side, max_pixels=_MAX_PIXELS).rgb
     except RowError:
-        return
-    example.blurred = mode != "show" and example.decision != "keep"
-    jpeg = thumbnail(rgb, blurred=example.blurred)
-    example.image = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+        return None
+    return thumbnail(rgb, blurred=blurred, side=side, max_bytes=max_bytes)
 
 
 def thumbnail(rgb: np.ndarray, *, blurred: bool, side: int = SIDE, max_bytes: int = MAX_BYTES) -> bytes:

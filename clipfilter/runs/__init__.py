@@ -17,26 +17,60 @@ from clipfilter.runs.columns import (
 )
 from clipfilter.runs.derive import EmbeddedRun, RunShard, derive, embedded_version, refuse_existing
 from clipfilter.runs.ledger import FINAL_STAGE, CommitName, write_commit
+from clipfilter.runs.pictures import Pictures
 from clipfilter.runs.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
-from clipfilter.runs.run import is_run, local_files, machine, open_run, read_stored
+from clipfilter.runs.records import (
+    COUNTS,
+    Account,
+    Base,
+    Commit,
+    Counts,
+    DataFile,
+    FailedShard,
+    FileKind,
+    Files,
+    Thresholds,
+    Totals,
+    Version,
+    Work,
+    WorkerDetails,
+)
+from clipfilter.runs.run import Run, is_run, machine, open_run, read_stored, read_tables
+from clipfilter.runs.run import local_json_files as local_files
 from clipfilter.runs.vectors import RunVectors, VectorShard
 from clipfilter.runs.writer import HASH_LENGTH, ShardWriter
 
 __all__ = [
+    "COUNTS",
     "FACTS",
     "FAILED",
     "FINAL_STAGE",
     "HASH_LENGTH",
     "IDENTITY",
     "PLAN_FILE",
+    "Account",
+    "Base",
+    "Commit",
     "CommitName",
+    "Counts",
+    "DataFile",
     "EmbeddedRun",
+    "FailedShard",
+    "FileKind",
+    "Files",
     "Job",
+    "Pictures",
     "Plan",
+    "Run",
     "RunShard",
     "RunVectors",
     "ShardWriter",
+    "Thresholds",
+    "Totals",
     "VectorShard",
+    "Version",
+    "Work",
+    "WorkerDetails",
     "annotate",
     "as_matrix",
     "decision_inputs",
@@ -52,6 +86,7 @@ __all__ = [
     "open_run",
     "read_plan",
     "read_stored",
+    "read_tables",
     "refuse_existing",
     "refuse_if_different",
     "settle_plan",

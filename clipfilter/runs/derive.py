@@ -19,7 +19,8 @@ from clipfilter.policies import REASONS
 from clipfilter.runs import ledger
 from clipfilter.runs.columns import is_decision_column
 from clipfilter.runs.plan import Plan, settle_plan
-from clipfilter.runs.run import local_files, machine, open_run
+from clipfilter.runs.run import local_json_files as local_files
+from clipfilter.runs.run import machine, open_run
 from clipfilter.runs.writer import ShardWriter
 from clipfilter.sources import Shard, schema_from_text, schema_to_text
 from clipfilter.storage import Directory

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from clipfilter.errors import RefusedError
+from clipfilter.runs.records import check_keys
 from clipfilter.storage import Directory
 from clipfilter.version import __version__
 
@@ -58,9 +59,19 @@ class Plan:
         return (json.dumps(asdict(self) | {"sha256": self.sha256}, indent=1, ensure_ascii=False) + "\n").encode()
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> Plan:
-        known = {item.name for item in fields(Plan)}
-        return Plan(**{name: item for name, item in value.items() if name in known})
+    def from_json(value: Any, where: str) -> Plan:
+        """Raises RefusedError for keys that a plan has not; `where` names its file."""
+        known = [item.name for item in fields(Plan)]
+        found = check_keys(value, where, [*known, "sha256"])
+        return Plan(**{name: found[name] for name in known})
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """The plan of the dataset of images behind the run (`Source.from_plan` opens it), whatever was decided since."""
+        source = self.source
+        while of_run(source):
+            source = source["source"]
+        return source
 
 
 def of_run(source: dict[str, Any]) -> bool:
@@ -81,7 +92,7 @@ def read_plan(directory: Directory) -> Plan | None:
             f"{directory.url} was written by {value.get('created_by', 'another program')} in a format this version does "
             "not read; use that version, or another --out."
         )
-    return Plan.from_json(value)
+    return Plan.from_json(value, f"{directory.url}/{PLAN_FILE}")
 
 
 def settle_plan(directory: Directory, plan: Plan) -> Plan:

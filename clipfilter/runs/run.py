@@ -1,12 +1,15 @@
-"""A run on disk: how it is recognised and opened."""
+"""The noun: a run on disk, opened to be read. Its plan, one of its versions, the commits and tables of its shards."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import re
 import socket
 import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter.errors import RefusedError
-from clipfilter.runs import ledger
-from clipfilter.runs.columns import is_decision_column
+from clipfilter.runs import ledger as json_ledger
+from clipfilter.runs import typed_ledger as ledger
+from clipfilter.runs.columns import FAILED, is_decision_column
 from clipfilter.runs.plan import PLAN_FILE, Plan, of_run, read_plan
+from clipfilter.runs.records import Commit, DataFile, FileKind, Version
 from clipfilter.storage import Directory
 
 
@@ -28,40 +33,238 @@ def is_run(url: str) -> bool:
     return False
 
 
-def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
-    """A finished run: directory, newest version's name and content, plan. A filtered run leads to the run it decided.
+@dataclass(frozen=True)
+class RunShard:
+    """One shard of a run: its commit, its rows (source and identity columns) and their embeddings, equally long."""
 
-    Raises RefusedError when there is none.
+    commit: Commit
+    rows: pa.Table
+    embeddings: pa.Table
+
+    @property
+    def id(self) -> int:
+        """The shard's id as a number."""
+        return int(self.commit.shard.id, 16)
+
+
+class Run:
+    """A run directory, opened to be read: its plan, and one of its versions with the shards that it lists.
+
+    Reading never writes into a local run; files of a run on an object store are copied to a local temporary folder while
+    they are read. Safe to use from several threads.
     """
-    directory = Directory(url)
-    plan = read_plan(directory)
-    if plan is None:
-        raise RefusedError(
-            f"{url} is not a run directory (it has no plan.json); give the --out of an earlier run or embed."
+
+    def __init__(self, url: str, version: str | int | None = None) -> None:
+        """The run at a path or URL, finished or not, at a version ("000001" or 1), by default its newest.
+
+        Raises RefusedError where no run directory is there, or it has no such version.
+        """
+        self.given = url
+        self.directory = Directory(url)
+        plan = read_plan(self.directory)
+        if plan is None:
+            raise RefusedError(
+                f"{url} is not a run directory (it has no {PLAN_FILE}); give the --out of an earlier run or embed."
+            )
+        self.plan: Plan = plan
+        self._version = (
+            ledger.newest_version(self.directory) if version is None else _version(self.directory, url, version)
         )
-    if of_run(plan.source):
-        return open_run(plan.source["run"])
-    newest = ledger.latest_version(directory)
-    if newest is None:
-        raise RefusedError(f"the run in {url} has not finished; repeat its command to resume it, then try again.")
-    return directory, newest[0], newest[1], plan
+
+    @classmethod
+    def open(cls, url: str, version: str | int | None = None) -> Run:
+        """The same for a finished run. Raises RefusedError where it has not finished."""
+        run = cls(url, version)
+        _ = run.version
+        return run
+
+    @property
+    def url(self) -> str:
+        return self.directory.url
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a version to read."""
+        return self._version is not None
+
+    @property
+    def version(self) -> Version:
+        """What the run was opened at. Raises RefusedError where it has not finished."""
+        if self._version is None:
+            raise RefusedError(
+                f"the run in {self.given} has not finished; repeat its command to resume it, then try again."
+            )
+        return self._version
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """The plan of the dataset of images behind the run, for `Source.from_plan`."""
+        return self.plan.dataset
+
+    def origin(self) -> Run:
+        """The finished run that holds the embeddings: this one, or after a `filter` the run that it decided (its newest
+        version). Raises RefusedError where that is gone or has not finished."""
+        if of_run(self.plan.source):
+            return Run(self.plan.source["run"]).origin()
+        _ = self.version
+        return self
+
+    def commits(self) -> Iterator[Commit]:
+        """The commits of the version in its order, a bounded number in memory."""
+        return ledger.commits(self.directory, self.version.commits)
+
+    # --- data files --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def local(self, *files: DataFile) -> Iterator[list[Path]]:
+        """Local paths of data files of this run; those of a remote run are copied for the duration."""
+        with local_files(self.directory, files) as paths:
+            yield paths
+
+    def table(self, file: DataFile | None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Some columns of a data file (Parquet or Arrow), by default all; no columns and rows where there is no file."""
+        if file is None:
+            return pa.table({})
+        with self.directory.open(file.name) as handle:
+            if file.name.endswith(".arrow"):
+                table = pa.ipc.open_file(handle).read_all()
+                return table if columns is None else table.select(list(columns))
+            return pq.read_table(handle, columns=None if columns is None else list(columns))
+
+    def batches(
+        self, kind: FileKind = "annotated", columns: Sequence[str] | None = None, size: int = 65_536
+    ) -> Iterator[tuple[Commit, pa.RecordBatch]]:
+        """(commit, some columns of its annotated or failed rows), shard by shard in batches of at most `size` rows."""
+        for commit in self.commits():
+            file = commit.files.get(kind)
+            if file is not None:
+                with self.directory.open(file.name) as handle:
+                    chosen = None if columns is None else list(columns)
+                    for batch in pq.ParquetFile(handle).iter_batches(size, columns=chosen):
+                        yield commit, batch
+
+    # --- shards with their embeddings, of a run that holds them (`origin`) ----------------------------------------------
+
+    def read(self, commit: Commit, *, similarity: bool = False) -> RunShard | None:
+        """A shard's rows without their decision (but with `cf_similarity` if wanted) and their embeddings, memory-mapped.
+
+        None where no row of the shard was embedded.
+        """
+        if commit.files.annotated is None:
+            return None
+        rows = (self.directory, commit.files.annotated)
+        return RunShard(commit, *read_tables(rows, self.embeddings_at(commit), similarity=similarity))
+
+    def embeddings_at(self, commit: Commit) -> tuple[Directory, DataFile]:
+        """Where the embeddings of a commit's annotated rows are: this run, or the one that it decided, and the file.
+
+        Raises RefusedError where that run is gone.
+        """
+        base = commit.base
+        if base is None:
+            return self.directory, embeddings_of(commit, self.url)
+        there = Directory(base.run)
+        try:
+            return there, embeddings_of(ledger.read_commit(there, base.commit), base.run)
+        except FileNotFoundError as error:
+            raise RefusedError(
+                f"the embeddings lie in the run that was decided, {base.run}, and that is gone; restore it, then try again."
+            ) from error
+
+    def shards(self, *, similarity: bool = False) -> Iterator[RunShard]:
+        """Every shard that has rows, in the order of the version, one at a time."""
+        for commit in self.commits():
+            shard = self.read(commit, similarity=similarity)
+            if shard is not None:
+                yield shard
+
+    def failed(self, commit: Commit) -> pa.Table:
+        """The rows of a shard that failed, of schema FAILED."""
+        return FAILED.empty_table() if commit.files.failed is None else self.table(commit.files.failed)
+
+    @property
+    def dim(self) -> int:
+        """How many numbers an embedding has. Raises RefusedError where the run has no rows."""
+        for shard in self.shards():
+            return int(shard.embeddings.schema.field("image_emb").type.list_size)
+        raise RefusedError(f"the run in {self.url} has no rows; there is nothing to compute.")
+
+
+def embeddings_of(commit: Commit, run: str) -> DataFile:
+    """The embeddings that a commit of a run with rows must name. Raises RefusedError where it does not."""
+    if commit.files.embeddings is None:
+        raise RefusedError(
+            f"{commit.name} of {run} names no embeddings; `clipfilter verify {run}` tells what is damaged."
+        )
+    return commit.files.embeddings
+
+
+def read_tables(
+    rows: tuple[Directory, DataFile], embeddings: tuple[Directory, DataFile], *, similarity: bool = False
+) -> tuple[pa.Table, pa.Table]:
+    """A shard's rows without their decision (see `Run.read`) and their embeddings, each from the run that has the file."""
+    # A copied file is removed at the end of this block; its map stays.
+    with (
+        local_files(rows[0], [rows[1]]) as (rows_file,),
+        local_files(embeddings[0], [embeddings[1]]) as (embeddings_file,),
+    ):
+        table = pq.read_table(rows_file)
+        kept = [n for n in table.column_names if (similarity and n == "cf_similarity") or not is_decision_column(n)]
+        return table.select(kept), pa.ipc.open_file(pa.memory_map(str(embeddings_file))).read_all()
+
+
+@contextlib.contextmanager
+def local_files(origin: Directory, files: Iterable[DataFile]) -> Iterator[list[Path]]:
+    """Local paths of a run's data files; remote ones are copied to a temporary folder for the duration."""
+    paths: list[Path] = []
+    try:
+        for file in files:
+            if origin.local:
+                paths.append(Path(origin.path(file.name)))
+            else:
+                copy = origin.scratch() / f"{threading.get_ident()}-{file.name.replace('/', '-')}"
+                paths.append(copy)
+                origin.fs.get_file(origin.path(file.name), str(copy))
+        yield paths
+    finally:
+        if not origin.local:
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+
+def _version(directory: Directory, url: str, version: str | int) -> Version:
+    if not re.fullmatch(r"\d{1,6}", str(version)):
+        raise RefusedError(f"versions are numbers such as 1, not {version!r}.")
+    name = f"{int(version):06d}"
+    have = ledger.version_names(directory)
+    if name not in have:
+        shown = ", ".join(str(int(each)) for each in have) or "none"
+        raise RefusedError(f"{url} has no version {int(version)}; it has {shown}.")
+    return ledger.read_version(directory, name)
+
+
+# --- until everybody uses `Run` --------------------------------------------------------------------------------------
+
+
+def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
+    run = Run(url).origin()
+    newest = json_ledger.latest_version(run.directory)
+    assert newest is not None
+    return run.directory, newest[0], newest[1], run.plan
 
 
 def machine() -> dict[str, Any]:
-    """Where the work was done; recorded, never compared."""
     return {"host": socket.gethostname(), "cpu": platform.machine(), "cores": len(os.sched_getaffinity(0))}
 
 
 def read_stored(rows_file: Path, embeddings_file: Path) -> tuple[pa.Table, pa.Table]:
-    """A shard's annotated rows without their decision, and the same rows' embeddings, memory-mapped."""
     rows = pq.read_table(rows_file)
     rows = rows.select([name for name in rows.column_names if not is_decision_column(name)])
     return rows, pa.ipc.open_file(pa.memory_map(str(embeddings_file))).read_all()
 
 
 @contextlib.contextmanager
-def local_files(origin: Directory, files: dict[str, Any], scratch: Path) -> Any:
-    """Local paths of a commit's data files; remote ones are fetched for the duration."""
+def local_json_files(origin: Directory, files: dict[str, Any], scratch: Path) -> Any:
     paths: dict[str, Path] = {}
     fetched: list[Path] = []
     try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +18,12 @@ import pyarrow.parquet as pq
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies import suggest
-from clipfilter.runs import ledger
+from clipfilter.runs import typed_ledger as ledger
 from clipfilter.runs.columns import as_matrix
-from clipfilter.runs.plan import Plan, read_plan
+from clipfilter.runs.records import Base, Commit, DataFile
+from clipfilter.runs.run import Run, embeddings_of, read_tables
+from clipfilter.sources import Shard
 from clipfilter.storage import Directory
-
-T = TypeVar("T")
 
 #: Embedding files that stay open (each costs a file descriptor).
 _OPEN_FILES = 512
@@ -35,16 +34,15 @@ _COMMITS_AT_ONCE = 64
 class VectorShard:
     """One shard that has rows. start: position of its first row; name: its commit, as the version names it.
 
-    annotated, embeddings: the data files as commits describe them (name, rows, bytes, sha256). origin: the run directory
-    that holds the embeddings, another one after a `filter`.
+    origin: the run directory that holds the embeddings, another one after a `filter`.
     """
 
     name: str
     start: int
     rows: int
-    shard: dict[str, Any]
-    annotated: dict[str, Any]
-    embeddings: dict[str, Any]
+    shard: Shard
+    annotated: DataFile
+    embeddings: DataFile
     origin: str
 
 
@@ -63,18 +61,24 @@ class RunVectors:
     temporary folder, shard by shard as they are asked for, and removed by `close`. Safe to read from several threads.
     """
 
-    def __init__(self, directory: Directory, version: str, plan: Plan, shards: list[VectorShard]) -> None:
-        self.directory = directory
-        self.url = directory.url
-        self.version = version
-        self.plan = plan
-        self.shards = shards
-        self.rows = shards[-1].start + shards[-1].rows
-        self._starts = np.array([shard.start for shard in shards], np.int64)
-        self._origins: dict[str, Directory] = {directory.url: directory}
+    def __init__(self, run: Run) -> None:
+        """Raises RefusedError where the run has no row, or the run that it decided is gone."""
+        self.run = run
+        self.directory = run.directory
+        self.url = run.url
+        self.version = run.version.name
+        self.plan = run.plan
+        self.shards = list(_shards(run))
+        if not self.shards:
+            raise RefusedError(
+                f"version {run.version.number} of {run.given} has no row with an embedding, so there is nothing to search."
+            )
+        self.rows = self.shards[-1].start + self.shards[-1].rows
+        self._starts = np.array([shard.start for shard in self.shards], np.int64)
+        self._origins: dict[str, Directory] = {run.url: run.directory}
         self._open: OrderedDict[int, _Opened] = OrderedDict()
         self._lock = threading.Lock()
-        self.dim: int = _dim(self._local(shards[0]))
+        self.dim: int = _dim(self._local(self.shards[0]))
         self.schema: pa.Schema = self._annotated_schema()
 
     @classmethod
@@ -83,17 +87,7 @@ class RunVectors:
 
         Raises RefusedError when there is no finished run, no such version, or no row.
         """
-        directory = Directory(run)
-        plan = read_plan(directory)
-        if plan is None:
-            raise RefusedError(f"{run} is not a run directory (it has no plan.json); give the --out of a run or embed.")
-        name, content = _version(directory, run, version)
-        shards = list(_shards(directory, content["commits"]))
-        if not shards:
-            raise RefusedError(
-                f"version {int(name)} of {run} has no row with an embedding, so there is nothing to search."
-            )
-        return cls(directory, name, plan, shards)
+        return cls(Run.open(run, version))
 
     @property
     def model(self) -> dict[str, Any]:
@@ -140,7 +134,7 @@ class RunVectors:
         parts, order = [], []
         for shard in np.unique(number):
             mine = np.flatnonzero(number == shard)
-            with self.directory.open(self.shards[shard].annotated["name"]) as handle:
+            with self.directory.open(self.shards[shard].annotated.name) as handle:
                 parts.append(_take(pq.ParquetFile(handle), row[mine], names))
             order.append(mine)
         schema = pa.schema([self.schema.field(name) for name in names])
@@ -172,7 +166,7 @@ class RunVectors:
         out = np.empty(self.rows, bool)
         for shard in self.shards:
             file = ds.dataset(
-                self.directory.path(shard.annotated["name"]),
+                self.directory.path(shard.annotated.name),
                 schema=self.schema,
                 format="parquet",
                 filesystem=self.directory.fs,
@@ -180,6 +174,11 @@ class RunVectors:
             held = file.to_table(columns={"held": where})["held"]
             out[shard.start : shard.start + shard.rows] = pc.fill_null(held, False).to_numpy()
         return out
+
+    def stored(self, number: int) -> tuple[pa.Table, pa.Table]:
+        """The annotated rows of one shard without their decision, and their embeddings, as the engine reads them."""
+        shard = self.shards[number]
+        return read_tables((self.directory, shard.annotated), (Directory(shard.origin), shard.embeddings))
 
     def close(self) -> None:
         """Unmap the files and remove local copies of remote ones."""
@@ -205,7 +204,7 @@ class RunVectors:
             table = pa.ipc.open_file(pa.memory_map(str(self._local(shard)))).read_all()
             if table.num_rows != shard.rows:
                 raise RefusedError(
-                    f"{shard.embeddings['name']} has {table.num_rows} rows where its commit says {shard.rows}; "
+                    f"{shard.embeddings.name} has {table.num_rows} rows where its commit says {shard.rows}; "
                     f"`clipfilter verify {shard.origin}` tells what is damaged."
                 )
             blocks, start = [], shard.start
@@ -223,7 +222,7 @@ class RunVectors:
         origin = self._origins.get(shard.origin)
         if origin is None:
             origin = self._origins[shard.origin] = Directory(shard.origin)
-        name = shard.embeddings["name"]
+        name = shard.embeddings.name
         if origin.local:
             path = Path(origin.path(name))
             if not path.exists():
@@ -240,7 +239,7 @@ class RunVectors:
         return copy
 
     def _annotated_schema(self) -> pa.Schema:
-        with self.directory.open(self.shards[0].annotated["name"]) as handle:
+        with self.directory.open(self.shards[0].annotated.name) as handle:
             return pq.read_schema(handle).remove_metadata()
 
 
@@ -249,67 +248,36 @@ def _dim(path: Path) -> int:
         return int(pa.ipc.open_file(handle).schema.field("image_emb").type.list_size)
 
 
-def _version(directory: Directory, run: str, version: str | int | None) -> tuple[str, dict[str, Any]]:
-    if version is None:
-        newest = ledger.latest_version(directory)
-        if newest is None:
-            raise RefusedError(f"the run in {run} has not finished; repeat its command to resume it, then try again.")
-        return newest
-    if not re.fullmatch(r"\d{1,6}", str(version)):
-        raise RefusedError(f"versions are numbers such as 1, not {version!r}.")
-    name = f"{int(version):06d}"
-    if not directory.exists(f"versions/{name}.json"):
-        have = ", ".join(str(int(n.removesuffix(".json"))) for n in directory.names("versions")) or "none"
-        raise RefusedError(f"{run} has no version {int(version)}; it has {have}.")
-    return name, directory.read_json(f"versions/{name}.json")
-
-
-def _shards(directory: Directory, names: list[str]) -> Iterator[VectorShard]:
+def _shards(run: Run) -> Iterator[VectorShard]:
     start = 0
-    for name, commit, embedded, origin in _with_base(directory, names):
-        rows = commit["files"]["annotated"]["rows"]
-        yield VectorShard(
-            name=name,
-            start=start,
-            rows=rows,
-            shard=commit["shard"],
-            annotated=commit["files"]["annotated"],
-            embeddings=embedded["files"]["embeddings"],
-            origin=origin,
-        )
-        start += rows
+    for commit, annotated, embeddings, origin in _with_base(run):
+        yield VectorShard(commit.name, start, annotated.rows, commit.shard, annotated, embeddings, origin)
+        start += annotated.rows
 
 
-def _with_base(directory: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], str]]:
-    """(name, commit, the commit that embedded its rows, that one's run) of all shards that have rows."""
-    origins = {directory.url: directory}
-    for part in _batched(ledger.iter_commits(directory, names), _COMMITS_AT_ONCE):
-        there = [(name, commit) for name, commit in part if "annotated" in commit["files"]]
+def _with_base(run: Run) -> Iterator[tuple[Commit, DataFile, DataFile, str]]:
+    """(commit, its rows, their embeddings, the run that holds these) of all shards that have rows, fetched in batches."""
+    commits = run.commits()
+    while part := list(itertools.islice(commits, _COMMITS_AT_ONCE)):
+        there = [commit for commit in part if commit.files.annotated is not None]
         based: dict[str, list[str]] = {}
-        for _, commit in there:
-            if "base" in commit:
-                based.setdefault(commit["base"]["run"], []).append(commit["base"]["commit"])
-        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for commit in there:
+            if commit.base is not None:
+                based.setdefault(commit.base.run, []).append(commit.base.commit)
+        found: dict[Base, Commit] = {}
         for url, wanted in based.items():
-            origin = origins.setdefault(url, Directory(url))
             try:
-                commits = ledger.read_commits(origin, wanted)
+                theirs = list(ledger.commits(Directory(url), wanted))
             except FileNotFoundError as error:
                 raise RefusedError(
-                    f"{directory.url} decided the rows of {url}, which is no longer there; put it back, or search another run."
+                    f"{run.url} decided the rows of {url}, which is no longer there; put it back, or search another run."
                 ) from error
-            found |= {(url, name): commit for name, commit in zip(wanted, commits, strict=True)}
-        for name, commit in there:
-            base = commit.get("base")
-            if base is None:
-                yield name, commit, commit, directory.url
-            else:
-                yield name, commit, found[base["run"], base["commit"]], base["run"]
-
-
-def _batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    while part := list(itertools.islice(items, size)):
-        yield part
+            found |= {Base(url, name): commit for name, commit in zip(wanted, theirs, strict=True)}
+        for commit in there:
+            origin = run.url if commit.base is None else commit.base.run
+            held = commit if commit.base is None else found[commit.base]
+            assert commit.files.annotated is not None
+            yield commit, commit.files.annotated, embeddings_of(held, origin), origin
 
 
 def _take(file: pq.ParquetFile, rows: np.ndarray, columns: list[str]) -> pa.Table:

@@ -49,7 +49,7 @@ class ApproximateIndex:
         self.manifest = manifest
         quantizer = Quantizer.read(directory, manifest)
         by_embeddings = {segment.embeddings: segment for segment in manifest.segments}
-        found = [by_embeddings.get(shard.embeddings["sha256"]) for shard in vectors.shards]
+        found = [by_embeddings.get(shard.embeddings.sha256) for shard in vectors.shards]
         self.covered = np.array([segment is not None for segment in found])
         self._index = faiss.IndexIVFScalarQuantizer(
             quantizer.coarse, manifest.dim, manifest.lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT,

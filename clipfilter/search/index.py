@@ -188,11 +188,11 @@ def _build(
         quantizer = Quantizer.train(vectors, wanted)
         manifest_quantizer, trained_rows = quantizer.write(directory), vectors.rows
     have = {segment.embeddings: segment for segment in old.segments} if old is not None and keep else {}
-    todo = sum(shard.rows for shard in vectors.shards if shard.embeddings["sha256"] not in have)
+    todo = sum(shard.rows for shard in vectors.shards if shard.embeddings.sha256 not in have)
     done = new = 0
     segments: dict[str, Segment] = {}
     for number, shard in enumerate(vectors.shards):
-        key = shard.embeddings["sha256"]
+        key = shard.embeddings.sha256
         if key in have:
             segments[key] = have[key]
             continue
@@ -373,8 +373,8 @@ def _segment(vectors: RunVectors, number: int, quantizer: Quantizer, directory: 
             "code": pa.FixedSizeBinaryArray.from_buffers(pa.binary(quantizer.dim), len(order), [None, flat]),
         }
     )
-    file = _publish(directory, table, f"segments/{shard.shard['id']}")
-    return Segment(commit=shard.name, embeddings=shard.embeddings["sha256"], rows=shard.rows, **file)
+    file = _publish(directory, table, f"segments/{shard.shard.id}")
+    return Segment(commit=shard.name, embeddings=shard.embeddings.sha256, rows=shard.rows, **file)
 
 
 def _publish(directory: Directory, table: pa.Table, stem: str) -> dict[str, Any]:

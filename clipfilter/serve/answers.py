@@ -27,7 +27,9 @@ def about(run: Run, labels: LabelFile) -> dict[str, Any]:
     """Everything that does not change while the page is open, and the labels so far."""
     plan, totals = run.plan, run.content["totals"]
     return {
-        "name": text.clean(text.place(run.source_plan.get("url", "")).rstrip("/").rsplit("/", 1)[-1] or "dataset", 120),
+        "name": text.clean(
+            text.place(run.plan.dataset.get("url", "")).rstrip("/").rsplit("/", 1)[-1] or "dataset", 120
+        ),
         "run": text.place(run.url),
         "version": int(run.version),
         "model": str(plan.model.get("model")),
@@ -174,7 +176,7 @@ def row_explained(run: Run, position: int) -> dict[str, Any]:
         "escalated": bool(run.columns.escalated[position]),
         "image": {name: row.get(f"cf_{name}") for name in ("width", "height", "format", "sha256")},
         "similarity": row.get("cf_similarity"),
-        "shard": text.clean(run.shards[int(number[0])].shard.get("path", ""), 400),
+        "shard": text.clean(run.shards[int(number[0])].shard.path, 400),
         "row": row["cf_row"],
         "rules": [
             {
@@ -226,7 +228,7 @@ def labelled_row(run: Run, position: int, rule: str) -> dict[str, Any]:
     return {
         "cf_uid": row["cf_uid"],
         "cf_key": row.get("cf_key"),
-        "path": str(run.shards[int(number[0])].shard.get("path", "")),
+        "path": str(run.shards[int(number[0])].shard.path),
         "cf_shard": row["cf_shard"],
         "cf_row": row["cf_row"],
         "caption": row.get("cf_caption"),

@@ -19,7 +19,7 @@ from clipfilter.serve import answers
 from clipfilter.serve.export import PolicyText, changed_text
 from clipfilter.serve.guard import Guard, Handler
 from clipfilter.serve.labels import LabelFile
-from clipfilter.serve.pictures import NoPictureError, Pictures, Wanted
+from clipfilter.serve.pictures import Gallery, NoPictureError, Wanted
 from clipfilter.serve.query import Changes, Name, Queries, RowsRequest, decode_picture
 from clipfilter.serve.run import Run
 
@@ -72,7 +72,7 @@ class Server:
         self._labels = labels
         self._policy = policy
         self._queries = Queries(run, labels)
-        self._pictures = Pictures(run.vectors, run.source_plan)
+        self._pictures = Gallery(run.vectors)
         self.guard = Guard(host)
         self._stop = asyncio.Event()
         self.application = web.Application(

@@ -78,7 +78,7 @@ class RunColumns:
         if "cf_decision" in vectors.schema.names:
             wanted += ["cf_decision", "cf_reasons.list.element.rule", "cf_reasons.list.element.band"]
         at = shard.start
-        with vectors.directory.open(shard.annotated["name"]) as handle:
+        with vectors.directory.open(shard.annotated.name) as handle:
             for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=wanted):
                 rows = slice(at, at + batch.num_rows)
                 for name, column in self._names.items():

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import threading
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
-from typing import Any
 
-from clipfilter.errors import ClipfilterError, RowError
-from clipfilter.runs import RunVectors
+from clipfilter.errors import ClipfilterError
+from clipfilter.report import jpeg_of
+from clipfilter.runs import Pictures, RunVectors
 
 log = logging.getLogger("clipfilter.serve")
 
 #: Longest side and largest JPEG of each kind of picture.
 SIZES = {"small": (256, 20_000), "large": (960, 240_000)}
-_MAX_PIXELS = 64_000_000
 _CACHE_BYTES = 64 << 20
 #: Pictures of one page are asked for one by one, and read together.
 _GATHER_SECONDS = 0.01
@@ -36,16 +34,15 @@ class Wanted:
     blurred: bool
 
 
-class Pictures:
+class Gallery:
     """Reads the pictures of a run's rows, those asked for together shard by shard, and keeps the newest ones in memory.
 
     The bytes of the source are never handed on: what is shown was decoded and encoded here.
     """
 
-    def __init__(self, vectors: RunVectors, source_plan: dict[str, Any]) -> None:
+    def __init__(self, vectors: RunVectors) -> None:
         self._vectors = vectors
-        self._plan = source_plan
-        self._source: Any = None
+        self._pictures: Pictures | None = None
         self._reading = threading.Lock()
         self._cache: OrderedDict[Wanted, bytes] = OrderedDict()
         self._cached_bytes = 0
@@ -77,7 +74,7 @@ class Pictures:
                 found = await asyncio.to_thread(self._read, number, group)
                 problem = "The source no longer holds this picture as it was decided."
             except Exception as error:  # whatever library lies between us and the source, only pictures are lost
-                log.warning("no pictures from %s: %s", self._vectors.shards[number].shard.get("path"), error)
+                log.warning("no pictures from %s: %s", self._vectors.shards[number].shard.path, error)
                 found, problem = {}, "The source cannot be read here."
             for wanted in group:
                 self._settle(batch[wanted], wanted, found.get(wanted), problem)
@@ -94,38 +91,21 @@ class Pictures:
         future.set_result(jpeg)
 
     def _read(self, number: int, group: list[Wanted]) -> dict[Wanted, bytes]:
-        from clipfilter.sources import Shard, Source
-
         positions = sorted({wanted.position for wanted in group})
         identity = self._vectors.rows_at(positions, ["cf_row", "cf_sha256"]).to_pylist()
-        rows = {row["cf_row"]: (at, row["cf_sha256"]) for at, row in zip(positions, identity, strict=True)}
-        data: dict[int, bytes] = {}
+        place = {row["cf_row"]: at for at, row in zip(positions, identity, strict=True)}
         with self._reading:
-            if self._source is None:
-                self._source = Source.from_plan(self._plan)
-            shard = Shard.from_json(self._vectors.shards[number].shard)
-            for batch in self._source.read(shard, rows=sorted(rows)):
-                for row, image in zip(batch.column("cf_row").to_pylist(), batch.column("cf_image"), strict=True):
-                    if row in rows and image.is_valid:
-                        data[rows[row][0]] = image.as_py()
-        hashes = dict(rows.values())
+            if self._pictures is None:
+                self._pictures = Pictures(self._vectors.plan.dataset)
+            rows = {row["cf_row"]: row["cf_sha256"] for row in identity}
+            data = {place[row]: image for row, image in self._pictures.read(self._vectors.shards[number].shard, rows)}
         return {
             wanted: jpeg
             for wanted in group
-            if wanted.position in data
-            and (jpeg := _jpeg(data[wanted.position], hashes[wanted.position], wanted)) is not None
+            if wanted.position in data and (jpeg := _jpeg(data[wanted.position], wanted)) is not None
         }
 
 
-def _jpeg(data: bytes, sha256: str | None, wanted: Wanted) -> bytes | None:
-    from clipfilter.images import decode
-    from clipfilter.report import thumbnail
-
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        return None  # not the image that was decided
+def _jpeg(data: bytes, wanted: Wanted) -> bytes | None:
     side, most = SIZES[wanted.size]
-    try:
-        rgb = decode(data, mode="fast", min_side=side, max_pixels=_MAX_PIXELS).rgb
-    except RowError:
-        return None
-    return thumbnail(rgb, blurred=wanted.blurred, side=side, max_bytes=most)
+    return jpeg_of(data, blurred=wanted.blurred, side=side, max_bytes=most)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from clipfilter.engine import refuse_other_weights, stored_model
 from clipfilter.errors import RefusedError
 from clipfilter.operations import escalated_rows
 from clipfilter.report import RuleData, rules_of
-from clipfilter.runs import Plan, RunVectors, VectorShard, annotate, local_files, read_plan, read_stored
+from clipfilter.runs import Plan, RunVectors, VectorShard, annotate, read_plan
 from clipfilter.serve.columns import RunColumns
 from clipfilter.serve.effect import Changes, Effects
 from clipfilter.serve.export import changed_policy
@@ -52,15 +50,6 @@ class Run:
         self._lock = threading.Lock()
 
     @property
-    def source_plan(self) -> dict[str, Any]:
-        """The plan of the dataset itself."""
-        plan = self.plan
-        source: dict[str, Any] = plan.source
-        while "run" in source and "source" in source:  # a filter carries that of the run it decided
-            source = source["source"]
-        return source
-
-    @property
     def shards(self) -> list[VectorShard]:
         return self.vectors.shards
 
@@ -85,7 +74,7 @@ class Run:
             if wanted:
                 values = pa.array(wanted, pa.string())
                 for shard in self.shards:
-                    with self.vectors.directory.open(shard.annotated["name"]) as handle:
+                    with self.vectors.directory.open(shard.annotated.name) as handle:
                         column = pq.read_table(handle, columns=["cf_uid"])["cf_uid"]
                     index = pc.index_in(column, value_set=values)
                     rows = np.flatnonzero(np.asarray(index.is_valid()))
@@ -104,7 +93,7 @@ class Run:
             url = plan.source["run"]
             hidden = escalated_rows(url)
             for shard in self.shards:
-                rows = [row for name, row in hidden if name == shard.shard["id"]]
+                rows = [row for name, row in hidden if name == shard.shard.id]
                 if rows:
                     part = range(shard.start, shard.start + shard.rows)
                     numbers = self.vectors.rows_at(part, ["cf_row"])["cf_row"].to_numpy()
@@ -135,20 +124,11 @@ class Run:
         found = np.empty(len(rows), np.float32)
         for number in np.unique(numbers):
             mine = np.flatnonzero(numbers == number)
-            stored, embeddings = self._stored(self.shards[number], pa.array(inside[mine]))
-            scored = annotate(stored, embeddings, encoder, compiled, None)[f"cf_score.{rule}"]
+            stored, embeddings = self.vectors.stored(int(number))
+            some = pa.array(inside[mine])
+            scored = annotate(stored.take(some), embeddings.take(some), encoder, compiled, None)[f"cf_score.{rule}"]
             found[mine] = scored.to_numpy().astype(np.float32)
         return found
-
-    def _stored(self, shard: VectorShard, rows: pa.Array) -> tuple[pa.Table, pa.Table]:
-        """These rows of a shard and their embeddings, as the engine reads them."""
-        with (
-            tempfile.TemporaryDirectory(prefix="clipfilter-") as folder,
-            local_files(Directory(self.url), {"annotated": shard.annotated}, Path(folder)) as own,
-            local_files(Directory(shard.origin), {"embeddings": shard.embeddings}, Path(folder)) as base,
-        ):
-            stored, embeddings = read_stored(own["annotated"], base["embeddings"])
-            return stored.take(rows), embeddings.take(rows)
 
 
 class _Remembering:

@@ -18,7 +18,6 @@ from tests.support.training import arguments, command, environment, tiny_weights
 pytestmark = pytest.mark.chaos
 
 SEED = int(os.environ.get("CLIPFILTER_CHAOS_SEED", "20261121"))
-KILLS = 3
 
 
 def begin(arguments: list[str]) -> subprocess.Popen[str]:
@@ -32,14 +31,15 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, errors
 
 
-def test_a_killed_training_continues_to_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.soak)])
+def test_a_killed_training_continues_to_the_same_losses(kills: int, tmp_path: Path) -> None:
     random_moment = random.Random(SEED)
     source = write_pairs(tmp_path / "tars" / "0.tar", 48).parent
     model = tiny_weights(tmp_path / "tiny.safetensors")
     more = ["--train", "all", "--lr", "1e-3", "--epochs", "15", "--checkpoint-every", "2", "--patience", "100"]
     finish(begin(arguments(model, source, tmp_path / "whole", *more)))
     killed = 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = begin(arguments(model, source, tmp_path / "killed", *more))
         # The moment is drawn in steps, so that it falls into training on a machine of any speed.
         before = len(read_rows(tmp_path / "killed" / "log.csv"))
@@ -51,7 +51,7 @@ def test_a_killed_training_continues_to_the_same_losses(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stderr.close()  # type: ignore[union-attr]
-    assert killed == KILLS, "the training was over before it could be killed"
+    assert killed == kills, "the training was over before it could be killed"
     finish(begin(arguments(model, source, tmp_path / "killed", *more)))
     whole, again = (read_rows(tmp_path / name / "log.csv") for name in ("whole", "killed"))
     assert [row["step"] for row in again] == [row["step"] for row in whole] == [str(n + 1) for n in range(len(whole))]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.commands import fork_server
+
 REPO = Path(__file__).parents[2]
 #: Pages whose examples have tests of their own (tests/unit/test_policies_load.py, tests/integration/test_newcomer_walk.py)
 #: or are sketches of an API.
@@ -112,7 +114,7 @@ def prepare(folder: Path) -> None:
 def run(block: Block, folder: Path) -> list[tuple[Command, int, str]]:
     """Run a block in the page's folder: each command with its exit code and what it printed on both streams."""
     environment = os.environ | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(fork_server().shims), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(REPO),
         "COLUMNS": "200",
     }
@@ -120,7 +122,7 @@ def run(block: Block, folder: Path) -> list[tuple[Command, int, str]]:
         (folder / block.markers["file"]).write_text(block.text, encoding="utf-8")
         return []
     if block.language == "python":
-        todo = [(Command(block.text, []), [sys.executable, "-c", block.text])]
+        todo = [(Command(block.text, []), [fork_server().python, "-c", block.text])]
     else:
         todo = [(c, ["bash", "-euo", "pipefail", "-c", c.text]) for c in commands(block)]
     results = []

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from clipfilter.policies import parse_policy
 from clipfilter.runs import ledger
 from clipfilter.runs.derive import EmbeddedRun
 from clipfilter.storage import Directory
+from tests.support.commands import command
 from tests.support.engine import REPO, photos, policy_file
 from tests.support.sources import write_webdataset
 
@@ -198,10 +196,7 @@ def test_the_pipeline_goes_from_images_to_shards_and_repeats_nothing(tmp_path: P
     )
 
     def pipeline(*options: str) -> str:
-        command = [sys.executable, str(REPO / "pipelines/curate.py"), str(config), *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return command(str(REPO / "pipelines/curate.py"), str(config), *options).stdout
 
     assert "nothing was done" in pipeline("--dry-run")
     assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from clipfilter.engine.driver import Progress
+from clipfilter.engine.executors.inline import InlineExecutor
 from clipfilter.engine.job import JobRequest, JobResult, plan_overview, run_job
 from clipfilter.errors import RefusedError
 from clipfilter.models import nano
@@ -402,6 +403,21 @@ def test_every_form_of_source_runs_verifies_and_exports_in_its_own_form(form: st
     ]
     assert set(exported) == kept
     assert len(exported) == summary["rows"]
+
+
+@pytest.mark.processes
+def test_a_worker_in_this_process_gives_the_very_files_of_worker_processes(
+    dataset: Path, policy: str, tmp_path: Path
+) -> None:
+    request = JobRequest(
+        "run", str(dataset), str(tmp_path / "processes"), policy=policy, engine="local", workers=2, threads=1
+    )
+    processes = run_job(request)
+    inline = run_job(replace(request, out=str(tmp_path / "inline")), executor=InlineExecutor(threads=1))
+    assert data_files(Path(inline.out)) == data_files(Path(processes.out))
+    assert commits(Path(inline.out)) == commits(Path(processes.out))
+    assert (inline.engine, inline.totals) == ("inline", processes.totals)
+    assert stray_files(Path(inline.out)) == []
 
 
 def test_a_run_can_be_the_input_of_another(finished: JobResult, policy: str, tmp_path: Path) -> None:

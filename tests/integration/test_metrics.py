@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -28,6 +27,7 @@ from clipfilter.engine.metrics import MetricsOptions, RunMetrics, published, tog
 from clipfilter.errors import RefusedError
 from clipfilter.runs import ledger
 from clipfilter.storage import Directory
+from tests.support.commands import fork_server
 from tests.support.engine import FRACTION_POLICY, REPO, cli, policy_file, write_tars
 
 pytestmark = pytest.mark.integration
@@ -151,7 +151,7 @@ def test_the_command_serves_and_writes_a_file(policy: str, tmp_path: Path) -> No
     dataset = write_tars(tmp_path / "tars", 1, 16)
     file = tmp_path / "clipfilter.prom"
     process = subprocess.Popen(
-        [sys.executable, "-m", "clipfilter", "run", str(dataset), "--policy", policy, "--out", str(tmp_path / "out"), "-q",
+        [fork_server().python, "-m", "clipfilter", "run", str(dataset), "--policy", policy, "--out", str(tmp_path / "out"), "-q",
          "--engine", "local", "--metrics-port", "0", "--metrics-file", str(file)],
         stderr=subprocess.PIPE, text=True, cwd=REPO,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def test_a_full_architecture_gives_open_clips_vectors(architecture: str, tmp_pat
 
 def ids(encoder: TorchEncoder) -> np.ndarray:
     """TEXTS as open_clip pads them: to the whole context (tests/unit/test_models_tokenizers.py compares the ids)."""
-    batch = np.full((len(TEXTS), encoder.context_length), encoder.pad_id, np.int64)
-    for row, tokens in zip(batch, encoder.tokenize(TEXTS), strict=True):
+    batch = np.full((len(TEXTS), encoder.context_length), encoder.tokenizer.pad_id, np.int64)
+    for row, tokens in zip(batch, encoder.tokenizer.encode(TEXTS), strict=True):
         row[: len(tokens)] = tokens
     return batch

@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
+from clipfilter.engine.executors.inline import InlineExecutor
 from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.errors import RefusedError
 from clipfilter.nightly import NightRequest, NightResult, history, roll_back, run_night
 from clipfilter.operations.export import export_run
 from clipfilter.operations.verify import verify_run
+from tests.support.commands import fork_server
 from tests.support.engine import REPO, cli, policy_file
 from tests.support.nights import (
     FRACTION_POLICY,
     POLICY,
-    InlineExecutor,
     arrive,
     dataset,
     odd_samples,
@@ -72,7 +73,7 @@ class Week:
         out = self.folder / f"fresh{self.fresh_runs}"
         run_job(
             JobRequest("run", str(source or self.source), str(out), policy=self.policy, copy=False),
-            executor=InlineExecutor(),
+            executor=InlineExecutor(threads=1),
         )
         return dataset(out)
 
@@ -148,7 +149,7 @@ def test_seven_nights(week: Week) -> None:
     assert verify_run(str(week.out)).problems == []
     filtered = run_job(
         JobRequest("filter", str(week.out), str(week.folder / "filtered"), policy=week.policy),
-        executor=InlineExecutor(),
+        executor=InlineExecutor(threads=1),
     )
     assert filtered.totals["rows"] == len(good)
     kept = sum(row["cf_decision"] == "keep" for row in good)
@@ -190,7 +191,7 @@ def test_two_overlapping_nights_share_the_work(week: Week) -> None:
         arrive(week.source, name, photo_samples(8, seed))
     pair = [
         subprocess.Popen(
-            [sys.executable, "-m", "clipfilter", *week.command()], cwd=REPO, text=True,
+            [fork_server().python, "-m", "clipfilter", *week.command()], cwd=REPO, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for _ in range(2)

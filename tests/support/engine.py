@@ -6,7 +6,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image
 
 from clipfilter.operations.verify import DATA_FOLDERS
 from clipfilter.storage import file_sha256
+from tests.support.commands import command
 from tests.support.sources import write_webdataset
 
 REPO = Path(__file__).parents[2]
@@ -116,12 +116,8 @@ def stray_files(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir() if path.name not in known)
 
 
-def cli(*arguments: str, env: dict[str, str] | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "clipfilter", *arguments],
-        capture_output=True, text=True, env=os.environ | (env or {}), cwd=REPO, timeout=600,
-    )  # fmt: skip
-    if check and done.returncode != 0:
-        raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
+def cli(
+    *arguments: str, env: dict[str, str] | None = None, check: bool = True, processes: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The command line, from the fork server; with `processes` in a process of its own, with worker processes."""
+    return command("-m", "clipfilter", *arguments, env=env, check=check, processes=processes)

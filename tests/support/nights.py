@@ -1,4 +1,4 @@
-"""A growing source of small photographs, an executor inside the test's process, and a server that takes webhooks."""
+"""A growing source of small photographs, and a server that takes webhooks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clipfilter.engine.executors.interface import Outcome, Resources, error_outcome
-from clipfilter.engine.worker import JobSpec, Task, Worker
 from tests.support.engine import photos
 from tests.support.sources import write_webdataset
 
@@ -45,47 +43,6 @@ rules:
     fraction: {of: match}
     reject: {outside_top: 0.5}
 """
-
-
-class InlineExecutor:
-    """One worker in this process: what a fresh run gives, without the start of another process."""
-
-    name = "inline"
-
-    def __init__(self) -> None:
-        self._worker: Worker | None = None
-        self._outcomes: list[Outcome] = []
-
-    def resources(self) -> Resources:
-        return Resources(1, 1, "cpu")
-
-    def start(self, spec: JobSpec) -> dict[str, Any]:
-        self._worker = Worker(spec)
-        return self._worker.describe()
-
-    def free(self) -> int:
-        return 1 - len(self._outcomes)
-
-    def submit(self, ticket: int, task: Task) -> None:
-        assert self._worker is not None
-        try:
-            self._outcomes.append(Outcome(ticket, "done", self._worker.process(task)))
-        except Exception as error:
-            self._outcomes.append(error_outcome(ticket, error))
-
-    def poll(self, timeout: float) -> list[Outcome]:
-        found, self._outcomes = self._outcomes, []
-        return found
-
-    def rows_done(self) -> int:
-        return 0
-
-    def workers_alive(self) -> int:
-        return 1
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
 
 
 def photo_samples(count: int, seed: int) -> list[dict[str, Any]]:

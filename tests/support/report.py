@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from clipfilter.policies import REASONS
-from clipfilter.runs import ledger
+from clipfilter.runs import Commit, FailedShard, Version, Work, WorkerDetails
+from clipfilter.runs import typed_ledger as ledger
 from clipfilter.runs.columns import FAILED
 from clipfilter.runs.plan import Plan, settle_plan
-from clipfilter.sources import SourceOptions, open_source
+from clipfilter.sources import Shard, SourceOptions, open_source
 from clipfilter.storage import Directory, file_sha256
+from tests.support.runs import commit_of
 
 SCRIPT = "<script>alert(1)</script>"
 IMG = "\"><img src=x onerror=alert(1)>'"
@@ -127,7 +129,7 @@ def build_run(
     settle_plan(directory, plan)
     stage = "decided" if policy else "embedded"
     everything: list[dict[str, Any]] = []
-    names, commits = [], []
+    commits = []
     for shard in source.iter_shards() if source else ():
         rows, failed = [], []
         for batch in source.read(shard):  # type: ignore[union-attr]
@@ -137,19 +139,17 @@ def build_run(
         decided = [_decide(row, rng, policy) for row in rows]
         everything += decided
         files = _write(folder / "out", shard.id, decided, failed, policy)
-        commit = _commit(shard.to_json(), stage, plan, decided, failed, files, damaged)
-        name = ledger.CommitName(shard.id, stage, 1)
-        ledger.write_commit(directory, name, commit)
-        names.append(name.path)
+        commit = _commit(shard, stage, plan, decided, failed, files, damaged)
+        ledger.write_commit(directory, commit)
         commits.append(commit)
     broken = [
-        {"shard": {"path": f"part{i}{IMG}.tar"}, "error": f"no footer {SCRIPT}", "attempts": 3}
+        FailedShard(Shard(f"{i:016x}", f"part{i}{IMG}.tar", "tar"), f"no footer {SCRIPT}", 3)
         for i in range(failed_shards)
     ]
-    totals = ledger.totals_of(commits, broken)
     thresholds = {"best.reject": BEST} if policy else {}
-    content = {"plan": plan.sha256, "stage": stage, "commits": names, "failed_shards": broken}
-    ledger.write_version(directory, {**content, "thresholds": thresholds, "totals": totals})
+    version = Version.of(plan.sha256, stage, commits, broken, thresholds)
+    ledger.write_version(directory, version)
+    totals = version.totals
     done = {"seconds": 12.0, "startup_seconds": 2.0, "rows_processed": totals["rows"], "engine": "local"}
     directory.replace("run.json", json.dumps(done).encode())
     directory.clean_scratch(stale_only=False)
@@ -240,14 +240,14 @@ def _write(
 
 
 def _commit(
-    shard: dict[str, Any],
+    shard: Shard,
     stage: str,
     plan: Plan,
     rows: list[dict[str, Any]],
     failed: list[dict[str, Any]],
     files: dict[str, Any],
     damaged: bool,
-) -> dict[str, Any]:
+) -> Commit:
     decisions = [row["cf_decision"] for row in rows]
     counts = {name: decisions.count(name) for name in ("keep", "review", "reject")}
     counts |= {"rows": len(rows) + len(failed), "failed": len(failed), "embedded": len(rows)}
@@ -258,22 +258,17 @@ def _commit(
             bands = rules.setdefault(reason["rule"], {})
             bands[reason["band"]] = bands.get(reason["band"], 0) + 1
     classes = [FAILED_ROWS[row["cf_row"]][0] for row in failed]
-    return {
-        "shard": shard,
-        "stage": stage,
-        "generation": 1,
-        "plan": plan.sha256,
-        "counts": counts,
-        "failed_by_class": {name: classes.count(name) for name in sorted(set(classes))},
-        "rules": rules,
-        "damaged": damaged,
-        "bytes_unread": 1500 if damaged else 0,
-        "files": files,
-        "work": {
-            "seconds": {"decode": 1.0, "encode_images": 2.5, "encode_texts": 0.5, "decide_and_write": 0.25},
-            "started": 1_800_000_000.0,
-            "finished": 1_800_000_010.0,
-            "machine": {"host": "h", "cores": 2},
-            "backend": f"cpu {IMG}",
-        },
-    }
+    seconds = {"decode": 1.0, "encode_images": 2.5, "encode_texts": 0.5, "decide_and_write": 0.25}
+    of_worker = WorkerDetails(seconds, 1, False, 0, 0.0, f"cpu {IMG}")
+    return commit_of(
+        shard,
+        stage,
+        plan=plan.sha256,
+        counts=counts,
+        failed_by_class={name: classes.count(name) for name in sorted(set(classes))},
+        rules=rules,
+        damaged=damaged,
+        bytes_unread=1500 if damaged else 0,
+        files=files,
+        work=Work(1_800_000_000.0, 1_800_000_010.0, {"host": "h", "cores": 2}, of_worker),
+    )

@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter.runs import ledger
+from clipfilter.runs import typed_ledger as ledger
 from clipfilter.runs.plan import Plan
 from clipfilter.runs.writer import HASH_LENGTH
+from clipfilter.sources import Shard
 from clipfilter.storage import Directory, file_sha256
+from tests.support.runs import commit_of, version_of
 
 MODEL = {"model": "test", "architecture": "none", "weights_sha256": "a" * 64, "preprocess": {}}
 
@@ -40,8 +42,8 @@ def write_run(
     directory = Directory(str(out))
     plan = Plan("embed", {"url": "nowhere", "kind": "folder"}, None, None, model, {"decode": "fast"}, False)
     directory.create("plan.json", plan.to_bytes())
-    newest = ledger.latest_version(directory)
-    commits = {name[8:24]: name for name in newest[1]["commits"]} if newest else {}
+    newest = ledger.newest_version(directory)
+    commits = {name[8:24]: name for name in newest.commits} if newest else {}
     for number, vectors in shards.items():
         shard, rows = f"{number:016x}", len(vectors)
         keys = [f"{number}-{row}" for row in range(rows)]
@@ -67,10 +69,12 @@ def write_run(
         files = {"embeddings": _publish(directory, path, f"embeddings/{shard}", ".arrow", rows)}
         pq.write_table(annotated, path, row_group_size=700)
         files["annotated"] = _publish(directory, path, f"annotated/{shard}", ".parquet", rows)
-        name = ledger.CommitName(shard, "embedded", generation)
-        ledger.write_commit(directory, name, {"shard": {"id": shard, "path": f"{number}.tar"}, "files": files})
-        commits[shard] = name.path
-    ledger.write_version(directory, {"commits": [commits[shard] for shard in sorted(commits)]})
+        counts = {"rows": rows, "failed": 0, "embedded": rows}
+        commit = commit_of(Shard(shard, f"{number}.tar", "tar"), generation=generation, counts=counts, files=files)
+        ledger.write_commit(directory, commit)
+        commits[shard] = commit.name
+    names = [commits[shard] for shard in sorted(commits)]
+    ledger.write_version(directory, version_of(list(ledger.commits(directory, names))))
     directory.clean_scratch(stale_only=False)
     return out
 

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter.runs.columns import FACTS, embeddings_schema, vector_column
+from clipfilter.storage import file_sha256
+from tests.support.commands import fork_server
 from tests.support.engine import REPO
 from tests.support.report import Built, build_run
 
@@ -42,6 +43,7 @@ def embedded_run(folder: Path, *, job: str = "run") -> Built:
         with pa.OSFile(str(out / name), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         commit["files"]["embeddings"] = {"name": name, "rows": rows.num_rows, "bytes": (out / name).stat().st_size}
+        commit["files"]["embeddings"]["sha256"] = file_sha256(out / name)
         path.write_text(json.dumps(commit))
     return built
 
@@ -67,7 +69,7 @@ class Served:
 def served(run: str, labels: Path, *arguments: str) -> Iterator[Served]:
     """`clipfilter serve` in a process of its own, on a free port."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "clipfilter", "serve", run, "--port", "0", "--labels", str(labels), *arguments],
+        [fork_server().python, "-m", "clipfilter", "serve", run, "--port", "0", "--labels", str(labels), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -17,7 +17,7 @@ from apache_beam.coders import coders, registry
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import AppliedPTransform, Pipeline, PipelineVisitor
 
-from clipfilter.beam import executor, statistics
+from clipfilter.beam import executor, statistics, tasks
 from clipfilter.beam.columns import count_by_host, exact_duplicates, hash_buckets, hosts, quantile_buckets, quantiles
 from clipfilter.beam.options import BeamOptions
 from clipfilter.beam.transforms import HistogramCoder, SumCounts, SumHistograms
@@ -170,7 +170,7 @@ def test_nothing_that_travels_is_pickled() -> None:
 
 
 def test_a_pipeline_holds_references_not_commits() -> None:
-    reference = executor._reference(_tasks(1)[0])
+    reference = tasks.reference_to(_tasks(1)[0])
     assert len(reference) < 120
     assert set(json.loads(reference)) == {"commit", "generation", "attempt"}
     assert executor.TASKS_PER_PIPELINE * len(reference) < 8e6, "Dataflow refuses graphs above 10 MB"

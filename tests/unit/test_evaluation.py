@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from clipfilter.sources import SourceOptions
 from tests.support.engine import PHOTOS, cli, photos, samples
 from tests.support.sources import write_members, write_webdataset
 
+#: The package's face has a function of the same name.
+MODULE = importlib.import_module("clipfilter.evaluation.evaluate")
 TEMPLATE = ("a photo of {}",)
 BATCH = 6  # the last batch is padded, and padding costs time
 
@@ -264,14 +267,14 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_loaded(
     def loaded(*_: Any, **__: Any) -> None:
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr("clipfilter.evaluation.evaluate.load_encoder", loaded)
+    monkeypatch.setattr(MODULE, "load_encoder", loaded)
     with pytest.raises(RefusedError, match=sentence):
         evaluate(request_of(tmp_path))
 
 
 def run_evaluate(nano: Encoder, monkeypatch: pytest.MonkeyPatch, request: EvaluateRequest) -> Evaluation:
     """`evaluate` with the model that is loaded already."""
-    monkeypatch.setattr("clipfilter.evaluation.evaluate.load_encoder", lambda *_, **__: nano)
+    monkeypatch.setattr(MODULE, "load_encoder", lambda *_, **__: nano)
     return evaluate(request)
 
 

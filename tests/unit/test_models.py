@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,16 @@ def test_nano_gives_unit_vectors_of_its_dimension(nano: Encoder) -> None:
     assert images.dtype == texts.dtype == np.float32
     for rows in (images, texts):
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+
+
+def test_nano_loads_without_what_only_other_tools_need() -> None:
+    """timm imports wandb where it is installed, which takes most of a second and writes nothing here."""
+    program = (
+        "import sys; from clipfilter.models import load_encoder; load_encoder('nano'); "
+        "assert 'timm' in sys.modules; print('wandb' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_nano_is_deterministic_and_a_second_load_is_the_same_model(nano: Encoder) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clipfilter.engine.executors.interface import TASKS_PER_WORKER, Outcome, Resources
-from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
+from clipfilter.engine.hardware import MAX_THREADS, cpu_count, local_device
 from clipfilter.engine.worker import JobSpec, Task
 from clipfilter.errors import ClipfilterError, RefusedError
 
@@ -28,12 +28,9 @@ class LocalExecutor:
     name = "local"
 
     def __init__(self, workers: int | None = None, threads: int | None = None, device: str = "auto") -> None:
-        gpus = 0 if device == "cpu" else gpu_count()
-        if device.startswith("cuda") and not gpus:
-            raise RefusedError("no GPU is visible on this machine; use --device cpu, or --address for a Ray cluster.")
-        self._device = "cuda" if gpus else "cpu"
+        self._device = local_device(device)
         self._threads = threads or min(MAX_THREADS, cpu_count())
-        self._count = workers or max(1, min(gpus, 1) if gpus else cpu_count() // self._threads)
+        self._count = workers or (1 if self._device == "cuda" else max(1, cpu_count() // self._threads))
         self._workers: list[_WorkerProcess] = []
         self._events: queue.Queue[tuple[_WorkerProcess, dict[str, Any] | None]] = queue.Queue()
         self._spec: JobSpec | None = None

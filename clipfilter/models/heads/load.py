@@ -12,12 +12,11 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from clipfilter.errors import RefusedError
-from clipfilter.models.checkpoint import file_sha256
 from clipfilter.models.heads.convert import convert
 from clipfilter.models.heads.file import FORMAT, HeadFile, read_head_file
 from clipfilter.models.heads.head import Head
 from clipfilter.models.heads.registry import FILE, HEADS, Original, check_name, same_embeddings
-from clipfilter.storage import local_path
+from clipfilter.storage import file_sha256, local_path
 
 FOLDER_VARIABLE = "CLIPFILTER_HEADS"
 _MAX_DOWNLOAD_BYTES = 64 * 1024 * 1024

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_validator
 
+from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import (
     MAX_DISTANCE,
@@ -27,7 +28,6 @@ from clipfilter.policies.language.fields import fail, shown, suggest
 from clipfilter.policies.language.listed import Listed, filed
 from clipfilter.policies.language.shapes import TEXTS_OR_FILE
 from clipfilter.policies.language.values import Whole
-from clipfilter.policies.names import ESCALATE
 
 
 def _hashes(kind: str) -> Any:
@@ -51,7 +51,7 @@ class Known(Measure):
     kind = "known"
     about = "Whether the picture is on a list of hashes; its action says what happens then."
     measures = False
-    actions = (ESCALATE, "reject", "review")
+    actions = (ESCALATE, *reversed(LIMITS))
     own_actions = {  # noqa: RUF012
         ESCALATE: "escalate belongs to known rules: only a picture on a list of hashes is escalated, never one that "
         "resembles words"

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_validator
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import captions
 from clipfilter.policies.columns import is_text
@@ -18,7 +19,6 @@ from clipfilter.policies.language.attachments import Attachment, Attachments
 from clipfilter.policies.language.fields import fail, shown, suggest, text
 from clipfilter.policies.language.listed import Listed, filed
 from clipfilter.policies.language.shapes import TEXT_OR_TEXTS, TEXTS_OR_FILE
-from clipfilter.policies.names import CAPTION
 
 
 def _languages(value: Any) -> Any:
@@ -109,10 +109,10 @@ class Text(Measure):
         if self.language_column is not None:
             return numbers_answer(_language_column(self.language_column, self.language or ()), thresholds)
         judge, labels = self._judge(files)
-        column = self.column or CAPTION
+        column = self.column or cf.CAPTION
 
         def exact(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-            if column == CAPTION and column not in table.column_names:
+            if column == cf.CAPTION and column not in table.column_names:
                 return np.full(table.num_rows, np.nan), np.full(table.num_rows, -1, dtype=np.int32)
             return captions.judge_column(judge, _text_column(table, column))
 

@@ -12,9 +12,9 @@ from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, WithJsonSchem
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from clipfilter.decisions import DECISIONS, Decision
 from clipfilter.policies.language.fields import Model, choice, fail, number, shown, suggest, text
 from clipfilter.policies.language.shapes import TEXTS, VARIABLE
-from clipfilter.policies.names import DECISIONS, Decision
 
 MAX_TESTS = 500
 MAX_CATEGORIES = 200
@@ -25,8 +25,8 @@ SAFESEARCH = ("adult", "spoof", "medical", "violence", "racy")
 
 Expected = Annotated[Decision, BeforeValidator(choice("the expected decision", *DECISIONS))]
 #: What a rule may say of a row; keep where it says nothing.
-Outcome = Literal["keep", "review", "reject", "missing", "escalate", "tighten"]
-OUTCOMES = get_args(Outcome)
+Outcome = Literal[Decision, "missing", "escalate", "tighten"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _outcome = choice("what the rule says", *OUTCOMES)
 Number = Annotated[float, BeforeValidator(number)]
 

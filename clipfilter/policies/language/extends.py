@@ -12,6 +12,7 @@ import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
+from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.fields import suggest
@@ -306,7 +307,7 @@ def _merge_calibrations(data: dict[str, Node], child: Node, removed: set[str]) -
     changed = removed | {
         _rule_id(node) or ""
         for node in (rules.data if rules is not None and isinstance(rules.data, list) else [])
-        if isinstance(node.data, dict) and {"review", "reject"} & set(node.data)
+        if isinstance(node.data, dict) and set(LIMITS) & set(node.data)
     }
     taken = {_weights(entry) for entry in entries}
     for entry in inherited.data:

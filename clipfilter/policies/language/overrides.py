@@ -15,16 +15,19 @@ from pydantic import BeforeValidator, GetJsonSchemaHandler, ValidationInfo, mode
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS, Decision
 from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import DigestTable, name_digests
 from clipfilter.policies.language.attachments import Attachment, Attachments, attach
 from clipfilter.policies.language.fields import Model, choice, fail, shown, suggest, text
 from clipfilter.policies.language.shapes import FILE
-from clipfilter.policies.names import DECISIONS, UID, Decision
 
+#: The name under which an override stands among the reasons of a row; no rule may have it.
+OVERRIDE_RULE = "override"
 MAX_LISTED = 1000
 
-_NEEDED = (UID, "decision")
+_NEEDED = (cf.UID, "decision")
 _OPTIONAL = ("by", "date", "note")
 
 

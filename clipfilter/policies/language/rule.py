@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, create_model, model_validator
 
+from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.policies.kinds.base import Measure
 from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.bands import Band, Tighten, check_order
 from clipfilter.policies.language.conditions import Condition
 from clipfilter.policies.language.fields import Model, fail, identifier, shown
+from clipfilter.policies.language.overrides import OVERRIDE_RULE
 from clipfilter.policies.language.values import Identifier, Missing, Templates
-from clipfilter.policies.names import OVERRIDE_RULE
 
 MAX_SEVERITY = 100
 
@@ -54,7 +55,7 @@ class Rule(_Measured):
     @classmethod
     def _default_bands(cls, data: Any) -> Any:
         """Some kinds have bands without saying so."""
-        if isinstance(data, dict) and all(data.get(name) is None for name in ("review", "reject", "tighten")):
+        if isinstance(data, dict) and all(data.get(name) is None for name in (*LIMITS, "tighten")):
             for name, measure in KINDS.items():
                 if data.get(name) is not None:
                     return {**data, **(measure.default_bands(data[name]) or {})}
@@ -103,7 +104,7 @@ class Rule(_Measured):
         for other in KINDS.values():
             if self.action in other.own_actions:
                 fail(other.own_actions[self.action], "action")
-        if self.action in ("keep", "review", "reject"):
+        if self.action in DECISIONS:
             fail(
                 f"the bands decide what is {self.action}ed or kept; action is a name for what to do beyond that",
                 "action",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies.kinds.base import Measure
 from clipfilter.policies.kinds.registry import KINDS
@@ -28,7 +29,6 @@ from clipfilter.policies.language.fields import Model, fail, shown, suggest, tex
 from clipfilter.policies.language.overrides import OverridesField
 from clipfilter.policies.language.rule import Rule, check_band
 from clipfilter.policies.language.values import Identifier, Missing, Templates, Whole
-from clipfilter.policies.names import ESCALATE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
 
 MAX_TOTAL_PHRASES = 4096
@@ -166,7 +166,7 @@ class Policy(Model):
             if not rule.measure.needs_model:
                 fail(f"{name!r} is of kind {rule.kind}, whose threshold depends on no model", *here, key=True)
             merged = rule
-            for which in ("review", "reject"):
+            for which in LIMITS:
                 calibrated: CalibratedBand | None = getattr(bands, which)
                 if calibrated is None:
                     continue

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 
+from clipfilter.decisions import LIMITS, Limit
 from clipfilter.policies.language.fields import choice, fail, identifier, number, shown, suggest
 from clipfilter.policies.language.shapes import TEXTS, WEIGHED_PHRASES
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
@@ -15,7 +16,7 @@ MAX_PHRASES = 256
 MAX_PHRASE_CHARS = 300
 MAX_TEMPLATES = 100
 
-OnMissing = Literal["review", "reject", "keep"]
+OnMissing = Literal[Limit, "keep"]
 
 _TEMPLATES: dict[str, Any] = {
     "anyOf": [{"enum": list(TEMPLATES)}, {**TEXTS, "items": {"type": "string", "pattern": r"\{\}"}}]
@@ -115,4 +116,4 @@ Phrases = Annotated[tuple[str, ...], BeforeValidator(phrases)]
 WeighedPhrases = Annotated[tuple[str, ...], BeforeValidator(phrases), WithJsonSchema(WEIGHED_PHRASES)]
 Templates = Annotated[tuple[str, ...], BeforeValidator(_templates), WithJsonSchema(_TEMPLATES)]
 Generic = Annotated[int, BeforeValidator(_generic), WithJsonSchema({"type": ["boolean", "integer"]})]
-Missing = Annotated[OnMissing, BeforeValidator(choice("on_missing", "review", "reject", "keep"))]
+Missing = Annotated[OnMissing, BeforeValidator(choice("on_missing", *LIMITS, "keep"))]

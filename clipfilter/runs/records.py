@@ -1,0 +1,424 @@
+"""What a run records, typed: the commit of a shard, its data files and counts, and the version that lists commits.
+
+The files are JSON objects with fixed keys, read strictly: a key that is missing or not known is refused with the name of
+the file. `to_json` gives back what was read, with the keys in the order in which they are written.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from clipfilter.errors import RefusedError
+from clipfilter.sources import Shard
+
+#: What a data file of a shard holds, which is also the folder it lies in.
+FileKind = Literal["embeddings", "failed", "scored", "annotated", "kept", "review"]
+FILE_KINDS: tuple[FileKind, ...] = ("annotated", "failed", "embeddings", "kept", "review", "scored")
+
+Thresholds = dict[str, float | None]
+
+
+def check_keys(value: Any, where: str, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
+    """The JSON object, if it has these keys and no others. Raises RefusedError that names the file and the key."""
+    cure = "it was edited, or written by another version of clipfilter: restore the file, or use that version."
+    if not isinstance(value, dict):
+        raise RefusedError(f"{where} does not hold a JSON object; {cure}")
+    for key in required:
+        if key not in value:
+            raise RefusedError(f"{where} lacks the key {key!r}; {cure}")
+    for key in value:
+        if key not in required and key not in optional:
+            raise RefusedError(f"{where} has the key {key!r}, which this version does not know; {cure}")
+    return value
+
+
+class _Number:
+    """A number in a JSON object as an attribute: 0 where the object lacks it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, counts: dict[str, Any], owner: type) -> int:
+        return int(counts.get(self._name, 0))
+
+
+class Counts(dict[str, int]):
+    """Rows of a shard by what became of them, in the order in which they were counted; an absent count is 0.
+
+    rows = embedded + failed, and where decided: decided = keep + review + reject; escalated ones are among the rejected.
+    The last four are of the source: rows without an image, repeated keys, members passed over, rows with leftovers.
+    """
+
+    rows = _Number()
+    failed = _Number()
+    embedded = _Number()
+    decided = _Number()
+    keep = _Number()
+    review = _Number()
+    reject = _Number()
+    escalated = _Number()
+    not_downloaded = _Number()
+    duplicate_keys = _Number()
+    clashes = _Number()
+    misfits = _Number()
+
+    def of_source(self) -> dict[str, int]:
+        """What reading the source counted, which every later stage repeats."""
+        return {name: self.get(name, 0) for name in ("not_downloaded", "duplicate_keys", "clashes", "misfits")}
+
+
+_COUNTS = {name for name, value in vars(Counts).items() if isinstance(value, _Number)}
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A published file (or folder) of a run: its name below the run, its rows, its size, the hash of its content."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def from_json(value: Any, where: str) -> DataFile:
+        return DataFile(**check_keys(value, where, ("name", "rows", "bytes", "sha256")))
+
+
+class Files(dict[FileKind, DataFile]):
+    """The data files of a shard by what they hold, in the order in which they were written; None where there is none."""
+
+    @property
+    def annotated(self) -> DataFile | None:
+        """The rows that did not fail, with their decision (if any)."""
+        return self.get("annotated")
+
+    @property
+    def scored(self) -> DataFile | None:
+        """The same before dataset-level rules decide."""
+        return self.get("scored")
+
+    @property
+    def embeddings(self) -> DataFile | None:
+        """Vectors and facts of these rows, in the same order."""
+        return self.get("embeddings")
+
+    @property
+    def failed(self) -> DataFile | None:
+        """The rows that failed, with class and message."""
+        return self.get("failed")
+
+    @property
+    def kept(self) -> DataFile | None:
+        """The source's own bytes of kept rows."""
+        return self.get("kept")
+
+    @property
+    def review(self) -> DataFile | None:
+        """The source's own bytes of rows to review."""
+        return self.get("review")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The commit that embedded the rows which another run decided: URL of its run, its name there."""
+
+    run: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """When and where a commit was made; recorded, never compared. Times are Unix seconds.
+
+    of_worker: what only a worker says (seconds by step, attempt, isolated, batch_halvings, encoder_waited, backend);
+    None for shards that are written without one (import, curate, forget).
+    """
+
+    started: float
+    finished: float
+    machine: dict[str, Any]
+    of_worker: WorkerDetails | None = None
+
+    @staticmethod
+    def since(started: float, of_worker: WorkerDetails | None = None) -> Work:
+        """Work on this machine that has just finished."""
+        machine = {"host": socket.gethostname(), "cpu": platform.machine(), "cores": len(os.sched_getaffinity(0))}
+        return Work(round(started, 3), round(time.time(), 3), machine, of_worker)
+
+    def to_json(self) -> dict[str, Any]:
+        times = {"started": self.started, "finished": self.finished}
+        more = self.of_worker
+        if more is None:
+            return {**times, "machine": self.machine}
+        details = {name: value for name, value in vars(more).items() if name not in ("seconds", "backend")}
+        return {"seconds": more.seconds, **times, **details, "machine": self.machine, "backend": more.backend}
+
+    @staticmethod
+    def from_json(value: Any, where: str) -> Work:
+        own = ("started", "finished", "machine")
+        if not isinstance(value, dict) or "seconds" not in value:
+            return Work(**check_keys(value, where, own))
+        details = ("seconds", "attempt", "isolated", "batch_halvings", "encoder_waited", "backend")
+        check_keys(value, where, (*own, *details))
+        of_worker = WorkerDetails(**{name: value[name] for name in details})
+        return Work(value["started"], value["finished"], value["machine"], of_worker)
+
+
+@dataclass(frozen=True)
+class WorkerDetails:
+    """How a worker made a commit: seconds by step, which attempt it was, whether images were decoded in another process,
+    how often the batch was halved, seconds in which the encoder had no batch, and the encoder's backend."""
+
+    seconds: dict[str, float]
+    attempt: int
+    isolated: bool
+    batch_halvings: int
+    encoder_waited: float
+    backend: Any
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of the rows of a shard. rules: rows per band of each rule; damaged, bytes_unread: of a tar that breaks
+    off."""
+
+    counts: Counts
+    failed_by_class: dict[str, int]
+    rules: dict[str, dict[str, int]] = field(default_factory=dict)
+    captions_truncated: int = 0
+    damaged: bool = False
+    bytes_unread: int = 0
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One shard at one stage: all that is true of it, and the files that hold it.
+
+    stage: scored, decided or embedded. generation: 1, more when the shard was processed again. plan: sha256 of the
+    run's plan. counts to bytes_unread: see `Account`. base_generation: that of the commit whose rows were decided.
+    thresholds: the dataset's own ones that decided. base: see `Base`.
+    """
+
+    shard: Shard
+    stage: str
+    generation: int
+    plan: str
+    counts: Counts
+    failed_by_class: dict[str, int]
+    rules: dict[str, dict[str, int]]
+    captions_truncated: int
+    damaged: bool
+    bytes_unread: int
+    files: Files
+    work: Work
+    base_generation: int | None = None
+    thresholds: Thresholds | None = None
+    base: Base | None = None
+
+    @property
+    def name(self) -> str:
+        """The commit's file, below the run."""
+        return f"commits/{self.shard.id}.{self.stage}.{self.generation:03d}.json"
+
+    @property
+    def account(self) -> Account:
+        """What became of the rows."""
+        return Account(**{item.name: getattr(self, item.name) for item in fields(Account)})
+
+    def to_json(self) -> dict[str, Any]:
+        value: dict[str, Any] = {name: getattr(self, name) for name in _COMMIT_KEYS}
+        value["shard"] = self.shard.to_json()
+        value["files"] = {kind: asdict(file) for kind, file in self.files.items()}
+        for name in _COMMIT_OPTIONS:
+            if getattr(self, name) is not None:
+                value[name] = getattr(self, name)
+        if self.base is not None:
+            value["base"] = asdict(self.base)
+        return {**value, "work": self.work.to_json()}
+
+    @staticmethod
+    def from_json(value: Any, where: str) -> Commit:
+        """Raises RefusedError for keys that a commit has not; `where` names its file."""
+        found = check_keys(value, where, (*_COMMIT_KEYS, "work"), _COMMIT_OPTIONS)
+        files = check_keys(found["files"], f"{where} (files)", (), FILE_KINDS)
+        base = found.get("base")
+        return Commit(
+            **found
+            | {
+                "shard": _shard(found["shard"], where),
+                "counts": Counts(check_keys(found["counts"], f"{where} (counts)", (), _COUNTS)),
+                "files": Files({kind: DataFile.from_json(files[kind], f"{where} ({kind})") for kind in files}),
+                "base": None if base is None else Base(**check_keys(base, f"{where} (base)", ("run", "commit"))),
+                "work": Work.from_json(found["work"], f"{where} (work)"),
+            }
+        )
+
+
+_COMMIT_KEYS = (
+    "shard", "stage", "generation", "plan", "counts", "failed_by_class", "rules", "captions_truncated", "damaged",
+    "bytes_unread", "files",
+)  # fmt: skip
+_COMMIT_OPTIONS = ("base_generation", "thresholds", "base")
+_SHARD_KEYS = tuple(Shard("", "", "tar").to_json())
+
+
+def _shard(value: Any, where: str) -> Shard:
+    return Shard.from_json(check_keys(value, f"{where} (shard)", _SHARD_KEYS))
+
+
+@dataclass(frozen=True)
+class FailedShard:
+    """A shard that could not be processed, why, and how often it was tried."""
+
+    shard: Shard
+    error: str
+    attempts: int
+
+    @staticmethod
+    def from_json(value: Any, where: str) -> FailedShard:
+        found = check_keys(value, f"{where} (failed_shards)", ("shard", "error", "attempts"))
+        return FailedShard(_shard(found["shard"], where), found["error"], found["attempts"])
+
+
+#: The counts that a version adds up.
+COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "not_downloaded", "duplicate_keys")
+
+
+class Totals(dict[str, Any]):
+    """The sums over the commits of a version, as JSON and as attributes; all derived, so `verify` can repeat it."""
+
+    rows = _Number()
+    decided = _Number()
+    keep = _Number()
+    review = _Number()
+    reject = _Number()
+    failed = _Number()
+    embedded = _Number()
+    not_downloaded = _Number()
+    duplicate_keys = _Number()
+    escalated = _Number()
+    shards = _Number()
+    failed_shards = _Number()
+    damaged_shards = _Number()
+    bytes_unread = _Number()
+    captions_truncated = _Number()
+
+    @property
+    def failed_by_class(self) -> dict[str, int]:
+        """Failed rows by class of error, sorted by name."""
+        return dict(self["failed_by_class"])
+
+    @property
+    def rules(self) -> dict[str, dict[str, int]]:
+        """Rows per band of each rule."""
+        return dict(self["rules"])
+
+    @staticmethod
+    def of(commits: Iterable[Commit], failed_shards: int) -> Totals:
+        """Add up commits, which are gone through once."""
+        totals = Totals(dict.fromkeys(COUNTS, 0))
+        classes: Counter[str] = Counter()
+        rules: dict[str, Counter[str]] = {}
+        sums: Counter[str] = Counter(dict.fromkeys(_SUMS, 0))
+        for commit in commits:
+            for name in COUNTS:
+                totals[name] += commit.counts.get(name, 0)
+            classes.update(commit.failed_by_class)
+            for rule, bands in commit.rules.items():
+                rules.setdefault(rule, Counter()).update(bands)
+            sums.update(
+                escalated=commit.counts.escalated,
+                shards=1,
+                damaged_shards=commit.damaged,
+                bytes_unread=commit.bytes_unread,
+                captions_truncated=commit.captions_truncated,
+            )
+        escalated = sums.pop("escalated", 0)
+        if escalated:  # among the rejected; most datasets have none
+            totals["escalated"] = escalated
+        totals["failed_by_class"] = dict(sorted(classes.items()))
+        totals["rules"] = {rule: dict(sorted(bands.items())) for rule, bands in rules.items()}
+        totals |= {**sums, "failed_shards": failed_shards}
+        return totals
+
+
+_SUMS = ("shards", "failed_shards", "damaged_shards", "bytes_unread", "captions_truncated")
+_TOTALS = (*COUNTS, "failed_by_class", "rules", *_SUMS)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A state of the dataset: the commits that make it up, by name, and what they add up to.
+
+    number: from 1; 0 before it is written. stage: of its commits. thresholds: fixed numbers of dataset-level rules.
+    rolled_back_to, set_aside: after a rollback, the version it went back to, and the commits that later nights leave out.
+    """
+
+    plan: str
+    stage: str
+    commits: list[str]
+    failed_shards: list[FailedShard]
+    thresholds: Thresholds
+    totals: Totals
+    rolled_back_to: int | None = None
+    set_aside: list[str] | None = None
+    number: int = 0
+    order: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of the keys in the file, where it was read
+
+    @staticmethod
+    def of(
+        plan: str,
+        stage: str,
+        commits: Iterable[Commit],
+        failed_shards: list[FailedShard],
+        thresholds: Thresholds | None = None,
+    ) -> Version:
+        """The version that these commits make; they are gone through once."""
+        names: list[str] = []
+
+        def named() -> Iterable[Commit]:
+            for commit in commits:
+                names.append(commit.name)
+                yield commit
+
+        totals = Totals.of(named(), len(failed_shards))
+        return Version(plan, stage, names, failed_shards, thresholds or {}, totals)
+
+    @property
+    def name(self) -> str:
+        """The number as files and people write it: "000001"."""
+        return f"{self.number:06d}"
+
+    def to_json(self) -> dict[str, Any]:
+        value: dict[str, Any] = {"version": self.number}
+        value |= {name: getattr(self, name) for name in _VERSION_KEYS}
+        value |= {name: getattr(self, name) for name in _VERSION_OPTIONS if getattr(self, name) is not None}
+        value["failed_shards"] = [asdict(shard) for shard in self.failed_shards]
+        names = [*(name for name in self.order if name in value), *value]
+        return {name: value[name] for name in dict.fromkeys(names)}
+
+    @staticmethod
+    def from_json(value: Any, where: str) -> Version:
+        """Raises RefusedError for keys that a version has not; `where` names its file."""
+        found = check_keys(value, where, ("version", *_VERSION_KEYS), _VERSION_OPTIONS)
+        totals = check_keys(found["totals"], f"{where} (totals)", _TOTALS, ("escalated",))
+        return Version(
+            **{name: item for name, item in found.items() if name != "version"}
+            | {
+                "failed_shards": [FailedShard.from_json(item, where) for item in found["failed_shards"]],
+                "totals": Totals(totals),
+                "number": found["version"],
+                "order": tuple(found),
+            }
+        )
+
+
+_VERSION_KEYS = ("plan", "stage", "commits", "failed_shards", "thresholds", "totals")
+_VERSION_OPTIONS = ("rolled_back_to", "set_aside")
