@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import defaults
 from clipfilter.engine import (
     EmbeddedShard,
     StoredRun,
@@ -80,9 +81,9 @@ def embed(
     captions: bool = False,
     model: str | None = None,
     encoder: Encoder | None = None,
-    device: str = "auto",
+    device: str = defaults.DEVICE,
     batch_size: int | None = None,
-    decode: str = "fast",
+    decode: str = defaults.DECODE,
 ) -> Embeddings:
     """Embed images as a run would, into memory; a run's embeddings are read, not computed.
 
@@ -119,7 +120,7 @@ def classify(
     k: int = 5,
     model: str | None = None,
     encoder: Encoder | None = None,
-    device: str = "auto",
+    device: str = defaults.DEVICE,
 ) -> pa.Table:
     """The best labels of each image (zero-shot classification): one row per image, in order.
 
@@ -188,7 +189,7 @@ class Policy:
         columns: pa.Table | None = None,
         model: str | None = None,
         encoder: Encoder | None = None,
-        device: str = "auto",
+        device: str = defaults.DEVICE,
     ) -> pa.Table:
         """Decide images, or embeddings that are there already: one row each, in order.
 

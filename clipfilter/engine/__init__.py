@@ -11,10 +11,8 @@ from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
-    DEFAULT_MAX_PIXELS,
     EXIT_DONE,
     EXIT_FAILURES,
-    Dtype,
     JobRequest,
     JobResult,
     Preparation,
@@ -26,7 +24,7 @@ from clipfilter.engine.job import (
     run_prepared,
     stored_model,
 )
-from clipfilter.engine.metrics import LOOPBACK, MetricsOptions, published, together
+from clipfilter.engine.metrics import MetricsOptions, published, together
 from clipfilter.engine.shard import EmbeddedShard, embed_rows, shard_report
 from clipfilter.engine.stream import (
     Input,
@@ -42,16 +40,13 @@ from clipfilter.engine.worker import JobSpec, Task, Worker, compile_for
 __all__ = [
     "DEFAULT_BATCH_SIZE",
     "DEFAULT_DTYPE",
-    "DEFAULT_MAX_PIXELS",
     "EXIT_DONE",
     "EXIT_FAILURES",
-    "LOOPBACK",
     "MAX_ATTEMPTS",
     "MAX_THREADS",
     "DecodeSettings",
     "DecodedBatch",
     "Display",
-    "Dtype",
     "EmbeddedShard",
     "InlineExecutor",
     "Input",

@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from clipfilter import defaults
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
 from clipfilter.engine.executors.interface import Executor
 from clipfilter.engine.hardware import gpu_count
 from clipfilter.engine.worker import JobSpec, compile_for
 from clipfilter.errors import RefusedError
-from clipfilter.models import DEFAULT_MODEL
 from clipfilter.policies import Policy, attachments, load_policy
 from clipfilter.runs import (
     PLAN_FILE,
@@ -40,11 +40,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipfilter.engine")
 
 #: Enough for any camera, far below a decompression bomb (Pillow's own limit).
-DEFAULT_MAX_PIXELS = 178_956_970
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
 DEFAULT_DTYPE: dict[str, Any] = {"cpu": "fp32", "cuda": "bf16"}
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 
 EXIT_DONE, EXIT_CRASH, EXIT_REFUSED, EXIT_FAILURES = 0, 1, 2, 3
 
@@ -66,23 +64,23 @@ class JobRequest:
     policy: str | Policy | None = None
     labels: LabelSet | None = None
     model: str | None = None
-    engine: str = "auto"
+    engine: str = defaults.ENGINE
     address: str | None = None
     workers: int | None = None
     threads: int | None = None
-    device: str = "auto"
-    dtype: Dtype | None = None
+    device: str = defaults.DEVICE
+    dtype: defaults.Dtype | None = None
     compile_model: bool = False
     batch_size: int | None = None
-    decode: str = "fast"
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    captions: str = "first"
+    decode: str = defaults.DECODE
+    max_pixels: int = defaults.MAX_PIXELS
+    captions: str = defaults.CAPTIONS
     source_options: SourceOptions = field(default_factory=SourceOptions)
     limit: int | None = None
     sample: float | None = None
     copy: bool = True
     retry_failed: bool = False
-    max_failures: float = 0.01
+    max_failures: float = defaults.MAX_FAILURES
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ def prepare(request: JobRequest) -> Preparation:
     existing = read_plan(directory)
     source = _open_source(request, existing)
     text = request.captions != "none" and source.has_captions is not False
-    model = _with_absolute_path(request.model or DEFAULT_MODEL)
+    model = _with_absolute_path(request.model or defaults.MODEL)
     return Preparation(request, directory, source, None, policy, existing, source.to_plan(), text, model)
 
 
@@ -219,7 +217,7 @@ def choose_executor(request: JobRequest) -> Executor:
     executor = RayExecutor(request.address, request.workers, request.threads, request.device)
     executor.refuse_unshared(request.out, "--out")
     executor.refuse_unshared(request.source, "the source")
-    checkpoint = _local_checkpoint(request.model or DEFAULT_MODEL)
+    checkpoint = _local_checkpoint(request.model or defaults.MODEL)
     if checkpoint is not None:
         executor.refuse_unshared(checkpoint, "the checkpoint")
     return executor
@@ -263,7 +261,7 @@ def run_prepared(prepared: Preparation, display: Display | None = None, executor
         prepared.directory.clean_scratch(stale_only=True)
 
 
-def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], Dtype]:
+def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], defaults.Dtype]:
     """The plan's options and the dtype: what was asked for, else what the plan says, else the device's default."""
     request, existing = prepared.request, prepared.existing
     old = existing.options if existing else {}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import defaults
 from clipfilter.engine.decoding import DecodedBatch, StageTimes, image_columns
 from clipfilter.errors import ENCODE_ERROR, RowError
 from clipfilter.runs import FACTS, IDENTITY, annotate, embeddings_schema, failed_table, vector_column
@@ -22,8 +23,6 @@ from clipfilter.runs import FACTS, IDENTITY, annotate, embeddings_schema, failed
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
     from clipfilter.policies import CompiledPolicy, LabelScorer
-
-Captions = Literal["first", "max", "mean", "none"]
 
 
 class Sink(Protocol):
@@ -72,7 +71,7 @@ def process_shard(
     shard: str,
     source_schema: pa.Schema,
     text: bool,
-    captions: Captions = "first",
+    captions: defaults.Captions = defaults.CAPTIONS,
     turn: contextlib.AbstractContextManager[Any] | None = None,
     times: StageTimes | None = None,
     on_batch: Any = None,
@@ -155,7 +154,7 @@ def embed_rows(
     shard: str,
     source_schema: pa.Schema,
     text: bool,
-    captions: Captions,
+    captions: defaults.Captions,
     times: StageTimes,
     on_batch: Any = None,
 ) -> EmbeddedShard:
@@ -238,7 +237,7 @@ class _BatchRunner:
                 _empty_cuda_cache()
 
     def captions(
-        self, lists: list[list[str]], image_emb: np.ndarray, mode: Captions
+        self, lists: list[list[str]], image_emb: np.ndarray, mode: defaults.Captions
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """One text embedding per row: float32 [n, dim], which rows have one bool [n], captions truncated."""
         n, dim = image_emb.shape

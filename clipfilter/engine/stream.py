@@ -14,20 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter import storage
+from clipfilter import defaults, storage
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
-    DEFAULT_MAX_PIXELS,
     refuse_other_weights,
     stored_model,
 )
 from clipfilter.engine.shard import EmbeddedShard, embed_rows
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.images import Mode
-from clipfilter.models import DEFAULT_MODEL, load_encoder
+from clipfilter.models import load_encoder
 from clipfilter.runs import FAILED, IDENTITY, embeddings_schema, is_run, ledger, local_files, open_run, read_stored
 from clipfilter.sources import (
     COLUMN_PREFIX,
@@ -43,7 +42,6 @@ from clipfilter.sources import (
 )
 
 if TYPE_CHECKING:
-    from clipfilter.engine.job import Dtype
     from clipfilter.models import Encoder
     from clipfilter.runs import Plan
 
@@ -62,8 +60,8 @@ class StreamOptions:
     """
 
     batch_size: int = 64
-    decode: Mode = "fast"
-    max_pixels: int = DEFAULT_MAX_PIXELS
+    decode: Mode = defaults.DECODE
+    max_pixels: int = defaults.MAX_PIXELS
     threads: int | None = None
     decode_ahead: int = 0
     text: bool = False
@@ -117,7 +115,7 @@ def load_for(
     model: str | None,
     *,
     device: str = "cpu",
-    dtype: Dtype = "fp32",
+    dtype: defaults.Dtype = "fp32",
     threads: int | None = None,
 ) -> Encoder:
     """The model asked for (nano where none is); of a run, the one that embedded it and no other.
@@ -126,7 +124,7 @@ def load_for(
     """
     runs = [item for item in inputs if isinstance(item, StoredRun)]
     if not runs:
-        return load_encoder(model or DEFAULT_MODEL, device=device, dtype=dtype, threads=threads)
+        return load_encoder(model or defaults.MODEL, device=device, dtype=dtype, threads=threads)
     plan = runs[0].plan
     encoder = load_encoder(
         model or stored_model(plan), device=device, dtype=plan.model.get("dtype", "fp32"), threads=threads
@@ -140,11 +138,11 @@ def stream_options(
     inputs: Sequence[Input],
     model: str | None = None,
     *,
-    device: str = "auto",
-    dtype: Dtype | None = None,
+    device: str = defaults.DEVICE,
+    dtype: defaults.Dtype | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
-    decode: str = "fast",
+    decode: str = defaults.DECODE,
     text: bool = False,
 ) -> tuple[Encoder, StreamOptions]:
     """The model and the options for some inputs, with the defaults of a job on this device where None is given."""
@@ -163,12 +161,14 @@ class OnDevice(NamedTuple):
     """How a model is run on a device. decode_ahead: batches decoded while the model works."""
 
     device: str
-    dtype: Dtype
+    dtype: defaults.Dtype
     batch_size: int
     decode_ahead: int
 
 
-def on_device(device: str = "auto", dtype: Dtype | None = None, batch_size: int | None = None) -> OnDevice:
+def on_device(
+    device: str = defaults.DEVICE, dtype: defaults.Dtype | None = None, batch_size: int | None = None
+) -> OnDevice:
     """What is asked for, with the defaults of the device for None; "auto" takes a GPU where there is one."""
     wanted = device if device != "auto" else "cuda" if gpu_count() else "cpu"
     kind = wanted.split(":")[0]
@@ -355,7 +355,7 @@ def _stored(
 ) -> Iterator[EmbeddedShard]:
     lost += [{"path": item["shard"]["path"], "error": item["error"]} for item in run.version["failed_shards"]]
     scratch = run.directory.scratch()
-    try:
+    with run.directory:
         for _, commit in ledger.iter_commits(run.directory, run.version["commits"]):
             with local_files(run.directory, commit["files"], scratch) as local:
                 failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
@@ -366,8 +366,6 @@ def _stored(
                     embeddings = embeddings_schema(encoder.dim, run.plan.text_column).empty_table()
                 told(rows.num_rows)
                 yield EmbeddedShard(rows, embeddings, failed, commit["captions_truncated"], 0)
-    finally:
-        run.directory.clean_scratch(stale_only=False)
 
 
 def _placed(table: pa.Table, folder: str) -> pa.Table:

@@ -8,11 +8,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter import defaults
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
@@ -50,7 +51,7 @@ class JobSpec:
     policy: dict[str, Any] | None
     model: str
     device: str
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: defaults.Dtype
     compile_model: bool
     threads: int
     options: dict[str, Any]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import defaults
 from clipfilter.errors import ENCODE_ERROR, RefusedError, RowError
 from clipfilter.runs import (
     FACTS,
@@ -63,7 +64,7 @@ class ImportOptions:
     caption_column: str | None = None
     uid_column: str | None = None
     key_column: str | None = None
-    rows_per_shard: int = 10_000
+    rows_per_shard: int = defaults.ROWS_PER_SHARD
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
     writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
     committed: list[str] = []
-    try:
+    with target:
         for part in parts:
             with _opened(directory, part, target) as (image, text_emb):
                 for shard, rows in _shards(directory, part, schema, options.rows_per_shard):
@@ -128,8 +129,6 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
                         texts = None if text_emb is None else text_emb[here]
                         writer.write(name, shard, rows, image[here], texts)
         version, written = ledger.write_version(target, embedded_version(plan, committed, [], target))
-    finally:
-        target.clean_scratch(stale_only=False)
     summary = {"out": target.url, "version": version, "totals": written["totals"]}
     target.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary

@@ -11,6 +11,7 @@ import pytest
 
 from clipfilter.operations.verify import verify_run
 from tests.support.commands import command
+from tests.support.edition import REVIEWED_BY_DEMO
 from tests.support.engine import PHOTOS, REPO
 from tests.support.web import web
 
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.integration
 def work(tmp_path: Path) -> Path:
     """A folder like a checkout, with a few of the sample photographs."""
     (tmp_path / "samples" / "photos").mkdir(parents=True)
-    # `demo` does not know what to think of a moose: something for the queue of `moderate`.
-    for path in [*sorted(PHOTOS.glob("c*.jp*"))[:9], PHOTOS / "moose.jpg"]:
+    # Something for the queue of `moderate` is among them.
+    for path in [*sorted(PHOTOS.glob("c*.jp*"))[:9], PHOTOS / REVIEWED_BY_DEMO]:
         (tmp_path / "samples" / "photos" / path.name).symlink_to(path)
     (tmp_path / "samples" / "photos" / "captions.jsonl").symlink_to(PHOTOS / "captions.jsonl")
     return tmp_path

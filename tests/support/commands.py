@@ -51,7 +51,7 @@ class ForkServer:
         self.address = str(self._folder / "socket")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.fork_server", self.address],
-            cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)},
+            cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": ""},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         atexit.register(self.close)

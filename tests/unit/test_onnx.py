@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,25 @@ def onnx_encoder(folder: Path) -> TorchEncoder:
 def worst(left: np.ndarray, right: np.ndarray) -> float:
     """The largest 1 - cosine of two sets of unit rows."""
     return float(1 - (left.astype(np.float64) * right).sum(1).min())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exported_once() -> Iterator[None]:
+    """torch's exporter takes seconds for a tower: each tower of the tests goes through it once."""
+    programs: dict[Any, Any] = {}
+
+    def export(tower: Any, *given: Any, **more: Any) -> Any:
+        method = tower._tower
+        if not hasattr(method, "__func__"):
+            return original(tower, *given, **more)
+        if method not in programs:
+            programs[method] = original(tower, *given, **more)
+        return programs[method]
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.onnx.export
+        patch.setattr(torch.onnx, "export", export)
+        yield
 
 
 @pytest.fixture(scope="module")
