@@ -25,7 +25,7 @@ from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.policies import BUCKETS, high_histogram, low_histogram
 from clipfilter.retry import retry
-from clipfilter.runs import HASH_LENGTH
+from clipfilter.runs import HASH_LENGTH, Commit, ledger
 from clipfilter.storage import Directory, file_sha256
 
 log = logging.getLogger("clipfilter.beam")
@@ -54,8 +54,8 @@ class Decide(beam.DoFn):  # type: ignore[misc]
         self._worker = self._shared.acquire(lambda: OneWorker(spec), tag=spec)
 
     def process(self, element: str) -> Iterator[str]:
-        def decide() -> dict[str, Any]:
-            commit: dict[str, Any] = self._worker.process(task_of(element, json.loads(self._common)))["commit"]
+        def decide() -> Commit:
+            commit: Commit = self._worker.process(task_of(element, json.loads(self._common))).commit
             return commit
 
         def may_pass(error: Exception, attempt: int) -> bool:
@@ -70,8 +70,8 @@ class Decide(beam.DoFn):  # type: ignore[misc]
         except Exception:
             self._failed.inc()
             return
-        self._rows.inc(commit["counts"]["rows"])
-        yield commit["shard"]["id"]
+        self._rows.inc(commit.counts.rows)
+        yield commit.shard.id
 
 
 class HistogramCoder(Coder):  # type: ignore[misc]
@@ -157,10 +157,10 @@ class _Columns(beam.DoFn):  # type: ignore[misc]
     def read(self, commit: str, columns: list[str] | None) -> pa.Table | None:
         """The columns, all scores with None; nothing for a commit without rows."""
         directory = Directory(self._run)
-        files = directory.read_json(commit)["files"]
-        if "annotated" not in files:
+        annotated = ledger.read_commit(directory, commit).files.annotated
+        if annotated is None:
             return None
-        with directory.open(files["annotated"]["name"]) as handle:
+        with directory.open(annotated.name) as handle:
             file = pq.ParquetFile(handle)
             if columns is None:
                 columns = [n for n in file.schema_arrow.names if n == cf.SIMILARITY or n.startswith(cf.SCORE)]
@@ -223,13 +223,11 @@ class _Writer(beam.DoFn):  # type: ignore[misc]
         entry: dict[str, Any] = {"rows": table.num_rows}
         if table.num_rows:
             directory = Directory(self._out)
-            try:
+            with directory:
                 path = directory.scratch() / f"{folder}-{part}"
                 pq.write_table(table, path, compression="zstd")
                 entry["name"] = f"{folder}/{part:05d}-{file_sha256(path)[:HASH_LENGTH]}.parquet"
                 directory.publish(path, entry["name"])
-            finally:
-                directory.clean_scratch(stale_only=False)
         return entry
 
 
@@ -285,8 +283,6 @@ class WriteSummary(beam.DoFn):  # type: ignore[misc]
             } | {"files": [part["name"] for part in parts if "name" in part]}
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         directory = Directory(self._out)
-        try:
+        with directory:
             directory.replace("statistics.json", text.encode())
-        finally:
-            directory.clean_scratch(stale_only=False)
         yield text

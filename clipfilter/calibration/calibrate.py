@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic_core import PydanticCustomError
 
+from clipfilter import columns as cf
 from clipfilter.calibration import guarantees as g
 from clipfilter.calibration import probability as prob
 from clipfilter.calibration.labels import Label
@@ -294,9 +295,9 @@ def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) ->
     """Flagging scores of all scored rows, ascending; those of the labels [len(labels)], NaN where there is none; and
     the number of rows without a score."""
     if all(label.uid is not None for label in labels):
-        column, names = "cf_uid", [label.uid for label in labels]
+        column, names = cf.UID, [label.uid for label in labels]
     elif all(label.key is not None for label in labels):
-        column, names = "cf_key", [label.key for label in labels]
+        column, names = cf.KEY, [label.key for label in labels]
     else:
         raise RefusedError("some labels have only cf_uid, others only cf_key; give the same one for all.")
     position: dict[str | None, int] = {}
@@ -316,7 +317,7 @@ def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) ->
             if times[label] == 0:
                 values[label] = part[row]
             times[label] += 1
-    if column == "cf_key" and (times > 1).any():
+    if column == cf.KEY and (times > 1).any():
         key = list(position)[int(np.argmax(times > 1))]
         raise RefusedError(f"the key {key!r} is in the run {times.max()} times, so labels must name images by cf_uid.")
     scored = scores[:at]

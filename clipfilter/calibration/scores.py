@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import (
@@ -54,7 +55,7 @@ class ScoredRun:
 
     def batches(self, rule: str, columns: tuple[str, ...]) -> Iterator[tuple[str, pa.RecordBatch, np.ndarray]]:
         """(path of the shard, these columns, scores of the rule as float32 with NaN for none), batch by batch."""
-        name = f"cf_score.{rule}"
+        name = cf.score(rule)
         for _, commit in ledger.iter_commits(self.directory, self.version["commits"]):
             if "annotated" not in commit["files"]:
                 continue

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter import columns as cf
+from clipfilter import defaults
 from clipfilter.engine import (
-    DEFAULT_MAX_PIXELS,
     MAX_THREADS,
     DecodedBatch,
     DecodeSettings,
@@ -62,7 +62,7 @@ class Sample:
 
 def read_sample(source: Source, preprocess: PreprocessConfig, limit: int) -> Sample:
     """The first `limit` rows of `source`, decoded for a model; RefusedError when no image among them can be read."""
-    decoder = ThreadDecoder(DecodeSettings(preprocess, _DECODE, DEFAULT_MAX_PIXELS), min(MAX_THREADS, cpu_count()))
+    decoder = ThreadDecoder(DecodeSettings(preprocess, _DECODE, defaults.MAX_PIXELS), min(MAX_THREADS, cpu_count()))
     batches: list[DecodedBatch] = []
     left = limit
     for shard in source.iter_shards():

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
+from clipfilter import defaults
 from clipfilter.engine import (
-    DEFAULT_MAX_PIXELS,
     MAX_THREADS,
     DecodeSettings,
     StageTimes,
@@ -62,7 +62,7 @@ class DataRequest:
     where: tuple[tuple[str, str], ...] = ()
     captions: Literal["first", "all"] = "first"
     limit: int | None = None
-    decode: Mode = "fast"
+    decode: Mode = defaults.DECODE
     batch_size: int = 64
     threads: int | None = None
     decode_ahead: int = 0
@@ -298,7 +298,7 @@ class _Collected:
 
 def _read_source(dataset: Dataset, collected: _Collected) -> None:
     request = dataset.request
-    settings = DecodeSettings(collected.encoder.preprocess, request.decode, DEFAULT_MAX_PIXELS)
+    settings = DecodeSettings(collected.encoder.preprocess, request.decode, defaults.MAX_PIXELS)
     decoder = ThreadDecoder(settings, request.threads or min(MAX_THREADS, cpu_count()))
     for shard in dataset.source.iter_shards():
         if collected.left == 0:
