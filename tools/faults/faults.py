@@ -84,7 +84,8 @@ FAULTS = (
         "a commit is written before its data",
         "clipfilter/runs/writer.py",
         "        self._directory.publish(path, name)\n",
-        "        threading.Timer(0.5, self._directory.publish, (path.rename(path.with_name(name[-40:].replace('/', ''))), name)).start()\n",
+        "        late = path.rename(self._folder.parent / digest)\n"
+        "        threading.Timer(0.5, self._directory.publish, (late, name)).start()\n",
         ("tests/unit/test_engine_shard.py", "tests/unit/test_runs.py", "tests/golden"),
     ),
     Fault(

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faults import FAULTS, Fault  # noqa: E402
+from faults import FAULTS, Fault
 
 REPO = Path(__file__).parents[2]
 SECONDS = 900
