@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.fields import suggest
+from clipfilter.policies.parts.fields import suggest
 
 Floats = np.ndarray  # float64 [n], NaN where the row has no value
 
