@@ -30,6 +30,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a soak test that has no smaller one beside it: other parameters, or the test that its marker names."""
+    if any("::" in argument for argument in config.args):
+        return  # some of a file's tests only
+    every_time = {(item.path, item.originalname) for item in items if not item.get_closest_marker("soak")}  # type: ignore[attr-defined]
+    for item in items:
+        soak = item.get_closest_marker("soak")
+        if soak and (item.path, *(soak.args or (item.originalname,))) not in every_time:  # type: ignore[attr-defined]
+            raise pytest.UsageError(f"{item.nodeid} is soak, and no smaller test runs every time")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before any fixture: what the test's markers say of worker processes and of nano."""
     quick.processes = item.get_closest_marker("processes") is not None
