@@ -10,13 +10,16 @@ import pytest
 
 from tests.support import quick
 
+_all_cores = _own_cores = os.sched_getaffinity(0)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give each of pytest-xdist's processes a core of its own: teams of threads that compete cost twice the time."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    cores = sorted(os.sched_getaffinity(0))
-    if worker.startswith("gw") and len(cores) > 1:
-        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+    global _own_cores
+    worker, cores = os.environ.get("PYTEST_XDIST_WORKER", ""), sorted(_all_cores)
+    if worker.startswith("gw"):
+        _own_cores = {cores[int(worker[2:]) % len(cores)]}
+        os.sched_setaffinity(0, _own_cores)  # before torch counts them
     if quick.MEMORY not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="clipfilter-vectors-")
         config.add_cleanup(folder.cleanup)
@@ -45,6 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before any fixture: what the test's markers say of worker processes and of nano."""
     quick.processes = item.get_closest_marker("processes") is not None
+    os.sched_setaffinity(0, _all_cores if item.get_closest_marker("cores") else _own_cores)
     quick.fresh = item.get_closest_marker("fresh") is not None
 
 

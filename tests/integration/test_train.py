@@ -66,6 +66,7 @@ def test_a_changed_command_is_refused_with_exit_code_2(tuned: tuple[Path, str], 
     assert "seed: 0 then, 1 now" in done.stderr
 
 
+@pytest.mark.cores
 def test_two_ray_workers_train_as_one_with_twice_the_batch(source: Path, tmp_path: Path) -> None:
     def settings(name: str, batch_size: int, **more: object) -> TrainSettings:
         return TrainSettings(
