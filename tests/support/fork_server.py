@@ -2,8 +2,8 @@
 
 A connection to SOCKET brings one line of JSON and three descriptors (stdin, stdout, stderr). The line says what to run:
 `argv` (what follows the interpreter: `-m MODULE ...`, `-c CODE ...`, `FILE ...`; or a console script: `clipfilter ...`),
-`cwd`, `env` and `cores` (those it may use). Back come the child's process id and, when it has ended, its exit code (negative: the signal), a line
-each. When the connection is closed before, the child is killed.
+`cwd`, `env` and `cores` (those it may use). Back come the child's process id and, when it has ended, its exit code
+(negative: the signal), a line each. When the connection is closed before, the child is killed.
 
 The child sees what a process of its own would see: arguments, working directory, environment, descriptors, signals in
 their default state, `__main__`, exit code. What the environment decides while modules are imported is as it was when the
