@@ -130,7 +130,9 @@ def command(
     processes: in a process of its own, with worker processes: what a user gets.
     """
     environment = os.environ | (env or {})
-    if processes or any(name.startswith(_READ_AT_IMPORT) for name in env or {}):
+    if processes or any(
+        name.startswith(_READ_AT_IMPORT) and os.environ.get(name) != value for name, value in (env or {}).items()
+    ):
         done = subprocess.run(
             [sys.executable, *argv], capture_output=True, text=True, env=environment, cwd=cwd, timeout=timeout
         )
