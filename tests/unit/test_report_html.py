@@ -12,7 +12,8 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 
 import clipfilter
-from clipfilter.report.html import Foreign, environment
+from clipfilter.policies import Written
+from clipfilter.report.html import environment
 
 PRODUCT = Path(clipfilter.__file__).parent
 #: Where text becomes markup without being escaped: what the chart kit draws, and the stylesheet.
@@ -53,9 +54,10 @@ def test_a_name_that_is_missing_is_an_error(asked: str) -> None:
         environment().from_string(asked).render(something=1)
 
 
-def test_foreign_words_in_a_sentence_are_set_apart() -> None:
+def test_what_others_wrote_in_a_sentence_is_short_and_set_apart() -> None:
     made = environment().from_string('{% from "parts.html" import said %}{{ said(parts) }}')
-    assert made.render(parts=["Looks for “", Foreign("<i>"), "” & all"]) == "Looks for “<bdi>&lt;i&gt;</bdi>” &amp; all"
+    parts = ["Looks for “", Written("<i>", isolated=True), "” & ", Written("y" * 9, 5)]
+    assert made.render(parts=parts) == "Looks for “<bdi>&lt;i&gt;</bdi>” &amp; yyyy…"
 
 
 def test_every_filter_and_every_drawing_is_there() -> None:
