@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.engine.executors.interface import Executor, Outcome
 from clipfilter.engine.worker import Task
 from clipfilter.errors import TRANSIENT, RefusedError
@@ -322,5 +323,5 @@ def _scores(directory: Directory, commits: Iterable[dict[str, Any]], rule: str) 
     for commit in commits:
         if "scored" in commit["files"]:
             with directory.open(commit["files"]["scored"]["name"]) as handle:
-                column = pq.read_table(handle, columns=[f"cf_score.{rule}"]).column(0)
+                column = pq.read_table(handle, columns=[cf.score(rule)]).column(0)
             yield np.asarray(column.to_numpy(), np.float32)

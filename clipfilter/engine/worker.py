@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter import defaults
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
@@ -252,7 +253,7 @@ class Worker:
             failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
             if rows_file is None:
                 report = ShardReport({"rows": failed.num_rows, "failed": failed.num_rows, "embedded": 0}, {})
-                report.counts |= {"decided": 0, "keep": 0, "review": 0, "reject": 0}
+                report.counts |= dict.fromkeys(("decided", *DECISIONS), 0)
                 report.failed_by_class = commit["failed_by_class"]
             else:
                 rows, embeddings = read_stored(rows_file, local["embeddings"])

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.engine import shard_report
 from clipfilter.errors import RefusedError
 from clipfilter.operations.reshard import load_subset
@@ -130,13 +131,13 @@ def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[le
 
 def _matches(directory: Directory, file: str, values: pa.Array) -> Iterator[tuple[str, int]]:
     try:
-        table = _read(directory, file, ["cf_uid", "cf_row"])
+        table = _read(directory, file, [cf.UID, cf.ROW])
     except FileNotFoundError:  # deleted by an interrupted call
         return
     if table is None:
         return
-    chosen = table.filter(pc.is_in(table["cf_uid"], value_set=values))
-    yield from zip(chosen["cf_uid"].to_pylist(), chosen["cf_row"].to_pylist(), strict=True)
+    chosen = table.filter(pc.is_in(table[cf.UID], value_set=values))
+    yield from zip(chosen[cf.UID].to_pylist(), chosen[cf.ROW].to_pylist(), strict=True)
 
 
 def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> bool:
@@ -149,10 +150,10 @@ def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> boo
                 return True
             continue
         try:
-            table = _read(directory, entry["name"], ["cf_row"])
+            table = _read(directory, entry["name"], [cf.ROW])
         except FileNotFoundError:
             return True
-        if table is not None and pc.any(pc.is_in(table["cf_row"], value_set=wanted)).as_py():
+        if table is not None and pc.any(pc.is_in(table[cf.ROW], value_set=wanted)).as_py():
             return True
     return False
 
@@ -176,7 +177,7 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
     tables = {
         folder: _whole(directory, commit["files"][folder]["name"]) for folder in _TABLES if folder in commit["files"]
     }
-    left = {f: table.filter(pc.invert(pc.is_in(table["cf_row"], value_set=drop))) for f, table in tables.items()}
+    left = {f: table.filter(pc.invert(pc.is_in(table[cf.ROW], value_set=drop))) for f, table in tables.items()}
     writer = ShardWriter(directory, shard, None)
     try:
         if "embeddings" in left:
@@ -188,15 +189,15 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
                 writer.annotated(left[folder], final=folder == "annotated")
         for folder, decision in _COPIES.items():
             if folder in commit["files"]:
-                old = tables["annotated"].filter(pc.equal(tables["annotated"]["cf_decision"], decision))
-                keep = ~np.isin(np.asarray(old["cf_row"]), np.asarray(drop))
+                old = tables["annotated"].filter(pc.equal(tables["annotated"][cf.DECISION], decision))
+                keep = ~np.isin(np.asarray(old[cf.ROW]), np.asarray(drop))
                 if keep.all():
                     writer.files[folder] = commit["files"][folder]
                     continue
                 _copy(directory, commit["files"][folder]["name"], old, keep, shard, writer, folder)
         failed = left.get("failed", FAILED.empty_table())
         rows_table = left.get("annotated", left.get("scored", FAILED.empty_table()))
-        decided = "cf_reasons" in rows_table.column_names and commit["stage"] == "decided"
+        decided = cf.REASONS in rows_table.column_names and commit["stage"] == "decided"
         report = shard_report(rows_table, failed, decided)
         counts = {key: value for key, value in commit["counts"].items() if key != "escalated"} | report.counts
         after = {
@@ -262,7 +263,7 @@ def _copy(
         table = pq.read_table(fetched)
         pq.write_table(table.filter(pa.array(keep)), target, compression="zstd")
     else:
-        _copy_folder(fetched, target, shard, np.asarray(old["cf_row"])[~keep].tolist())
+        _copy_folder(fetched, target, shard, np.asarray(old[cf.ROW])[~keep].tolist())
     stem = re.sub(rf"{shard.id}-[0-9a-f]+(\..*)?$", "", Path(name).name)
     writer.publish(target, folder, "".join(Path(name).suffixes[-1:]), int(keep.sum()), stem)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.sources import Shard, Source, TarFile, TarShards, row_members, safe_key
 from clipfilter.storage import Directory
@@ -51,7 +52,7 @@ def rechunk(tables: Iterable[tuple[pa.Table, ...]], rows: int) -> Iterator[tuple
 def _copied(source: Source, commit: dict[str, Any], table: pa.Table, target: Directory) -> Path:
     shard = Shard.from_json(commit["shard"])
     path = target.scratch() / f"part.{shard.format}"
-    if source.copy_rows(shard, table["cf_row"].to_pylist(), path) != table.num_rows:
+    if source.copy_rows(shard, table[cf.ROW].to_pylist(), path) != table.num_rows:
         raise RefusedError(f"{shard.path} is not what it was when it was decided; run again, then export.")
     return path
 

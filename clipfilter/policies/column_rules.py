@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import captions, columns
 from clipfilter.policies.hashes import DigestTable, PerceptualIndex, phash_values, sha256_digests
@@ -16,7 +17,7 @@ from clipfilter.policies.language.conditions import check_condition, is_text
 from clipfilter.policies.language.fields import suggest
 from clipfilter.policies.language.schema import Rule
 
-_CAPTION = "cf_caption"
+_CAPTION = cf.CAPTION
 _Answer = Callable[[pa.Table], tuple[np.ndarray, np.ndarray | None]]
 
 
@@ -82,7 +83,7 @@ def _known(rule: Rule, files: Attachments) -> _Answer:
         digests = DigestTable.of(sha256_digests(hashes))
 
         def same(table: pa.Table) -> tuple[np.ndarray, None]:
-            given = _hash_column(table, "cf_sha256").to_pylist()
+            given = _hash_column(table, cf.SHA256).to_pylist()
             found = (digests.find(sha256_digests(given)) >= 0).astype(np.float64)
             found[[value is None for value in given]] = np.nan
             return found, None
@@ -91,7 +92,7 @@ def _known(rule: Rule, files: Attachments) -> _Answer:
     index = PerceptualIndex.of(phash_values(hashes), rule.known.distance or 0)
 
     def alike(table: pa.Table) -> tuple[np.ndarray, None]:
-        column = _hash_column(table, "cf_phash")
+        column = _hash_column(table, cf.PHASH)
         bits = index.nearest(np.asarray(column.fill_null(0).to_numpy(), dtype=np.uint64))
         return np.where(np.asarray(column.is_valid()), 1.0 - bits / 64.0, np.nan), None
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.models.heads import Head, SafetyChecker, load_head
@@ -142,7 +143,7 @@ class CompiledPolicy:
 
     @property
     def score_columns(self) -> list[str]:
-        return [f"cf_score.{rule.id}" for rule in self.rules]
+        return [cf.score(rule.id) for rule in self.rules]
 
     def check_columns(self, schema: pa.Schema) -> None:
         """Refuse, before work begins, rules that data with this schema can never answer."""

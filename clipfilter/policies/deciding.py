@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
 from clipfilter.policies.language.bands import moved
 from clipfilter.policies.language.overrides import OVERRIDE_RULE as OVERRIDE
@@ -357,13 +358,13 @@ def annotation(compiled: CompiledPolicy, scores: Scores, decisions: Decisions | 
     thresholds are fixed) the columns of the decision are null.
     """
     n = scores.rows
-    columns: dict[str, pa.Array] = {"cf_similarity": _floats(scores.similarity)}
-    columns |= {f"cf_score.{rule.id}": _floats(scores.values[rule.id]) for rule in compiled.rules}
-    columns["cf_decision"] = pa.nulls(n, pa.string()) if decisions is None else decisions.decision
-    columns["cf_reasons"] = pa.nulls(n, REASONS) if decisions is None else decisions.reasons
+    columns: dict[str, pa.Array] = {cf.SIMILARITY: _floats(scores.similarity)}
+    columns |= {cf.score(rule.id): _floats(scores.values[rule.id]) for rule in compiled.rules}
+    columns[cf.DECISION] = pa.nulls(n, pa.string()) if decisions is None else decisions.decision
+    columns[cf.REASONS] = pa.nulls(n, REASONS) if decisions is None else decisions.reasons
     if compiled.has_severities:
         known = decisions is not None and decisions.severity is not None
-        columns["cf_severity"] = pa.array(decisions.severity) if known else pa.nulls(n, pa.int32())  # type: ignore[union-attr]
+        columns[cf.SEVERITY] = pa.array(decisions.severity) if known else pa.nulls(n, pa.int32())  # type: ignore[union-attr]
     if compiled.has_actions:
-        columns["cf_action"] = pa.nulls(n, pa.string()) if decisions is None else decisions.action
+        columns[cf.ACTION] = pa.nulls(n, pa.string()) if decisions is None else decisions.action
     return pa.table(columns)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.policies import blocks
 from clipfilter.policies.blocks import BLOCK, similarity
 from clipfilter.policies.columns import metadata_values
@@ -131,8 +132,8 @@ def score(
                 )
     if has_text is not None:
         cosine[~np.asarray(has_text, dtype=bool)] = np.nan
-    if text_emb is None and "cf_similarity" in columns.column_names:
-        cosine[:] = metadata_values("cf_similarity", columns)
+    if text_emb is None and cf.SIMILARITY in columns.column_names:
+        cosine[:] = metadata_values(cf.SIMILARITY, columns)
 
     for position, name in enumerate(plan.rules):
         values[name] = concept[position]
@@ -170,9 +171,9 @@ def score(
 
 
 def _overrides(compiled: CompiledPolicy, columns: pa.Table) -> np.ndarray | None:
-    if compiled.overrides is None or "cf_uid" not in columns.column_names:
+    if compiled.overrides is None or cf.UID not in columns.column_names:
         return None
-    return compiled.overrides.find(columns.column("cf_uid"))
+    return compiled.overrides.find(columns.column(cf.UID))
 
 
 def _combined(rule: CompiledRule, values: dict[str, np.ndarray], skipped: dict[str, np.ndarray]) -> np.ndarray:

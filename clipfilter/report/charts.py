@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clipfilter.decisions import LIMITS
 from clipfilter.report import text
 from clipfilter.report.data import Band
 from clipfilter.report.histogram import Histogram
@@ -127,7 +128,7 @@ def squeezed(drawn: Bars) -> bool:
 def zone(value: float, bands: list[Band]) -> str:
     """The class of a score: the band it falls into, "keep" beside every band, "plain" where there are none."""
     limits = [band for band in bands if band.threshold is not None]
-    for name in ("reject", "review"):
+    for name in reversed(LIMITS):
         for band in limits:
             if band.name == name and band.threshold is not None:
                 beyond = value > band.threshold if band.direction == "above" else value < band.threshold

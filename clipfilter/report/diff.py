@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from clipfilter.decisions import ESCALATE, LIMITS, MISSING
 from clipfilter.operations import Comparison, Flip, Side
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.report import text
@@ -14,7 +15,7 @@ from clipfilter.report.thumbnails import add_thumbnails
 from clipfilter.sources import Shard
 
 _DECISIONS = (("keep", "Kept"), ("review", "To review"), ("reject", "Rejected"))
-_BANDS = ("review", "reject", "escalate", "missing", "keep")
+_BANDS = (*LIMITS, ESCALATE, MISSING, "keep")
 
 
 def diff_page(found: Comparison, thumbnails: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from clipfilter.decisions import LIMITS, MISSING
 from clipfilter.models.heads import HEADS
 from clipfilter.policies import PIXELS, in_words
 from clipfilter.report import charts, text
@@ -46,10 +47,10 @@ def _table(data: RunData) -> str:
     total = data.totals["rows"]
     rows = []
     for rule in data.rules:
-        counts = [rule.counts[band] for band in ("reject", "review", "missing")]
+        counts = [rule.counts[band] for band in (*reversed(LIMITS), MISSING)]
         counts[0] += rule.counts["escalate"]
         label = "{:,} rejected, {:,} to review, {:,} not scored".format(*counts)
-        parts = [*zip(("reject", "review", "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]
+        parts = [*zip((*reversed(LIMITS), "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]
         rows.append(
             [
                 f'<a href="#rule-{text.esc(rule.id)}">{text.esc(rule.id)}</a>',

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import RECHECK, wanted_rank
 from clipfilter.report import RuleData
-from clipfilter.serve.columns import DECISIONS, RunColumns
+from clipfilter.serve.columns import RunColumns
 
 #: rule -> band -> new value, as a policy writes it (a fraction for fraction rules, else a threshold).
 Changes = Mapping[str, Mapping[str, float]]
@@ -30,7 +31,7 @@ Rescore = Callable[[Changes, str, np.ndarray], np.ndarray]
 #: What a rule may say for its band to be a function of its own score alone; rows that `when` excludes have no score.
 _PLAIN = {
     "id", "concept", "alignment", "head", "safety", "metadata", "pixels", "text", "combine", "fraction", "templates",
-    "when", "review", "reject", "severity", "action", "on_missing",
+    "when", *LIMITS, "severity", "action", "on_missing",
 }  # fmt: skip
 _WHOLE = {"width", "height", "min_side", "max_side", "pixels", "caption_words", "caption_chars"}
 _REMEMBERED = 16
