@@ -85,6 +85,13 @@ class Directory:
         self.local = is_local(self.url)
         self._scratch: Path | None = None
 
+    def __enter__(self) -> Directory:
+        """At the end of the block this process's unfinished files are removed."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.clean_scratch(stale_only=False)
+
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
@@ -249,6 +256,12 @@ class Directory:
         return aborted
 
 
+def directory_of(url: str) -> tuple[Directory, str]:
+    """The directory that a file lies in, and its name there."""
+    folder, slash, name = url.rpartition("/")
+    return Directory(folder or slash or "."), name
+
+
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a local file; of a folder, the sha256 over its sorted relative names and file hashes."""
     if path.is_dir():
@@ -276,9 +289,12 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place, flushed, when the block ends well. One writer at a time."""
-    unfinished = path.with_name(path.name + ".part")
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place, flushed, when the block ends well.
+
+    shared: several processes may do so at once, and the last one wins.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}" if shared else f"{path.name}.part")
     try:
         yield unfinished
         flush(unfinished)

@@ -81,20 +81,8 @@ def build(
     commits = (
         pipeline | "Commits" >> beam.Create(content["commits"]).with_output_types(str) | "Spread" >> beam.Reshuffle()
     )
-    scores = commits | "Scores" >> beam.ParDo(t.ReadScores(run)).with_output_types(tuple[str, bytes])
-    high = scores | "High" >> beam.CombinePerKey(t.SumHistograms()).with_output_types(tuple[str, bytes])
-    low = (
-        scores
-        | "Select" >> beam.FlatMap(_in_buckets, beam.pvalue.AsDict(high), wanted).with_output_types(tuple[str, bytes])
-        | "Low" >> beam.CombinePerKey(t.SumHistograms(low=True)).with_output_types(tuple[str, bytes])
-        | "ByScore" >> beam.MapTuple(_by_score).with_output_types(tuple[str, tuple[int, bytes]])
-    )
-    tagged_high = high | "AsHigh" >> beam.MapTuple(_as_high).with_output_types(tuple[str, tuple[int, bytes]])
     parts = [
-        (tagged_high, low)
-        | "Both" >> beam.Flatten()
-        | "PerScore" >> beam.GroupByKey()
-        | "Quantiles" >> beam.Map(_quantiles, wanted).with_output_types(tuple[str, str])
+        _quantiles_of(commits | "Scores" >> beam.ParDo(t.ReadScores(run)).with_output_types(tuple[str, bytes]), wanted)
     ]
     buckets = 1 + totals["decided"] // _HASHES_PER_PART
     parts.append(
@@ -121,6 +109,28 @@ def build(
         | "Together" >> beam.Map(_together).with_output_types(tuple[str, tuple[str, str]])
         | "Group" >> beam.GroupByKey()
         | "Summary" >> beam.ParDo(t.WriteSummary(request.out)).with_output_types(str)
+    )
+
+
+def _quantiles_of(scores: beam.PCollection, wanted: list[float]) -> beam.PCollection:
+    """(name, float32 bytes) of every score -> its exact quantiles, in two passes over histograms."""
+    import apache_beam as beam
+
+    from clipfilter.beam import transforms as t
+
+    high = scores | "High" >> beam.CombinePerKey(t.SumHistograms()).with_output_types(tuple[str, bytes])
+    low = (
+        scores
+        | "Select" >> beam.FlatMap(_in_buckets, beam.pvalue.AsDict(high), wanted).with_output_types(tuple[str, bytes])
+        | "Low" >> beam.CombinePerKey(t.SumHistograms(low=True)).with_output_types(tuple[str, bytes])
+        | "ByScore" >> beam.MapTuple(_by_score).with_output_types(tuple[str, tuple[int, bytes]])
+    )
+    tagged_high = high | "AsHigh" >> beam.MapTuple(_as_high).with_output_types(tuple[str, tuple[int, bytes]])
+    return (
+        (tagged_high, low)
+        | "Both" >> beam.Flatten()
+        | "PerScore" >> beam.GroupByKey()
+        | "Quantiles" >> beam.Map(_quantiles, wanted).with_output_types(tuple[str, str])
     )
 
 

@@ -223,13 +223,11 @@ class _Writer(beam.DoFn):  # type: ignore[misc]
         entry: dict[str, Any] = {"rows": table.num_rows}
         if table.num_rows:
             directory = Directory(self._out)
-            try:
+            with directory:
                 path = directory.scratch() / f"{folder}-{part}"
                 pq.write_table(table, path, compression="zstd")
                 entry["name"] = f"{folder}/{part:05d}-{file_sha256(path)[:HASH_LENGTH]}.parquet"
                 directory.publish(path, entry["name"])
-            finally:
-                directory.clean_scratch(stale_only=False)
         return entry
 
 
@@ -285,8 +283,6 @@ class WriteSummary(beam.DoFn):  # type: ignore[misc]
             } | {"files": [part["name"] for part in parts if "name" in part]}
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         directory = Directory(self._out)
-        try:
+        with directory:
             directory.replace("statistics.json", text.encode())
-        finally:
-            directory.clean_scratch(stale_only=False)
         yield text

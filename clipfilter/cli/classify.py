@@ -247,7 +247,7 @@ def _print(
 
 
 def _print_image(console: Console, row: dict[str, Any]) -> None:
-    from clipfilter.report import text
+    from clipfilter import text
 
     say(console, text.clean(row["image"]), style="bold")
     if row[cf.LABELS] is None:
@@ -262,7 +262,7 @@ def _print_image(console: Console, row: dict[str, Any]) -> None:
 def _print_lines(console: Console, rows: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     found = new_table("image", "label", ">score", "next")
     # The widths keep names and scores on a terminal of 80 columns, whatever an error has to say.
@@ -287,7 +287,7 @@ def _print_table(console: Console, counts: Counter[str | None]) -> None:
     """How many images each label won."""
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     total = counts.total()
     found = new_table("label", ">images", ">share", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,41 +36,45 @@ def add_scores(
     where nothing is asked for, the run has no captions, or the target does not fit.
     """
     source = EmbeddedRun(run)
-    fields: list[tuple[str, pa.DataType]] = []
+    added: list[tuple[str, pa.DataType]] = []
     options: dict[str, Any] = {}
+    scorers: dict[str, Callable[[RunShard], pa.Array]] = {}
     if negclip:
         if not source.plan.text_column:
             raise RefusedError(
                 f"the run in {source.directory.url} has no caption embeddings, which negCLIPLoss compares."
             )
-        fields.append((cf.NEGCLIP, pa.float32()))
+        added.append((cf.NEGCLIP, pa.float32()))
         options["negclip"] = {"bank": bank_size, "seed": seed}
-    similarity = None
     if target is not None:
-        matrix = load_matrix(target)
-        if matrix.shape[1] != source.dim:
-            raise RefusedError(
-                f"{target} has {matrix.shape[1]} numbers per row, the run's embeddings {source.dim}; "
-                "the target must come from the run's own model."
-            )
+        matrix = _target(target, source.dim)
         similarity = NormSim(matrix, p)
-        fields.append((cf.NORMSIM, pa.float32()))
+        added.append((cf.NORMSIM, pa.float32()))
         options["normsim"] = {"target": hashlib.sha256(matrix.tobytes()).hexdigest(), "p": "inf" if p == np.inf else p}
-    if not fields:
+        scorers[cf.NORMSIM] = lambda shard: pa.array(
+            similarity.scores(as_matrix(shard.embeddings["image_emb"], source.dim))
+        )
+    if not added:
         raise RefusedError("nothing is to be computed; give --negclip, --normsim TARGET.npy or both.")
-    added = pa.schema(fields)
-    refuse_existing(source, out, added)
-    bank = _Bank(source, bank_size, seed) if negclip else None
+    refuse_existing(source, out, pa.schema(added))
+    if negclip:
+        scorers[cf.NEGCLIP] = _Bank(source, bank_size, seed).scores
 
     def compute(shard: RunShard) -> dict[str, pa.Array]:
-        columns: dict[str, pa.Array] = {}
-        if bank is not None:
-            columns[cf.NEGCLIP] = bank.scores(shard)
-        if similarity is not None:
-            columns[cf.NORMSIM] = pa.array(similarity.scores(as_matrix(shard.embeddings["image_emb"], source.dim)))
-        return columns
+        return {column: score(shard) for column, score in scorers.items()}
 
-    return derive(source, out, added, options, compute)
+    return derive(source, out, pa.schema(added), options, compute)
+
+
+def _target(url: str, dim: int) -> np.ndarray:
+    """The embeddings of a target set, float32 [t, dim]; RefusedError for those of another model."""
+    matrix = load_matrix(url)
+    if matrix.shape[1] != dim:
+        raise RefusedError(
+            f"{url} has {matrix.shape[1]} numbers per row, the run's embeddings {dim}; "
+            "the target must come from the run's own model."
+        )
+    return matrix
 
 
 class _Bank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -110,23 +110,17 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
     _check(source, options)
     refuse_existing(source, out, COLUMNS)
     scratch = Directory(out)
-    try:
+    with scratch:
         rows = _collect(source, options)
         order = canonical_order(rows.preference, rows.keys, rows.places)
         found = _search(source, rows, order, options, scratch)
         uids = _uids_of(source, np.unique(found.keeper[found.keeper >= 0]))
-        offsets: dict[str, int] = {}
-        first = 0
-        for shard in source.shards():
-            offsets[shard.name] = first
-            first += shard.rows.num_rows
+        offsets = {shard.name: first for first, shard in _numbered(source)}
 
         def compute(shard: RunShard) -> dict[str, pa.Array]:
             return _columns(shard, offsets[shard.name], found, rows, uids)
 
         summary = derive(source, out, COLUMNS, {"dedup": asdict(options)}, compute)
-    finally:
-        scratch.clean_scratch(stale_only=False)
     duplicates = {name: int((found.kind == code).sum()) for code, name in enumerate(KINDS)}
     return DedupResult(summary["out"], summary["version"], len(order), duplicates, found.clusters, found.largest)
 
@@ -145,28 +139,25 @@ def _check(run: EmbeddedRun, options: DedupOptions) -> None:
 
 
 def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
-    keys, places, preference, digests, has_digest, hashes, has_hash = ([] for _ in range(7))
-    for shard in run.shards():
-        table, store = shard.rows, shard.embeddings
-        n = table.num_rows
-        keys.append(uid_keys(table[cf.UID]))
-        places.append(np.stack([np.full(n, shard.id, np.uint64), np.asarray(table[cf.ROW]).astype(np.uint64)], 1))
-        if options.prefer is not None:
-            preference.append(metadata_values(options.prefer, with_facts(table, store)))
-        digests.append(uid_keys(pc.utf8_slice_codeunits(table[cf.SHA256], 0, 32)))
-        has_digest.append(np.asarray(table[cf.SHA256].is_valid()))
-        hashes.append(np.asarray(store[cf.PHASH].fill_null(0), np.uint64))
-        has_hash.append(np.asarray(store[cf.PHASH].is_valid()))
-    if not keys:
+    parts = [_rows_of(shard, options) for shard in run.shards()]
+    if not parts:
         raise RefusedError(f"the run in {run.directory.url} has no rows; there is nothing to compare.")
+    columns: list[list[Any]] = [[getattr(part, item.name) for part in parts] for item in fields(_Rows)]
+    joined: list[Any] = [None if column[0] is None else np.concatenate(column) for column in columns]
+    return _Rows(*joined)
+
+
+def _rows_of(shard: RunShard, options: DedupOptions) -> _Rows:
+    table, store = shard.rows, shard.embeddings
+    shards = np.full(table.num_rows, shard.id, np.uint64)
     return _Rows(
-        np.concatenate(keys),
-        np.concatenate(places),
-        np.concatenate(preference) if preference else None,
-        np.concatenate(digests),
-        np.concatenate(has_digest),
-        np.concatenate(hashes),
-        np.concatenate(has_hash),
+        keys=uid_keys(table[cf.UID]),
+        places=np.stack([shards, np.asarray(table[cf.ROW]).astype(np.uint64)], 1),
+        preference=metadata_values(options.prefer, with_facts(table, store)) if options.prefer is not None else None,
+        digests=uid_keys(pc.utf8_slice_codeunits(table[cf.SHA256], 0, 32)),
+        has_digest=np.asarray(table[cf.SHA256].is_valid()),
+        hashes=np.asarray(store[cf.PHASH].fill_null(0), np.uint64),
+        has_hash=np.asarray(store[cf.PHASH].is_valid()),
     )
 
 
@@ -242,24 +233,26 @@ def _semantic(
         start += size
 
 
-def _embeddings(run: EmbeddedRun, dim: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first row, float16 [m, d]) of every shard."""
+def _numbered(run: EmbeddedRun) -> Iterator[tuple[int, RunShard]]:
+    """(number of the first row, shard) of every shard."""
     first = 0
     for shard in run.shards():
-        yield first, as_matrix(shard.embeddings["image_emb"], dim)
+        yield first, shard
         first += shard.rows.num_rows
+
+
+def _embeddings(run: EmbeddedRun, dim: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first row, float16 [m, d]) of every shard."""
+    for first, shard in _numbered(run):
+        yield first, as_matrix(shard.embeddings["image_emb"], dim)
 
 
 def _uids_of(run: EmbeddedRun, wanted: np.ndarray) -> dict[int, str]:
     """Row number -> uid, of these rows (ascending)."""
     uids: dict[int, str] = {}
-    first = 0
-    for shard in run.shards():
-        n = shard.rows.num_rows
-        here = wanted[(wanted >= first) & (wanted < first + n)]
-        values = shard.rows[cf.UID].take(pa.array(here - first)).to_pylist()
-        uids.update(zip(here.tolist(), values, strict=True))
-        first += n
+    for first, shard in _numbered(run):
+        here = wanted[(wanted >= first) & (wanted < first + shard.rows.num_rows)]
+        uids.update(zip(here.tolist(), shard.rows[cf.UID].take(pa.array(here - first)).to_pylist(), strict=True))
     return uids
 
 

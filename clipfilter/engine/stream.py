@@ -356,7 +356,7 @@ def _stored(
 ) -> Iterator[EmbeddedShard]:
     lost += [{"path": item["shard"]["path"], "error": item["error"]} for item in run.version["failed_shards"]]
     scratch = run.directory.scratch()
-    try:
+    with run.directory:
         for _, commit in ledger.iter_commits(run.directory, run.version["commits"]):
             with local_files(run.directory, commit["files"], scratch) as local:
                 failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
@@ -367,8 +367,6 @@ def _stored(
                     embeddings = embeddings_schema(encoder.dim, run.plan.text_column).empty_table()
                 told(rows.num_rows)
                 yield EmbeddedShard(rows, embeddings, failed, commit["captions_truncated"], 0)
-    finally:
-        run.directory.clean_scratch(stale_only=False)
 
 
 def _placed(table: pa.Table, folder: str) -> pa.Table:

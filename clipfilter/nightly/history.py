@@ -42,10 +42,8 @@ def history(url: str) -> dict[str, Any]:
 def accept_night(url: str, night: int) -> None:
     """Compare later nights with this one and its successors only. Raises RefusedError where there is no such night."""
     directory = Directory(url)
-    try:
+    with directory:
         record.accept(directory, night)
-    finally:
-        directory.clean_scratch(stale_only=False)
 
 
 def roll_back(url: str, version: str, now: float | None = None) -> tuple[str, dict[str, Any]]:
@@ -78,7 +76,7 @@ def roll_back(url: str, version: str, now: float | None = None) -> tuple[str, di
         kept = {key: value for key, value in target.items() if key not in ("version", "set_aside", "rolled_back_to")}
         return {**kept, "rolled_back_to": int(wanted), "set_aside": [name for name in since if name not in held]}
 
-    try:
+    with directory:
         name, content = ledger.update_version(directory, change)
         record.finish(
             directory,
@@ -94,8 +92,6 @@ def roll_back(url: str, version: str, now: float | None = None) -> tuple[str, di
                 "alerts": [],
             },
         )
-    finally:
-        directory.clean_scratch(stale_only=False)
     return name, content
 
 

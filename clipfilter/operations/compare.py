@@ -149,7 +149,7 @@ def compare_policies(
     sample = _Sample(examples)
     hidden = escalated_rows(run)
     rows = 0
-    try:
+    with origin:
         for side, policy in zip(sides, compiled, strict=True):
             side.thresholds = _dataset_thresholds(origin, content["commits"], encoder, policy)
         for name, commit, stored, embeddings in _shards(origin, content["commits"]):
@@ -161,8 +161,6 @@ def compare_policies(
             for side, table in zip(sides, decided, strict=True):
                 _count(side, table)
             _compare(name, commit, decided[0], decided[1], changes, sample, hidden)
-    finally:
-        origin.clean_scratch(stale_only=False)
     return Comparison(
         run=origin.url,
         dataset_version=version,

@@ -71,11 +71,9 @@ def export_run(
         target.fs.rm(target.path(MARKER))
         raise RefusedError(f"{to} is not empty; choose an empty directory.")
     commits = ledger.read_commits(directory, newest[1]["commits"])
-    try:
+    with target:
         writer = {"source": _source_shards, "clip-retrieval": _clip_retrieval, "datacomp": _datacomp}[form]
         rows, files = writer(directory, plan, commits, target, what, rows_per_shard)
-    finally:
-        target.clean_scratch(stale_only=False)
     return {"to": target.url, "what": what, "form": form, "rows": rows, "files": files}
 
 

@@ -119,7 +119,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
     writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
     committed: list[str] = []
-    try:
+    with target:
         for part in parts:
             with _opened(directory, part, target) as (image, text_emb):
                 for shard, rows in _shards(directory, part, schema, options.rows_per_shard):
@@ -130,8 +130,6 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
                         texts = None if text_emb is None else text_emb[here]
                         writer.write(name, shard, rows, image[here], texts)
         version, written = ledger.write_version(target, embedded_version(plan, committed, [], target))
-    finally:
-        target.clean_scratch(stale_only=False)
     summary = {"out": target.url, "version": version, "totals": written["totals"]}
     target.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
+from clipfilter.charts import Histogram
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING
 from clipfilter.errors import RefusedError
 from clipfilter.policies import KINDS, MODEL_KINDS, bent
-from clipfilter.report.histogram import Histogram
 from clipfilter.runs import Plan, ledger, read_plan
 from clipfilter.storage import Directory
 

@@ -10,21 +10,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from clipfilter.errors import RefusedError
+from clipfilter.models import Encoder, load_encoder
 from clipfilter.storage import Directory, is_local
+from clipfilter.training.card import model_card
+from clipfilter.training.checkpoints import Checkpoints
+from clipfilter.training.distributed import check_ray_train, work_on_ray
+from clipfilter.training.freezing import describe
 from clipfilter.training.group import Group
+from clipfilter.training.logs import check_tensorboard
+from clipfilter.training.measuring import embed_images, measure_pairs, measure_zero_shot
+from clipfilter.training.model import write_random
+from clipfilter.training.pairs import PairRequest, Pairs, collect_pairs
 from clipfilter.training.settings import TrainSettings
+from clipfilter.training.wiseft import ALPHAS, Point, choose, interpolate
+from clipfilter.training.worker import INITIAL, PAIRS, Start, open_data, threads_of, work
 from clipfilter.version import __version__
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    from clipfilter.models import Encoder
-    from clipfilter.training.pairs import PairRequest, Pairs
-    from clipfilter.training.worker import Start
 
 PLAN, RESULT, CARD = "train.json", "result.json", "MODEL_CARD.md"
 Measured = dict[str, "float | None"]
@@ -63,12 +69,8 @@ def train(
             return TrainResult(str(out), json.loads((out / RESULT).read_text(encoding="utf-8")), False)
         facts = _prepare(settings, out, tell)
         if settings.engine == "ray":
-            from clipfilter.training.distributed import work_on_ray
-
             work_on_ray(settings, everywhere, show)
         else:
-            from clipfilter.training.worker import work
-
             work(settings, Group(), show)
         tell("interpolating between before and after")
         summary = _conclude(settings, out, facts, command, tell)
@@ -83,12 +85,8 @@ def _check(settings: TrainSettings) -> Path:
     if settings.from_scratch and ("=" in settings.model or "/" in settings.model or settings.model.startswith("nano")):
         raise RefusedError(f"--from-scratch takes a bare open_clip architecture (ViT-S-32), not {settings.model}.")
     if "tensorboard" in settings.log:
-        from clipfilter.training.logs import check_tensorboard
-
         check_tensorboard()
     if settings.engine == "ray":
-        from clipfilter.training.distributed import check_ray_train
-
         check_ray_train()
     return Path(settings.out)
 
@@ -124,10 +122,6 @@ def _same_run(settings: TrainSettings, out: Path) -> None:
 
 def _prepare(settings: TrainSettings, out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     """Read the data once, load the model once, and say what will be done. Returns what the model card needs."""
-    from clipfilter.training.freezing import describe
-    from clipfilter.training.model import write_random
-    from clipfilter.training.pairs import Pairs
-    from clipfilter.training.worker import INITIAL, PAIRS, Start
 
     if settings.from_scratch:
         write_random(settings.model, out / INITIAL, settings.seed)
@@ -158,7 +152,6 @@ def _prepare(settings: TrainSettings, out: Path, tell: Callable[[str], None]) ->
 
 def _requests(settings: TrainSettings) -> dict[str, PairRequest]:
     """The pairs to collect, by the name of their file."""
-    from clipfilter.training.pairs import PairRequest
 
     columns = {"image_column": settings.image_column, "caption_column": settings.caption_column}
     wanted = {"train": PairRequest(settings.source, settings.where, settings.limit, **columns)}
@@ -175,8 +168,6 @@ def _collect(
     settings: TrainSettings, wanted: Mapping[str, PairRequest], threads: int, tell: Callable[[str], None]
 ) -> dict[str, dict[str, str]]:
     """Collect the pairs; what the model card says of each set. Raises RefusedError where there are too few."""
-    from clipfilter.training.pairs import collect_pairs
-    from clipfilter.training.worker import PAIRS, open_data
 
     data = {}
     for name, request in wanted.items():
@@ -209,7 +200,6 @@ class _Exam:
 
     def measure(self, encoder: Encoder, scale: float, embed: Callable[[Pairs], np.ndarray]) -> Measured:
         """embed: float32 [n, dim] of the images of some pairs. scale: the factor of the cosines."""
-        from clipfilter.training.measuring import measure_pairs, measure_zero_shot
 
         found: Measured = {**measure_pairs(encoder, embed(self.pairs), self.pairs, scale), "zero_shot_top1": None}
         if self.labelled:
@@ -222,8 +212,6 @@ class _Exam:
 
 def _exams(settings: TrainSettings) -> tuple[_Exam, _Exam]:
     """(what the interpolation is chosen on, what is reported)."""
-    from clipfilter.training.pairs import Pairs
-    from clipfilter.training.worker import PAIRS, open_data
 
     data = open_data(settings)
     if settings.zero_shot is None:
@@ -238,10 +226,6 @@ def _conclude(
     settings: TrainSettings, out: Path, facts: Mapping[str, Any], command: Sequence[str], tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Choose the interpolation on one half of dev and zero-shot sets, report on the other, write everything."""
-    from clipfilter.training.card import model_card
-    from clipfilter.training.checkpoints import Checkpoints
-    from clipfilter.training.wiseft import interpolate
-    from clipfilter.training.worker import PAIRS, Start
 
     choose_on, report_on = _exams(settings)
     start = Start.of(settings)
@@ -297,7 +281,6 @@ def _choose_alpha(
     tell: Callable[[str], None],
 ) -> tuple[dict[str, Measured], float]:
     """(the measures by interpolation, the one that is taken); from scratch there is nothing to go back to."""
-    from clipfilter.training.wiseft import ALPHAS, Point, choose, interpolate
 
     chosen_on: dict[str, Measured] = {}
     points = []
@@ -313,9 +296,6 @@ def _choose_alpha(
 
 def _measure_files(settings: TrainSettings, out: Path, architecture: str, exam: _Exam) -> dict[str, Measured]:
     """The measures of the files that were written: what was rounded to be stored is in the numbers."""
-    from clipfilter.models import load_encoder
-    from clipfilter.training.measuring import embed_images
-    from clipfilter.training.worker import threads_of
 
     threads = threads_of(settings)
     reported = {}
