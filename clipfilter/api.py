@@ -21,7 +21,6 @@ from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.engine import (
     EmbeddedShard,
-    StoredRun,
     StreamOptions,
     embed_stream,
     open_inputs,
@@ -33,6 +32,7 @@ from clipfilter.models import load_encoder
 from clipfilter.operations import Best, Ranker, best_of, rank
 from clipfilter.policies import DEFAULT_TEMPLATES
 from clipfilter.runs import FACTS, annotate, as_matrix, vector_column
+from clipfilter.runs import Run as StoredRun
 
 if TYPE_CHECKING:
     import PIL.Image

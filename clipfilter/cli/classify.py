@@ -110,9 +110,10 @@ def _classify(
     max_failures: float,
 ) -> None:
     from clipfilter.cli.display import row_progress
-    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, StoredRun, open_inputs, stream_options
+    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, open_inputs, stream_options
     from clipfilter.operations import classify_stream
     from clipfilter.policies import LabelScorer
+    from clipfilter.runs import Run
     from clipfilter.sources import SourceOptions
 
     inputs = open_inputs(images, SourceOptions(image_column=image_column))
@@ -131,7 +132,7 @@ def _classify(
                 shown += table.slice(0, max(0, _LISTED - len(shown))).to_pylist()
     if not as_json and not quiet:
         _print(shown, counts, scorer, lost, [name for name in (csv_file, parquet) if name])
-    if all(isinstance(item, StoredRun) for item in inputs):  # its failures were judged when it was made
+    if all(isinstance(item, Run) for item in inputs):  # its failures were judged when it was made
         raise typer.Exit(EXIT_DONE)
     rows, failed = counts.total(), counts[None]
     if lost or failed > max_failures * rows:

@@ -12,7 +12,6 @@ from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.report.examples import Example, Examples
 from clipfilter.report.html import Foreign, Sentence, page
 from clipfilter.report.thumbnails import add_thumbnails
-from clipfilter.sources import Shard
 
 _DECISIONS = {"keep": "Kept", "review": "To review", "reject": "Rejected"}
 _BANDS = (*LIMITS, ESCALATE, MISSING, "keep")
@@ -23,8 +22,7 @@ def diff_page(found: Comparison, thumbnails: str) -> str:
     examples = [_example(flip) for flip in found.flips]
     problem = None
     if thumbnails != "none":
-        shards = {name: Shard.from_json(shard) for name, shard in found.shards.items()}
-        problem = add_thumbnails(Examples({("", ""): examples}, shards), found.source, thumbnails)
+        problem = add_thumbnails(Examples({("", ""): examples}, found.shards), found.source, thumbnails)
     before, after = found.before, found.after
     heading = f"{before.name} to {after.name}"
     if before.name == after.name:
