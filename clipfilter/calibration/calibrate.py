@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic_core import PydanticCustomError
 
 from clipfilter import columns as cf
 from clipfilter.calibration import guarantees as g
@@ -27,7 +26,7 @@ from clipfilter.calibration.scores import (
 )
 from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
-from clipfilter.policies import Band, Policy, Rule, check_band, json_sha256
+from clipfilter.policies import Policy, Rule, json_sha256
 
 BANDS = tuple(reversed(DECISIONS))
 _TARGET = re.compile(r"(precision|miss-rate|review-budget)\s*(>=|<=|=)\s*([0-9.eE+-]{1,20})\Z")
@@ -283,12 +282,8 @@ def _choose_rule(policy: Policy, labels: Sequence[Label], name: str | None) -> t
 
 
 def _limits(rule: Rule) -> tuple[float, float]:
-    """What thresholds must lie strictly between: 0 and 1 where the schema refuses 0, as it does for probabilities."""
-    try:
-        check_band(rule, "reject", Band(above=0.0))
-    except PydanticCustomError:
-        return 0.0, 1.0
-    return -np.inf, np.inf
+    """What thresholds must lie strictly between: 0 and 1 for probabilities, which the schema refuses beyond."""
+    return (0.0, 1.0) if rule.measure.has_probability else (-np.inf, np.inf)
 
 
 def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) -> tuple[np.ndarray, np.ndarray, int]:

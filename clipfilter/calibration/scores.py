@@ -14,7 +14,6 @@ from clipfilter import columns as cf
 from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import (
-    MODEL_KINDS,
     Band,
     Policy,
     Rule,
@@ -84,7 +83,7 @@ def open_scored(url: str) -> ScoredRun:
 
 def find_rule(policy: Policy, name: str | None) -> Rule:
     """The rule of this id, or the only one whose threshold depends on a model. Raises RefusedError."""
-    able = [rule for rule in policy.rules if rule.kind in MODEL_KINDS]
+    able = [rule for rule in policy.rules if rule.measure.needs_model]
     if name is None:
         if len(able) == 1:
             return able[0]
@@ -98,7 +97,7 @@ def find_rule(policy: Policy, name: str | None) -> Rule:
         raise RefusedError(
             f"{name!r} is a {found.kind} rule, whose threshold depends on no model; it needs no calibration."
         )
-    if found.concept is not None and found.concept.score == "calibrated":
+    if found.measure.is_calibrated(found.measure.plain()):
         raise RefusedError(
             f"the score of {name!r} is calibrated already; write score: probability, decide a run with that, and "
             "calibrate on it."
@@ -115,7 +114,7 @@ def refuse_other_scores(run: ScoredRun, policy: Policy, rule: Rule) -> None:
     if theirs is None:
         raise RefusedError(f"the policy of {run.directory.url} has no rule {rule.id!r}; {again}.")
     if theirs != ours:
-        what = "other prompts" if rule.concept is not None and "concept" in theirs else "another definition"
+        what = "other prompts" if rule.measure.takes_templates and rule.kind in theirs else "another definition"
         raise RefusedError(f"the run's scores of {rule.id!r} come from {what} than the policy's; {again}.")
     matching_calibration(policy, run.plan.model, prompts_sha256(policy), run.decode)
 

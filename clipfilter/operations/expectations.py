@@ -137,7 +137,7 @@ def run_tests(policy: Policy, folder: str | Path, encoder: Encoder, *, decode: M
 
 def _own_columns(policy: Policy) -> list[str]:
     """Columns of a source that the policy's metadata rules read."""
-    named = [rule.metadata for rule in policy.rules if rule.metadata is not None]
+    named = [name for rule in policy.rules for name in rule.measure.numbers]
     given = [name for test in policy.tests for name in test.columns]
     return [name for name in dict.fromkeys([*named, *given]) if name not in BUILTINS and not name.startswith(cf.PREFIX)]
 

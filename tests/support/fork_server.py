@@ -48,6 +48,7 @@ def preload() -> None:
         if not module.name.startswith(_LEFT_OUT) and "hugging" not in module.name and "onnx" not in module.name:
             importlib.import_module(module.name)
     quick.install()
+    quick.remember_exports()
     from clipfilter.models import load_encoder
 
     load_encoder("nano", threads=1)

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
-from pydantic import BeforeValidator, ValidationInfo, model_serializer, model_validator
+from pydantic import BeforeValidator, GetJsonSchemaHandler, ValidationInfo, model_serializer, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, Decision
@@ -19,6 +21,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import DigestTable, name_digests
 from clipfilter.policies.language.attachments import Attachment, Attachments, attach
 from clipfilter.policies.language.fields import Model, choice, fail, shown, suggest, text
+from clipfilter.policies.language.shapes import FILE
 
 #: The name under which an override stands among the reasons of a row; no rule may have it.
 OVERRIDE_RULE = "override"
@@ -144,6 +147,10 @@ class Overrides(Model):
                 fail(f"the cf_uid {shown(row.cf_uid)} is there twice", place, cf.UID)
             seen.add(row.cf_uid)
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "array", "items": handler(Override.__pydantic_core_schema__)}, *FILE["anyOf"]]}
 
     @model_serializer
     def _plain(self) -> Any:
