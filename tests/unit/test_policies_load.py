@@ -345,7 +345,7 @@ def test_every_example_of_the_reference_loads() -> None:
     for block in blocks:
         whole = block if block.startswith("policy:") else "policy: p\nversion: 1\nrules:\n" + block
         assert parse_policy(whole).rules
-    sentence = re.search(r"```text\npolicy.yaml:9:7: (.*?)\n```", text)
+    sentence = re.search(r"^clipfilter: typo.yaml:9:7: (.*?)\n```", text, re.MULTILINE)
     assert sentence
     with pytest.raises(RefusedError, match=re.escape(sentence[1])):
         parse_policy(GOOD.replace("but_not", "butnot"))
