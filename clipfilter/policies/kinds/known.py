@@ -23,12 +23,12 @@ from clipfilter.policies.hashes import (
 )
 from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
 from clipfilter.policies.kinds.words import Words
-from clipfilter.policies.language.attachments import Attachment, Attachments
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.fields import fail, shown, suggest
-from clipfilter.policies.language.listed import Listed, filed
-from clipfilter.policies.language.shapes import TEXTS_OR_FILE
-from clipfilter.policies.language.values import Whole
+from clipfilter.policies.parts.attachments import Attachment, Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.fields import fail, shown, suggest
+from clipfilter.policies.parts.listed import Listed, filed
+from clipfilter.policies.parts.shapes import TEXTS_OR_FILE
+from clipfilter.policies.parts.values import Whole
 
 
 def _hashes(kind: str) -> Any:

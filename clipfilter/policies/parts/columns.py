@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.fields import suggest
+from clipfilter.policies.parts.fields import suggest
 
 Floats = np.ndarray  # float64 [n], NaN where the row has no value
 

@@ -19,9 +19,9 @@ from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, Decision
 from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import DigestTable, name_digests
-from clipfilter.policies.language.attachments import Attachment, Attachments, attach
-from clipfilter.policies.language.fields import Model, choice, fail, shown, suggest, text
-from clipfilter.policies.language.shapes import FILE
+from clipfilter.policies.parts.attachments import Attachment, Attachments, attach
+from clipfilter.policies.parts.fields import Model, choice, fail, shown, suggest, text
+from clipfilter.policies.parts.shapes import FILE
 
 #: The name under which an override stands among the reasons of a row; no rule may have it.
 OVERRIDE_RULE = "override"
