@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from clipfilter import text
+from clipfilter.decisions import ESCALATE, LIMITS, MISSING
 from clipfilter.operations import Comparison, Flip, Side
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.policies import Words, Written
@@ -14,7 +15,7 @@ from clipfilter.report.html import page
 from clipfilter.report.thumbnails import add_thumbnails
 
 _DECISIONS = {"keep": "Kept", "review": "To review", "reject": "Rejected"}
-_BANDS = ("review", "reject", "escalate", "missing", "keep")
+_BANDS = (*LIMITS, ESCALATE, MISSING, "keep")
 
 
 def diff_page(found: Comparison, thumbnails: str) -> str:

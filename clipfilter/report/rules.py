@@ -6,6 +6,7 @@ from typing import Any
 
 from clipfilter import charts, text
 from clipfilter.charts import Histogram, Limit
+from clipfilter.decisions import LIMITS
 from clipfilter.policies import Words, Written, in_words
 from clipfilter.report.data import Band, RuleData, RunData
 from clipfilter.report.examples import HEADINGS, Example, Examples
@@ -38,7 +39,7 @@ def _rule(data: RunData, rule: RuleData, examples: Examples) -> dict[str, Any]:
     total = data.totals["rows"]
     counts = [rule.counts["reject"] + rule.counts["escalate"], rule.counts["review"], rule.counts["missing"]]
     label = "{:,} rejected, {:,} to review, {:,} not scored".format(*counts)
-    parts = [*zip(("reject", "review", "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]
+    parts = [*zip((*reversed(LIMITS), "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]
     chart, notes = _chart(rule)
     return {
         "id": rule.id,
