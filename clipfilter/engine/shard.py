@@ -159,59 +159,53 @@ def embed_rows(
     """Run the encoder over all batches of a shard and collect its tables (see `EmbeddedShard`)."""
     rows_schema = pa.schema([*source_schema, *IDENTITY])
     store = embeddings_schema(encoder.dim, text)
-    rows_parts: list[pa.Table] = []
-    store_parts: list[pa.Table] = []
-    failed_parts: list[pa.Table] = []
+    rows, stored, failed = [rows_schema.empty_table()], [store.empty_table()], [failed_table(shard, _no_rows(), [])]
     truncated = 0
     runner = _BatchRunner(encoder)
     waited, idle = 0.0, time.perf_counter()
     for batch in batches:
         waited += time.perf_counter() - idle
-        n = batch.rows.num_rows
-        started = time.perf_counter()
-        image_emb = runner.images(batch.pixels)[:n]
-        times.add("encode_images", started)
-        images = [
-            image
-            if isinstance(image, RowError) or finite
-            else RowError(ENCODE_ERROR, "the model gave no finite embedding")
-            for image, finite in zip(batch.images, np.isfinite(image_emb).all(axis=1), strict=True)
-        ]
-        ok = np.array([not isinstance(image, RowError) for image in images], bool)
-        good = batch.rows.filter(pa.array(ok))
-        count = good.num_rows
-        columns = image_columns(images)
-        shard_column = pa.array([shard] * count, pa.string())
-        columns |= {"cf_shard": shard_column, "cf_row": good["cf_row"], "cf_uid": good["cf_uid"]}
-        columns["image_emb"] = vector_column(image_emb[ok].astype(np.float16))
-        chosen = [_first(all_captions) for all_captions in good["cf_captions"].to_pylist()]
-        columns["cf_caption"] = pa.array(chosen, pa.string())
-        if text:
-            started = time.perf_counter()
-            lists = [_usable(c) for c in batch.rows["cf_captions"].to_pylist()]
-            text_emb, has_text, cut = runner.captions(lists, image_emb, captions)
-            truncated += cut
-            columns["text_emb"] = vector_column(text_emb[ok].astype(np.float16), has_text[ok])
-            times.add("encode_texts", started)
-        for name in rows_schema.names:
-            if name not in columns:
-                columns[name] = good[name]
-        rows_parts.append(pa.table({name: columns[name] for name in rows_schema.names}, schema=rows_schema))
-        store_parts.append(pa.table({name: columns[name] for name in store.names}, schema=store))
-        if count < n:
-            errors = [image for image in images if isinstance(image, RowError)]
-            failed_parts.append(failed_table(shard, pa.table(batch.rows.filter(pa.array(~ok))), errors))
+        columns, errors, cut = _embed_batch(batch, runner, shard, captions if text else None, times)
+        truncated += cut
+        rows.append(pa.table({name: columns[name] for name in rows_schema.names}, schema=rows_schema))
+        stored.append(pa.table({name: columns[name] for name in store.names}, schema=store))
+        failed.append(errors)
         if on_batch is not None:
-            on_batch(n)
+            on_batch(batch.rows.num_rows)
         idle = time.perf_counter()
-    return EmbeddedShard(
-        pa.concat_tables(rows_parts).combine_chunks() if rows_parts else rows_schema.empty_table(),
-        pa.concat_tables(store_parts).combine_chunks() if store_parts else store.empty_table(),
-        pa.concat_tables(failed_parts).combine_chunks() if failed_parts else failed_table(shard, _no_rows(), []),
-        truncated,
-        runner.halvings,
-        waited,
-    )
+    good, vectors, bad = (pa.concat_tables(parts).combine_chunks() for parts in (rows, stored, failed))
+    return EmbeddedShard(good, vectors, bad, truncated, runner.halvings, waited)
+
+
+def _embed_batch(
+    batch: DecodedBatch, runner: _BatchRunner, shard: str, captions: defaults.Captions | None, times: StageTimes
+) -> tuple[dict[str, Any], pa.Table, int]:
+    """The columns of the rows that did not fail (source, identity, embeddings), the failed rows, captions truncated.
+
+    captions: None embeds none.
+    """
+    started = time.perf_counter()
+    image_emb = runner.images(batch.pixels)[: batch.rows.num_rows]
+    times.add("encode_images", started)
+    images = [
+        image if isinstance(image, RowError) or finite else RowError(ENCODE_ERROR, "the model gave no finite embedding")
+        for image, finite in zip(batch.images, np.isfinite(image_emb).all(axis=1), strict=True)
+    ]
+    ok = np.array([not isinstance(image, RowError) for image in images], bool)
+    good = batch.rows.filter(pa.array(ok))
+    columns = {name: good[name] for name in good.schema.names} | image_columns(images)
+    columns["cf_shard"] = pa.array([shard] * good.num_rows, pa.string())
+    columns["cf_caption"] = pa.array([_first(own) for own in good["cf_captions"].to_pylist()], pa.string())
+    columns["image_emb"] = vector_column(image_emb[ok].astype(np.float16))
+    truncated = 0
+    if captions is not None:
+        started = time.perf_counter()
+        lists = [_usable(own) for own in batch.rows["cf_captions"].to_pylist()]
+        text_emb, has_text, truncated = runner.captions(lists, image_emb, captions)
+        columns["text_emb"] = vector_column(text_emb[ok].astype(np.float16), has_text[ok])
+        times.add("encode_texts", started)
+    errors = [image for image in images if isinstance(image, RowError)]
+    return columns, failed_table(shard, pa.table(batch.rows.filter(pa.array(~ok))), errors), truncated
 
 
 class _BatchRunner:

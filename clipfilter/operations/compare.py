@@ -119,12 +119,7 @@ class Comparison:
 
 
 def compare_policies(
-    before: Policy,
-    after: Policy,
-    run: str,
-    *,
-    model: str | None = None,
-    examples: int = 12,
+    before: Policy, after: Policy, run: str, *, model: str | None = None, examples: int = 12
 ) -> Comparison:
     """Decide the newest version of `run` with both policies.
 

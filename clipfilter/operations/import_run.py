@@ -103,18 +103,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
     source = Source(
         directory.url, Imported(Location(directory.url), SourceOptions(), freeze(schema), _format(names, text))
     )
-    plan = settle_plan(
-        target,
-        Plan(
-            job="import",
-            source=source.to_plan(),
-            policy=None,
-            policy_sha256=None,
-            model={name: value for name, value in encoder.fingerprint.items() if name != "backend"},
-            options=_options(options),
-            text_column=text,
-        ),
-    )
+    plan = settle_plan(target, _plan(source, encoder, options, text))
     writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
     committed: list[str] = []
@@ -137,19 +126,19 @@ def _format(names: dict[str, str | None], text: bool) -> dict[str, Any]:
     return {"kind": IMPORTED_KIND, "has_captions": text or names["caption"] is not None, "columns": names}
 
 
-def _options(options: ImportOptions) -> dict[str, Any]:
-    """The plan's options; the pixels were prepared by the model's own transform, so decode is "exact"."""
-    return {
-        "decode": "exact",
-        "batch_size": None,
-        "captions": "first",
-        "max_pixels": None,
-        "limit": None,
-        "sample": None,
-        "copy": False,
-        "rows_per_shard": options.rows_per_shard,
-        "arrays": options.arrays,
-    }
+def _plan(source: Source, encoder: Encoder, options: ImportOptions, text: bool) -> Plan:
+    """The run's plan; the pixels were prepared by the model's own transform, so decode is "exact"."""
+    given = {"rows_per_shard": options.rows_per_shard, "arrays": options.arrays}
+    unknown = dict.fromkeys(("max_pixels", "limit", "sample"))
+    return Plan(
+        job="import",
+        source=source.to_plan(),
+        policy=None,
+        policy_sha256=None,
+        model={name: value for name, value in encoder.fingerprint.items() if name != "backend"},
+        options={"decode": "exact", "batch_size": None, "captions": "first", **unknown, "copy": False, **given},
+        text_column=text,
+    )
 
 
 # --- finding and checking ------------------------------------------------------------------------------------------

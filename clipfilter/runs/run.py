@@ -111,12 +111,6 @@ class Run:
 
     # --- data files --------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def local(self, *files: DataFile) -> Iterator[list[Path]]:
-        """Local paths of data files of this run; those of a remote run are copied for the duration."""
-        with local_files(self.directory, files) as paths:
-            yield paths
-
     def table(self, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
         """Some columns of a data file (Parquet or Arrow), by default all."""
         return read_table(self.directory, file, columns)
