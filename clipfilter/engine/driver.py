@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from clipfilter import columns as cf
 from clipfilter.engine.executors.interface import Executor, Outcome
 from clipfilter.engine.worker import Inputs, Task
 from clipfilter.errors import TRANSIENT, RefusedError
@@ -288,5 +289,5 @@ def fix_thresholds(directory: Directory, policy: Policy, commits: Iterable[Commi
 def _scores(directory: Directory, commits: Iterable[Commit], rule: str) -> Iterator[np.ndarray]:
     for commit in commits:
         if commit.files.scored is not None:
-            column = read_table(directory, commit.files.scored, [f"cf_score.{rule}"]).column(0)
+            column = read_table(directory, commit.files.scored, [cf.score(rule)]).column(0)
             yield np.asarray(column.to_numpy(), np.float32)

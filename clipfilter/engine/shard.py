@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter import defaults
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine.decoding import DecodedBatch, StageTimes, image_columns
 from clipfilter.errors import ENCODE_ERROR, RowError
 from clipfilter.runs import FACTS, IDENTITY, Account, Counts, annotate, embeddings_schema, failed_table, vector_column
@@ -137,8 +139,8 @@ def decide_shard(
 
 def copy_decided(table: pa.Table, sink: Sink) -> None:
     """Have the source's own bytes of kept and review rows written, when there are any."""
-    decisions = np.asarray(table["cf_decision"].to_pylist(), dtype=object)
-    numbers = np.asarray(table["cf_row"])
+    decisions = np.asarray(table[cf.DECISION].to_pylist(), dtype=object)
+    numbers = np.asarray(table[cf.ROW])
     for what, decision in (("kept", "keep"), ("review", "review")):
         rows = numbers[decisions == decision].tolist()
         if rows:
@@ -194,13 +196,13 @@ def _embed_batch(
     ok = np.array([not isinstance(image, RowError) for image in images], bool)
     good = batch.rows.filter(pa.array(ok))
     columns = {name: good[name] for name in good.schema.names} | image_columns(images)
-    columns["cf_shard"] = pa.array([shard] * good.num_rows, pa.string())
-    columns["cf_caption"] = pa.array([_first(own) for own in good["cf_captions"].to_pylist()], pa.string())
+    columns[cf.SHARD] = pa.array([shard] * good.num_rows, pa.string())
+    columns[cf.CAPTION] = pa.array([_first(own) for own in good[cf.CAPTIONS].to_pylist()], pa.string())
     columns["image_emb"] = vector_column(image_emb[ok].astype(np.float16))
     truncated = 0
     if captions is not None:
         started = time.perf_counter()
-        lists = [_usable(own) for own in batch.rows["cf_captions"].to_pylist()]
+        lists = [_usable(own) for own in batch.rows[cf.CAPTIONS].to_pylist()]
         text_emb, has_text, truncated = runner.captions(lists, image_emb, captions)
         columns["text_emb"] = vector_column(text_emb[ok].astype(np.float16), has_text[ok])
         times.add("encode_texts", started)
@@ -267,7 +269,7 @@ def _first(captions: list[str | None] | None) -> str | None:
 
 
 def _no_rows() -> pa.Table:
-    schema = pa.schema([("cf_row", pa.int64()), ("cf_key", pa.string()), ("cf_uid", pa.string())])
+    schema = pa.schema([(cf.ROW, pa.int64()), (cf.KEY, pa.string()), (cf.UID, pa.string())])
     return schema.empty_table()
 
 
@@ -285,15 +287,15 @@ def shard_report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardRepor
     counts = Counts(rows=table.num_rows + failed.num_rows, failed=failed.num_rows, embedded=table.num_rows)
     rules: dict[str, Counter[str]] = {}
     if decided:
-        decisions = Counter(table["cf_decision"].to_pylist())
-        counts |= {name: decisions.get(name, 0) for name in ("keep", "review", "reject")}
+        decisions = Counter(table[cf.DECISION].to_pylist())
+        counts |= {name: decisions.get(name, 0) for name in DECISIONS}
         counts["decided"] = sum(decisions.values())
-        flat = table["cf_reasons"].combine_chunks().flatten()
-        hidden = int(escalated(table["cf_reasons"]).sum())
+        flat = table[cf.REASONS].combine_chunks().flatten()
+        hidden = int(escalated(table[cf.REASONS]).sum())
         counts |= {"escalated": hidden} if hidden else {}
         for rule, band in zip(flat.field("rule").to_pylist(), flat.field("band").to_pylist(), strict=True):
             rules.setdefault(rule, Counter())[band] += 1
-    classes = Counter(failed["cf_error_class"].to_pylist())
+    classes = Counter(failed[cf.ERROR_CLASS].to_pylist())
     return ShardReport(
         counts,
         dict(sorted(classes.items())),

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter import text
-from clipfilter.decisions import ESCALATE, TIGHTEN
+from clipfilter.decisions import ESCALATE, LIMITS, TIGHTEN
 from clipfilter.errors import RefusedError
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.policies import Attachments, Policy, in_words, joined, measure_of
@@ -20,7 +21,7 @@ from clipfilter.report.data import RuleData, rules_of
 from clipfilter.runs import Plan, ledger, read_plan
 from clipfilter.storage import Directory
 
-_ROW = ("cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_caption", "cf_decision")
+_ROW = (cf.ROW, cf.KEY, cf.UID, cf.SHA256, cf.WIDTH, cf.HEIGHT, cf.FORMAT, cf.CAPTION, cf.DECISION)
 
 
 @dataclass
@@ -91,14 +92,14 @@ def explain_row(run: str, wanted: str) -> Explanation:
     found: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = []
     for name, commit in ledger.iter_commits(directory, content["commits"]):
         found += [(name, commit, kind, row) for kind, row in _rows(directory, commit, wanted)]
-        exact = [item for item in found if item[3]["cf_uid"] == wanted]
+        exact = [item for item in found if item[3][cf.UID] == wanted]
         if exact:
             found = exact
             break
     if not found:
         raise RefusedError(f"{run} has no row whose cf_uid or cf_key is {wanted!r}; annotated/ and failed/ list them.")
     if len(found) > 1:
-        uids = ", ".join(item[3]["cf_uid"] for item in found[:3])
+        uids = ", ".join(item[3][cf.UID] for item in found[:3])
         raise RefusedError(f"{len(found)} rows have the key {wanted!r}; give one's cf_uid ({uids}).")
     name, commit, kind, row = found[0]
     return _explanation(directory, plan, version, content, name, commit, kind == "failed", row)
@@ -112,11 +113,11 @@ def _rows(directory: Directory, commit: dict[str, Any], wanted: str) -> Iterator
         with directory.open(commit["files"][kind]["name"]) as handle:
             file = pq.ParquetFile(handle)
             for group in range(file.num_row_groups):
-                names = file.read_row_group(group, columns=["cf_uid", "cf_key"])
-                hit = pc.or_kleene(pc.equal(names["cf_uid"], wanted), pc.equal(names["cf_key"], wanted))
+                names = file.read_row_group(group, columns=[cf.UID, cf.KEY])
+                hit = pc.or_kleene(pc.equal(names[cf.UID], wanted), pc.equal(names[cf.KEY], wanted))
                 places = np.flatnonzero(pc.fill_null(hit, False).to_numpy(zero_copy_only=False))
                 if len(places):
-                    ours = [name for name in file.schema_arrow.names if name.startswith("cf_")]
+                    ours = [name for name in file.schema_arrow.names if name.startswith(cf.PREFIX)]
                     rows = file.read_row_group(group, columns=ours).take(pa.array(places))
                     yield from ((kind, row) for row in rows.to_pylist())
 
@@ -132,8 +133,8 @@ def _explanation(
     row: dict[str, Any],
 ) -> Explanation:
     policy = plan.policy
-    rules = [] if failed or row.get("cf_decision") is None else [verdict(rule, row) for rule in rules_of(plan, content)]
-    image = {key.removeprefix("cf_"): row[key] for key in _ROW[3:7] if row.get(key) is not None}
+    rules = [] if failed or row.get(cf.DECISION) is None else [verdict(rule, row) for rule in rules_of(plan, content)]
+    image = {key.removeprefix(cf.PREFIX): row[key] for key in _ROW[3:7] if row.get(key) is not None}
     notes = []
     if any(rule.calibrated is False for rule in rules):
         notes.append(
@@ -150,15 +151,15 @@ def _explanation(
     if commit.get("damaged"):
         notes.append(f"The shard is damaged: {commit.get('bytes_unread', 0):,} bytes after its last row were not read.")
     return Explanation(
-        uid=row["cf_uid"],
-        key=row["cf_key"] or "",
-        decision="failed" if failed else row.get("cf_decision") or "none",
+        uid=row[cf.UID],
+        key=row[cf.KEY] or "",
+        decision="failed" if failed else row.get(cf.DECISION) or "none",
         shard={"id": commit["shard"]["id"], "path": commit["shard"]["path"]},
-        row=row["cf_row"],
+        row=row[cf.ROW],
         image=image,
-        caption=row.get("cf_caption"),
+        caption=row.get(cf.CAPTION),
         rules=rules,
-        error={"class": row["cf_error_class"], "message": row["cf_error"]} if failed else None,
+        error={"class": row[cf.ERROR_CLASS], "message": row[cf.ERROR]} if failed else None,
         policy=None
         if policy is None
         else {"name": policy["policy"], "version": policy["version"], "sha256": plan.policy_sha256},
@@ -173,14 +174,14 @@ def _explanation(
 
 def _override(directory: Directory, plan: Plan, row: dict[str, Any]) -> dict[str, Any] | None:
     """What a person decided, with who, when and why as far as the run still has it."""
-    made = next((reason for reason in row.get("cf_reasons") or [] if reason["rule"] == OVERRIDE), None)
+    made = next((reason for reason in row.get(cf.REASONS) or [] if reason["rule"] == OVERRIDE), None)
     if made is None:
         return None
     found = None
     try:
         policy = Policy.from_canonical(plan.policy or {})
         if policy.overrides is not None:
-            found = policy.overrides.find(row["cf_uid"], Attachments(directory))
+            found = policy.overrides.find(row[cf.UID], Attachments(directory))
     except RefusedError:  # the run's copy of the list is gone; the decision is in the row
         pass
     return {**(found or {}), "decision": made["band"]}
@@ -188,8 +189,8 @@ def _override(directory: Directory, plan: Plan, row: dict[str, Any]) -> dict[str
 
 def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
     """What the rule said about an annotated row (its columns by name)."""
-    value = row.get(f"cf_score.{rule.id}")
-    own = [reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id]
+    value = row.get(cf.score(rule.id))
+    own = [reason for reason in row.get(cf.REASONS) or [] if reason["rule"] == rule.id]
     fired = next((reason for reason in own if reason["band"] != TIGHTEN), None)
     when = rule.spec.get("when")
     on_missing = rule.spec.get("on_missing") or "review"
@@ -221,9 +222,9 @@ def sentence(rule: RuleVerdict) -> str:
     said = _sentence(rule)
     if rule.tightens:
         said += "; so it moved the thresholds of other rules"
-    if rule.severity and rule.result in ("review", "reject", ESCALATE):
+    if rule.severity and rule.result in (*LIMITS, ESCALATE):
         said += f"; severity {rule.severity}"
-    if rule.action and not measure_of(rule.kind).actions and rule.result in ("review", "reject"):
+    if rule.action and not measure_of(rule.kind).actions and rule.result in LIMITS:
         said += f"; action {text.clean(rule.action, 64)}"
     return said
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
 from clipfilter.sources import Shard
 
@@ -286,7 +287,7 @@ class FailedShard:
 
 
 #: The counts that a version adds up.
-COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "not_downloaded", "duplicate_keys")
+COUNTS = ("rows", "decided", *DECISIONS, "failed", "embedded", "not_downloaded", "duplicate_keys")
 
 
 class Totals(dict[str, Any]):

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.engine import refuse_other_weights, stored_model
 from clipfilter.errors import RefusedError
 from clipfilter.operations import escalated_rows
@@ -75,7 +76,7 @@ class Run:
                 values = pa.array(wanted, pa.string())
                 for shard in self.shards:
                     with self.vectors.directory.open(shard.annotated.name) as handle:
-                        column = pq.read_table(handle, columns=["cf_uid"])["cf_uid"]
+                        column = pq.read_table(handle, columns=[cf.UID])[cf.UID]
                     index = pc.index_in(column, value_set=values)
                     rows = np.flatnonzero(np.asarray(index.is_valid()))
                     for row, number in zip(rows.tolist(), index.drop_null().to_pylist(), strict=True):
@@ -96,7 +97,7 @@ class Run:
                 rows = [row for name, row in hidden if name == shard.shard.id]
                 if rows:
                     part = range(shard.start, shard.start + shard.rows)
-                    numbers = self.vectors.rows_at(part, ["cf_row"])["cf_row"].to_numpy()
+                    numbers = self.vectors.rows_at(part, [cf.ROW])[cf.ROW].to_numpy()
                     self.columns.escalated[shard.start : shard.start + shard.rows] |= np.isin(numbers, rows)
             plan = read_plan(Directory(url))
 
@@ -126,7 +127,7 @@ class Run:
             mine = np.flatnonzero(numbers == number)
             stored, embeddings = self.vectors.stored(int(number))
             some = pa.array(inside[mine])
-            scored = annotate(stored.take(some), embeddings.take(some), encoder, compiled, None)[f"cf_score.{rule}"]
+            scored = annotate(stored.take(some), embeddings.take(some), encoder, compiled, None)[cf.score(rule)]
             found[mine] = scored.to_numpy().astype(np.float32)
         return found
 
