@@ -20,7 +20,6 @@ import pyarrow as pa
 from clipfilter import defaults
 from clipfilter.engine import (
     EmbeddedShard,
-    StoredRun,
     StreamOptions,
     embed_stream,
     open_inputs,
@@ -32,6 +31,7 @@ from clipfilter.models import load_encoder
 from clipfilter.operations import Best, Ranker, best_of, rank
 from clipfilter.policies import DEFAULT_TEMPLATES
 from clipfilter.runs import FACTS, annotate, as_matrix, vector_column
+from clipfilter.runs import Run as StoredRun
 
 if TYPE_CHECKING:
     import PIL.Image

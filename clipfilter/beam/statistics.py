@@ -14,7 +14,7 @@ from clipfilter.beam.columns import quantile_buckets, quantiles
 from clipfilter.beam.options import BeamOptions
 from clipfilter.decisions import DECISIONS
 from clipfilter.errors import ClipfilterError, RefusedError
-from clipfilter.runs import ledger, of_run, read_plan
+from clipfilter.runs import Run, Version
 from clipfilter.storage import Directory
 
 if TYPE_CHECKING:
@@ -49,15 +49,14 @@ def dataset_statistics(request: StatisticsRequest, options: BeamOptions) -> dict
         raise RefusedError(f"a quantile is a share of the rows between 0 and 1, not {bad[0]}.")
     for url, what in ((request.run, "the run"), (request.out, "the directory for statistics")):
         options.refuse_unshared(url, what)
-    directory = Directory(request.run)
-    plan, newest = read_plan(directory), ledger.latest_version(directory)
-    if plan is None or newest is None or newest[1]["stage"] != "decided":
+    run = Run.open(request.run)
+    if run.version.stage != "decided":
         raise RefusedError(f"{request.run} is not a finished run with decisions; decide it first.")
-    _refuse_missing_column(request, plan.source)
-    if Directory(request.out).url.startswith(directory.url + "/") or Directory(request.out).url == directory.url:
+    _refuse_missing_column(request, run)
+    if Directory(request.out).url.startswith(run.url + "/") or Directory(request.out).url == run.url:
         raise RefusedError(f"{request.out} lies inside the run; name a directory outside it for the statistics.")
     pipeline = options.pipeline()
-    build(pipeline, request, directory.url, *newest)
+    build(pipeline, request, run.url, run.version)
     try:
         state = pipeline.run().wait_until_finish()
     except Exception as error:
@@ -68,23 +67,19 @@ def dataset_statistics(request: StatisticsRequest, options: BeamOptions) -> dict
     return content
 
 
-def build(
-    pipeline: beam.Pipeline, request: StatisticsRequest, run: str, version: str, content: dict[str, Any]
-) -> beam.PCollection:
+def build(pipeline: beam.Pipeline, request: StatisticsRequest, run: str, version: Version) -> beam.PCollection:
     """Add everything to a pipeline. Its elements are names of commits, columns as bytes, and counts; never rows."""
     import apache_beam as beam
 
     from clipfilter.beam import transforms as t
 
-    totals, wanted = content["totals"], list(request.quantiles)
-    about = {"run": run, "version": version, "rows": totals["decided"], **{name: totals[name] for name in DECISIONS}}
-    commits = (
-        pipeline | "Commits" >> beam.Create(content["commits"]).with_output_types(str) | "Spread" >> beam.Reshuffle()
-    )
+    totals, wanted = version.totals, list(request.quantiles)
+    about = {"run": run, "version": version.name, "rows": totals.decided, **{name: totals[name] for name in DECISIONS}}
+    commits = pipeline | "Commits" >> beam.Create(version.commits).with_output_types(str) | "Spread" >> beam.Reshuffle()
     parts = [
         _quantiles_of(commits | "Scores" >> beam.ParDo(t.ReadScores(run)).with_output_types(tuple[str, bytes]), wanted)
     ]
-    buckets = 1 + totals["decided"] // _HASHES_PER_PART
+    buckets = 1 + totals.decided // _HASHES_PER_PART
     parts.append(
         commits
         | "Hashes" >> beam.ParDo(t.SplitByHash(run, buckets)).with_output_types(tuple[int, bytes])
@@ -92,7 +87,7 @@ def build(
         | "Duplicates" >> beam.ParDo(t.WriteDuplicates(request.out)).with_output_types(tuple[str, str])
     )
     if request.url_column is not None:
-        pieces = 1 + totals["decided"] // _ROWS_PER_DOMAIN_PART
+        pieces = 1 + totals.decided // _ROWS_PER_DOMAIN_PART
         counts = tuple[int, int, int]
         parts.append(
             commits
@@ -134,12 +129,12 @@ def _quantiles_of(scores: beam.PCollection, wanted: list[float]) -> beam.PCollec
     )
 
 
-def _refuse_missing_column(request: StatisticsRequest, source: dict[str, Any]) -> None:
+def _refuse_missing_column(request: StatisticsRequest, run: Run) -> None:
     from clipfilter.sources import Source
 
     if request.url_column is None:
         return
-    names = Source.from_plan(source["source"] if of_run(source) else source).schema.names
+    names = Source.from_plan(run.dataset).schema.names
     if request.url_column not in names:
         raise RefusedError(
             f"the run has no column {request.url_column!r}; its source has {', '.join(names) or 'none'}."

@@ -25,7 +25,7 @@ from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.policies import BUCKETS, high_histogram, low_histogram
 from clipfilter.retry import retry
-from clipfilter.runs import HASH_LENGTH
+from clipfilter.runs import HASH_LENGTH, Commit, ledger
 from clipfilter.storage import Directory, file_sha256
 
 log = logging.getLogger("clipfilter.beam")
@@ -54,8 +54,8 @@ class Decide(beam.DoFn):  # type: ignore[misc]
         self._worker = self._shared.acquire(lambda: OneWorker(spec), tag=spec)
 
     def process(self, element: str) -> Iterator[str]:
-        def decide() -> dict[str, Any]:
-            commit: dict[str, Any] = self._worker.process(task_of(element, json.loads(self._common)))["commit"]
+        def decide() -> Commit:
+            commit: Commit = self._worker.process(task_of(element, json.loads(self._common))).commit
             return commit
 
         def may_pass(error: Exception, attempt: int) -> bool:
@@ -70,8 +70,8 @@ class Decide(beam.DoFn):  # type: ignore[misc]
         except Exception:
             self._failed.inc()
             return
-        self._rows.inc(commit["counts"]["rows"])
-        yield commit["shard"]["id"]
+        self._rows.inc(commit.counts.rows)
+        yield commit.shard.id
 
 
 class HistogramCoder(Coder):  # type: ignore[misc]
@@ -157,10 +157,10 @@ class _Columns(beam.DoFn):  # type: ignore[misc]
     def read(self, commit: str, columns: list[str] | None) -> pa.Table | None:
         """The columns, all scores with None; nothing for a commit without rows."""
         directory = Directory(self._run)
-        files = directory.read_json(commit)["files"]
-        if "annotated" not in files:
+        annotated = ledger.read_commit(directory, commit).files.annotated
+        if annotated is None:
             return None
-        with directory.open(files["annotated"]["name"]) as handle:
+        with directory.open(annotated.name) as handle:
             file = pq.ParquetFile(handle)
             if columns is None:
                 columns = [n for n in file.schema_arrow.names if n == cf.SIMILARITY or n.startswith(cf.SCORE)]

@@ -110,9 +110,10 @@ def _classify(
     max_failures: float,
 ) -> None:
     from clipfilter.cli.display import row_progress
-    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, StoredRun, open_inputs, stream_options
+    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, open_inputs, stream_options
     from clipfilter.operations import classify_stream
     from clipfilter.policies import LabelScorer
+    from clipfilter.runs import Run
     from clipfilter.sources import SourceOptions
 
     inputs = open_inputs(images, SourceOptions(image_column=image_column))
@@ -131,7 +132,7 @@ def _classify(
                 shown += table.slice(0, max(0, _LISTED - len(shown))).to_pylist()
     if not as_json and not quiet:
         _print(shown, counts, scorer, lost, [name for name in (csv_file, parquet) if name])
-    if all(isinstance(item, StoredRun) for item in inputs):  # its failures were judged when it was made
+    if all(isinstance(item, Run) for item in inputs):  # its failures were judged when it was made
         raise typer.Exit(EXIT_DONE)
     rows, failed = counts.total(), counts[None]
     if lost or failed > max_failures * rows:
@@ -247,7 +248,7 @@ def _print(
 
 
 def _print_image(console: Console, row: dict[str, Any]) -> None:
-    from clipfilter.report import text
+    from clipfilter import text
 
     say(console, text.clean(row["image"]), style="bold")
     if row[cf.LABELS] is None:
@@ -262,7 +263,7 @@ def _print_image(console: Console, row: dict[str, Any]) -> None:
 def _print_lines(console: Console, rows: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     found = new_table("image", "label", ">score", "next")
     # The widths keep names and scores on a terminal of 80 columns, whatever an error has to say.
@@ -287,7 +288,7 @@ def _print_table(console: Console, counts: Counter[str | None]) -> None:
     """How many images each label won."""
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     total = counts.total()
     found = new_table("label", ">images", ">share", "")

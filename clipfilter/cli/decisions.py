@@ -78,7 +78,7 @@ def diff(
 def _print_comparison(console: Console, found: Comparison) -> None:
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     sides = (found.before, found.after)
     table = new_table("rows", *(f">{side.name} {side.version}" for side in sides), ">change", pad_edge=False)
@@ -99,7 +99,8 @@ def _print_comparison(console: Console, found: Comparison) -> None:
 
 
 def _print_explanation(console: Console, found: Explanation) -> None:
-    from clipfilter.report import sentence, text
+    from clipfilter import text
+    from clipfilter.report import sentence
 
     line = functools.partial(say, console)
 

@@ -32,13 +32,12 @@ def history(
     if rollback is not None and accept is not None:
         raise RefusedError("--rollback and --accept are two steps; give one of them.")
     if rollback is not None:
-        name, content = roll_back(run, rollback)
-        totals = content["totals"]
+        made = roll_back(run, rollback)
+        back, totals = made.rolled_back_to, made.totals
         if as_json:
-            found = {"version": name, "rolled_back_to": content["rolled_back_to"], "totals": totals}
-            print_json(found, indent=None)
+            print_json({"version": made.name, "rolled_back_to": back, "totals": totals}, indent=None)
         else:
-            typer.echo(f"version {int(name)} is version {content['rolled_back_to']} again: {totals['rows']:,} rows")
+            typer.echo(f"version {made.number} is version {back} again: {totals.rows:,} rows")
         return
     if accept is not None:
         accept_night(run, accept)

@@ -58,7 +58,7 @@ def _print(report: TestReport) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     console = Console()
     tests = new_table("", "test", "expected", "decision", "", fold=True, pad_edge=False)

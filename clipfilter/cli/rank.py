@@ -80,7 +80,7 @@ def _print(rows: list[dict[str, Any]], by: str, lost: list[dict[str, str]]) -> N
     from rich.console import Console
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     console = Console()
     found = new_table(">rank", "image", f">{text.clean(by, 40)}", *([">clip"] if by != "clip" else []), "")

@@ -33,7 +33,7 @@ def index(
     """Make or update the approximate index of a run of a million rows or more; smaller ones are searched exactly."""
     from dataclasses import asdict
 
-    from clipfilter.report import text
+    from clipfilter import text
     from clipfilter.search import EXACT_ROWS, RunVectors, build_index, has_index
 
     with RunVectors.open(run) as vectors:
@@ -170,7 +170,7 @@ def _print(found: SearchResult, chosen: list[str]) -> None:
 
 
 def _shown(value: object) -> str:
-    from clipfilter.report import text
+    from clipfilter import text
 
     if isinstance(value, float):
         return text.score(value)

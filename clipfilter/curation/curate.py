@@ -16,7 +16,7 @@ from clipfilter.curation.balance import Entries, balanced, count_entries
 from clipfilter.curation.scores import BANK_SIZE, NormSim, negclip_scores, smallest
 from clipfilter.curation.uids import seeded_hash, uid_keys
 from clipfilter.errors import RefusedError
-from clipfilter.runs import EmbeddedRun, RunShard, as_matrix, derive, refuse_existing
+from clipfilter.runs import Run, RunShard, as_matrix, derive, refuse_existing
 
 
 def add_scores(
@@ -35,15 +35,13 @@ def add_scores(
     with the smallest seeded hash of their uid. Memory: bank and target. Returns `derive`'s summary. Raises RefusedError
     where nothing is asked for, the run has no captions, or the target does not fit.
     """
-    source = EmbeddedRun(run)
+    source = Run(run).origin()
     added: list[tuple[str, pa.DataType]] = []
     options: dict[str, Any] = {}
     scorers: dict[str, Callable[[RunShard], pa.Array]] = {}
     if negclip:
         if not source.plan.text_column:
-            raise RefusedError(
-                f"the run in {source.directory.url} has no caption embeddings, which negCLIPLoss compares."
-            )
+            raise RefusedError(f"the run in {source.url} has no caption embeddings, which negCLIPLoss compares.")
         added.append((cf.NEGCLIP, pa.float32()))
         options["negclip"] = {"bank": bank_size, "seed": seed}
     if target is not None:
@@ -80,7 +78,7 @@ def _target(url: str, dim: int) -> np.ndarray:
 class _Bank:
     """The fixed bank of a run: the captioned rows with the smallest seeded hashes of their uids, in the order of these."""
 
-    def __init__(self, run: EmbeddedRun, size: int, seed: int) -> None:
+    def __init__(self, run: Run, size: int, seed: int) -> None:
         self._dim = run.dim
         # Shard by shard, only what can still be among the smallest is held.
         hashes, places = np.empty(0, np.uint64), np.empty((0, 2), np.uint64)
@@ -123,7 +121,7 @@ def add_balance(run: str, out: str, entries: str, *, t: int, seed: int = 0) -> d
         listed = Entries(line for line in Path(entries).read_text(encoding="utf-8").splitlines() if line)
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedError(f"{entries} cannot be read as a list of entries ({error}).") from error
-    source = EmbeddedRun(run)
+    source = Run(run).origin()
     added = pa.schema([(cf.BALANCED, pa.bool_())])
     refuse_existing(source, out, added)
     counts = np.zeros(len(listed.names), np.int64)

@@ -17,7 +17,7 @@ from clipfilter.curation.scores import smallest
 from clipfilter.curation.uids import canonical_order, seeded_hash, uid_keys
 from clipfilter.errors import RefusedError
 from clipfilter.policies import check_metadata, metadata_values
-from clipfilter.runs import FACTS, EmbeddedRun, RunShard, as_matrix, derive, refuse_existing, with_facts
+from clipfilter.runs import FACTS, Run, RunShard, as_matrix, derive, refuse_existing, with_facts
 from clipfilter.sources import schema_from_text
 from clipfilter.storage import Directory
 
@@ -106,7 +106,7 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
 
     Raises RefusedError for options that make no sense or do not fit the run.
     """
-    source = EmbeddedRun(run)
+    source = Run(run).origin()
     _check(source, options)
     refuse_existing(source, out, COLUMNS)
     scratch = Directory(out)
@@ -115,17 +115,17 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
         order = canonical_order(rows.preference, rows.keys, rows.places)
         found = _search(source, rows, order, options, scratch)
         uids = _uids_of(source, np.unique(found.keeper[found.keeper >= 0]))
-        offsets = {shard.name: first for first, shard in _numbered(source)}
+        offsets = {shard.commit.name: first for first, shard in _numbered(source)}
 
         def compute(shard: RunShard) -> dict[str, pa.Array]:
-            return _columns(shard, offsets[shard.name], found, rows, uids)
+            return _columns(shard, offsets[shard.commit.name], found, rows, uids)
 
         summary = derive(source, out, COLUMNS, {"dedup": asdict(options)}, compute)
     duplicates = {name: int((found.kind == code).sum()) for code, name in enumerate(KINDS)}
     return DedupResult(summary["out"], summary["version"], len(order), duplicates, found.clusters, found.largest)
 
 
-def _check(run: EmbeddedRun, options: DedupOptions) -> None:
+def _check(run: Run, options: DedupOptions) -> None:
     if options.near is not None and not 0 <= options.near < 32:
         raise RefusedError(f"--near is a number of bits between 0 and 31, not {options.near}.")
     if options.semantic is not None and not 0 < options.semantic <= 1:
@@ -138,10 +138,10 @@ def _check(run: EmbeddedRun, options: DedupOptions) -> None:
         check_metadata(options.prefer, numbers)
 
 
-def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
-    parts = [_rows_of(shard, options) for shard in run.shards()]
+def _collect(run: Run, options: DedupOptions) -> _Rows:
+    parts = [_rows_of(shard, options) for shard in run.shards(similarity=True)]
     if not parts:
-        raise RefusedError(f"the run in {run.directory.url} has no rows; there is nothing to compare.")
+        raise RefusedError(f"the run in {run.url} has no rows; there is nothing to compare.")
     columns: list[list[Any]] = [[getattr(part, item.name) for part in parts] for item in fields(_Rows)]
     joined: list[Any] = [None if column[0] is None else np.concatenate(column) for column in columns]
     return _Rows(*joined)
@@ -161,7 +161,7 @@ def _rows_of(shard: RunShard, options: DedupOptions) -> _Rows:
     )
 
 
-def _search(run: EmbeddedRun, rows: _Rows, order: np.ndarray, options: DedupOptions, scratch: Directory) -> _Found:
+def _search(run: Run, rows: _Rows, order: np.ndarray, options: DedupOptions, scratch: Directory) -> _Found:
     n = len(order)
     found = _Found(np.full(n, -1, np.int64), np.full(n, -1, np.int8))
 
@@ -193,7 +193,7 @@ def _search(run: EmbeddedRun, rows: _Rows, order: np.ndarray, options: DedupOpti
 
 
 def _semantic(
-    run: EmbeddedRun, rows: _Rows, candidates: np.ndarray, options: DedupOptions, found: _Found, scratch: Directory
+    run: Run, rows: _Rows, candidates: np.ndarray, options: DedupOptions, found: _Found, scratch: Directory
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows of one cluster in canonical order, their keepers' places in it) of every cluster."""
     assert options.semantic is not None
@@ -233,7 +233,7 @@ def _semantic(
         start += size
 
 
-def _numbered(run: EmbeddedRun) -> Iterator[tuple[int, RunShard]]:
+def _numbered(run: Run) -> Iterator[tuple[int, RunShard]]:
     """(number of the first row, shard) of every shard."""
     first = 0
     for shard in run.shards():
@@ -241,13 +241,13 @@ def _numbered(run: EmbeddedRun) -> Iterator[tuple[int, RunShard]]:
         first += shard.rows.num_rows
 
 
-def _embeddings(run: EmbeddedRun, dim: int) -> Iterator[tuple[int, np.ndarray]]:
+def _embeddings(run: Run, dim: int) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first row, float16 [m, d]) of every shard."""
     for first, shard in _numbered(run):
         yield first, as_matrix(shard.embeddings["image_emb"], dim)
 
 
-def _uids_of(run: EmbeddedRun, wanted: np.ndarray) -> dict[int, str]:
+def _uids_of(run: Run, wanted: np.ndarray) -> dict[int, str]:
     """Row number -> uid, of these rows (ascending)."""
     uids: dict[int, str] = {}
     for first, shard in _numbered(run):

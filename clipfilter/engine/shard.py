@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ import pyarrow as pa
 from clipfilter import defaults
 from clipfilter.engine.decoding import DecodedBatch, StageTimes, image_columns
 from clipfilter.errors import ENCODE_ERROR, RowError
-from clipfilter.runs import FACTS, IDENTITY, annotate, embeddings_schema, failed_table, vector_column
+from clipfilter.runs import FACTS, IDENTITY, Account, Counts, annotate, embeddings_schema, failed_table, vector_column
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
@@ -34,14 +34,10 @@ class Sink(Protocol):
     def copy(self, what: Literal["kept", "review"], rows: list[int]) -> None: ...
 
 
-@dataclass
-class ShardReport:
-    """What happened to the rows of one shard; every row is in `decided` (or `embedded`) or in `failed`."""
+@dataclass(frozen=True)
+class ShardReport(Account):
+    """What became of the rows of one shard, and how the encoder fared: batches halved, seconds it waited, by step."""
 
-    counts: dict[str, int]
-    failed_by_class: dict[str, int]
-    rules: dict[str, dict[str, int]] = field(default_factory=dict)
-    captions_truncated: int = 0
     batch_halvings: int = 0
     encoder_waited: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -105,11 +101,13 @@ def process_shard(
     if decides:
         copy_decided(table, sink)
     times.add("decide_and_write", started)
-    report.captions_truncated = embedded.captions_truncated
-    report.batch_halvings = embedded.batch_halvings
-    report.encoder_waited = embedded.encoder_waited
-    report.seconds = times.seconds
-    return report
+    return replace(
+        report,
+        captions_truncated=embedded.captions_truncated,
+        batch_halvings=embedded.batch_halvings,
+        encoder_waited=embedded.encoder_waited,
+        seconds=times.seconds,
+    )
 
 
 def decide_shard(
@@ -290,7 +288,7 @@ def shard_report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardRepor
     """The counts of a shard's annotated and failed rows."""
     from clipfilter.policies import escalated
 
-    counts = {"rows": table.num_rows + failed.num_rows, "failed": failed.num_rows, "embedded": table.num_rows}
+    counts = Counts(rows=table.num_rows + failed.num_rows, failed=failed.num_rows, embedded=table.num_rows)
     rules: dict[str, Counter[str]] = {}
     if decided:
         decisions = Counter(table["cf_decision"].to_pylist())

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfilter import defaults, storage
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
@@ -27,7 +26,7 @@ from clipfilter.engine.shard import EmbeddedShard, embed_rows
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.images import Mode
 from clipfilter.models import load_encoder
-from clipfilter.runs import FAILED, IDENTITY, embeddings_schema, is_run, ledger, local_files, open_run, read_stored
+from clipfilter.runs import IDENTITY, Run, embeddings_schema, is_run
 from clipfilter.sources import (
     COLUMN_PREFIX,
     PARQUET_SUFFIXES,
@@ -43,7 +42,6 @@ from clipfilter.sources import (
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
-    from clipfilter.runs import Plan
 
 _FETCHED_BYTES = 64 << 20
 _READ_AT_ONCE = 64
@@ -68,16 +66,6 @@ class StreamOptions:
 
 
 @dataclass(frozen=True)
-class StoredRun:
-    """A finished run, whose embeddings are taken as they are."""
-
-    given: str
-    directory: storage.Directory
-    version: dict[str, Any]
-    plan: Plan
-
-
-@dataclass(frozen=True)
 class Dataset:
     """A dataset to read; `folder` stands before the keys of an image folder, so that they are paths one can open."""
 
@@ -86,7 +74,7 @@ class Dataset:
 
 
 Named = list[Any]  # consecutive single images
-Input = Named | Dataset | StoredRun
+Input = Named | Dataset | Run
 
 
 def open_inputs(given: Sequence[Any], options: SourceOptions | None = None) -> list[Input]:
@@ -122,7 +110,7 @@ def load_for(
 
     Raises RefusedError where two runs, or a run and `model`, are of different weights.
     """
-    runs = [item for item in inputs if isinstance(item, StoredRun)]
+    runs = [item for item in inputs if isinstance(item, Run)]
     if not runs:
         return load_encoder(model or defaults.MODEL, device=device, dtype=dtype, threads=threads)
     plan = runs[0].plan
@@ -201,7 +189,7 @@ def embed_stream(
     decoder = ThreadDecoder(settings, options.threads or min(MAX_THREADS, cpu_count()))
     lost: list[dict[str, str]] = [] if failed_shards is None else failed_shards
     for item in inputs:
-        if isinstance(item, StoredRun):
+        if isinstance(item, Run):
             yield from _stored(item, encoder, told, lost)
         elif isinstance(item, Dataset):
             yield from _dataset(item, encoder, decoder, options, told, lost)
@@ -256,8 +244,7 @@ def _open(item: Any, options: SourceOptions) -> Input:
     if _is_image(name):
         return [name]
     if is_run(name):
-        directory, _, version, plan = open_run(name)
-        return StoredRun(name, directory, version, plan)
+        return Run(name).origin()
     source = open_source(name, options)
     pattern = source.to_plan()["pattern"]
     folder = ""
@@ -351,21 +338,19 @@ def _embed(
 
 
 def _stored(
-    run: StoredRun, encoder: Encoder, told: Callable[[int], None], lost: list[dict[str, str]]
+    run: Run, encoder: Encoder, told: Callable[[int], None], lost: list[dict[str, str]]
 ) -> Iterator[EmbeddedShard]:
-    lost += [{"path": item["shard"]["path"], "error": item["error"]} for item in run.version["failed_shards"]]
-    scratch = run.directory.scratch()
+    lost += [{"path": item.shard.path, "error": item.error} for item in run.version.failed_shards]
     with run.directory:
-        for _, commit in ledger.iter_commits(run.directory, run.version["commits"]):
-            with local_files(run.directory, commit["files"], scratch) as local:
-                failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
-                if "annotated" in local:
-                    rows, embeddings = read_stored(local["annotated"], local["embeddings"])
-                else:
-                    rows = IDENTITY.empty_table()
-                    embeddings = embeddings_schema(encoder.dim, run.plan.text_column).empty_table()
-                told(rows.num_rows)
-                yield EmbeddedShard(rows, embeddings, failed, commit["captions_truncated"], 0)
+        for commit in run.commits():
+            stored = run.read(commit)
+            if stored is None:
+                rows = IDENTITY.empty_table()
+                embeddings = embeddings_schema(encoder.dim, run.plan.text_column).empty_table()
+            else:
+                rows, embeddings = stored.rows, stored.embeddings
+            told(rows.num_rows)
+            yield EmbeddedShard(rows, embeddings, run.failed(commit), commit.captions_truncated, 0)
 
 
 def _placed(table: pa.Table, folder: str) -> pa.Table:

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
+from clipfilter.charts import Histogram
 from clipfilter.decisions import DECISIONS
-from clipfilter.report import Histogram
 from clipfilter.storage import Directory
 
 #: What a night may lie away from the others without any alarm, however many rows there are.

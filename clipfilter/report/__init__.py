@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, get_args
 
 from clipfilter import defaults
 from clipfilter.faces import lazily
-from clipfilter.report import text
 
 if TYPE_CHECKING:
     from clipfilter.report.audit import export_decisions
-    from clipfilter.report.charts import bars
     from clipfilter.report.data import RuleData, floats, rules_of
     from clipfilter.report.diff import diff_page
     from clipfilter.report.explain import Explanation, explain_row, sentence, verdict
-    from clipfilter.report.histogram import Histogram
     from clipfilter.report.reproduce import policy_yaml
     from clipfilter.report.sheet import contact_sheet
     from clipfilter.report.thumbnails import jpeg_of
@@ -47,9 +44,7 @@ def write_report(run_url: str, thumbnails: str = defaults.THUMBNAILS) -> str:
 
 __all__ = [
     "Explanation",
-    "Histogram",
     "RuleData",
-    "bars",
     "contact_sheet",
     "diff_page",
     "explain_row",
@@ -59,7 +54,6 @@ __all__ = [
     "policy_yaml",
     "rules_of",
     "sentence",
-    "text",
     "verdict",
     "write_report",
 ]
@@ -68,9 +62,7 @@ __getattr__ = lazily(
     __name__,
     {
         "Explanation": "explain",
-        "Histogram": "histogram",
         "RuleData": "data",
-        "bars": "charts",
         "contact_sheet": "sheet",
         "diff_page": "diff",
         "explain_row": "explain",

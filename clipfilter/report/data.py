@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter.charts import Histogram
 from clipfilter.errors import RefusedError
 from clipfilter.policies import KINDS, MODEL_KINDS, bent
-from clipfilter.report.histogram import Histogram
 from clipfilter.runs import Plan, ledger, read_plan
 from clipfilter.storage import Directory
 

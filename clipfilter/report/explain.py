@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import text
 from clipfilter.decisions import ESCALATE, TIGHTEN
 from clipfilter.errors import RefusedError
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.policies import PIXELS, Attachments, Policy, in_words
-from clipfilter.report import text
 from clipfilter.report.data import RuleData, rules_of
 from clipfilter.runs import Plan, ledger, read_plan
 from clipfilter.storage import Directory

@@ -7,8 +7,7 @@ import re
 import shlex
 from typing import Any
 
-from clipfilter import defaults
-from clipfilter.report import text
+from clipfilter import defaults, text
 from clipfilter.report.data import RunData
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_ -]{0,200}\Z")

@@ -8,9 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from clipfilter import defaults
+from clipfilter import defaults, text
 from clipfilter.policies import escalated
-from clipfilter.report import text
 from clipfilter.report.examples import Example, Examples
 from clipfilter.report.thumbnails import add_thumbnails
 from clipfilter.runs import RunVectors

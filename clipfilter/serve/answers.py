@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter import text
+from clipfilter.charts import Histogram, bars
 from clipfilter.errors import RefusedError
 from clipfilter.policies import MODEL_KINDS
-from clipfilter.report import Histogram, RuleData, bars, sentence, text, verdict
+from clipfilter.report import RuleData, sentence, verdict
 from clipfilter.serve.columns import BANDS, DECISIONS
 from clipfilter.serve.effect import Changes
 from clipfilter.serve.export import changed_policy

@@ -119,8 +119,8 @@ def test_a_rerun_resumes_and_a_shard_that_fails_costs_only_itself(
         (tmp_path / "away").rename(hidden)
     assert broken.exit_code == 3
     assert broken.totals["shards"] == 2
-    assert [shard["attempts"] for shard in broken.failed_shards] == [1]
-    assert "log of the Beam workers" in broken.failed_shards[0]["error"]
+    assert [shard.attempts for shard in broken.failed_shards] == [1]
+    assert "log of the Beam workers" in broken.failed_shards[0].error
     before = commits(tmp_path / "out")
     whole = run_job(request, executor=BeamExecutor(BeamOptions()))
     assert (whole.exit_code, whole.totals["shards"]) == (0, 3)

@@ -21,8 +21,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.operations.compare import compare_policies
 from clipfilter.operations.verify import verify_run
 from clipfilter.policies import parse_policy
-from clipfilter.runs import ledger
-from clipfilter.runs.derive import EmbeddedRun
+from clipfilter.runs import Run
 from clipfilter.storage import Directory
 from tests.support.commands import command
 from tests.support.engine import REPO, photos, policy_file
@@ -79,10 +78,8 @@ def write(folder: Path, rows: list[dict[str, Any]], shards: int) -> Path:
 
 def table(run: str | Path) -> pa.Table:
     directory = Directory(str(run))
-    newest = ledger.latest_version(directory)
-    assert newest is not None
-    files = [c["files"]["annotated"]["name"] for _, c in ledger.iter_commits(directory, newest[1]["commits"])]
-    return pa.concat_tables([pq.read_table(directory.path(file)) for file in files])
+    files = [commit.files.annotated for commit in Run.open(str(run)).commits()]
+    return pa.concat_tables([pq.read_table(directory.path(file.name)) for file in files if file])
 
 
 def duplicates(run: str | Path) -> dict[str, tuple[str | None, str | None]]:
@@ -165,7 +162,7 @@ def test_a_repeated_or_interrupted_command_ends_with_the_same_run(run: str, tmp_
 
 
 def test_scores_and_balance_are_columns_that_rules_can_rank(run: str, tmp_path: Path) -> None:
-    dim = EmbeddedRun(run).dim
+    dim = Run.open(str(run)).dim
     target = np.random.default_rng(0).standard_normal((20, dim)).astype(np.float32)
     np.save(tmp_path / "target.npy", target)
     add_scores(run, str(tmp_path / "scored"), negclip=True, target=str(tmp_path / "target.npy"), bank_size=20)

@@ -85,10 +85,8 @@ def test_an_endpoint_is_scraped_during_a_run_and_agrees_with_its_commits(
         scrape(url[0])
 
     out = Directory(str(tmp_path / "out"))
-    commits = [commit for _, commit in ledger.iter_commits(out, [f"commits/{n}" for n in out.names("commits")])]
-    counts = {
-        name: sum(c["counts"][name] for c in commits) for name in ("embedded", "failed", "keep", "review", "reject")
-    }
+    commits = list(ledger.commits(out))
+    counts = {name: sum(c.counts[name] for c in commits) for name in ("embedded", "failed", "keep", "review", "reject")}
     assert counts["failed"] > 0
     for name in ("keep", "review", "reject"):
         assert last["clipfilter_decisions_total", "decided", name] == counts[name]
@@ -97,11 +95,11 @@ def test_an_endpoint_is_scraped_during_a_run_and_agrees_with_its_commits(
         assert last["clipfilter_rows_total", "decided", name] == counts[name]
     assert last["clipfilter_failed_rows_total", "decided", "decode_error"] == counts["failed"]
     assert last["clipfilter_shards_total", "decided", "done"] == 3
-    steps = {name for commit in commits for name in commit["work"]["seconds"]}
+    steps = {name for commit in commits for name in commit.work.of_worker.seconds}
     for step in steps:
-        seconds = sum(commit["work"]["seconds"].get(step, 0) for commit in commits)
+        seconds = sum(commit.work.of_worker.seconds.get(step, 0) for commit in commits)
         assert last["clipfilter_worker_seconds_total", "decided", step] == pytest.approx(seconds)
-    waited = sum(commit["work"]["encoder_waited"] for commit in commits)
+    waited = sum(commit.work.of_worker.encoder_waited for commit in commits)
     assert waited > 0
     assert last["clipfilter_encoder_wait_seconds_total", "decided", "no_batch"] == pytest.approx(waited)
     assert last["clipfilter_exit_code", "", ""] == 0

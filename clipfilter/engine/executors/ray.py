@@ -13,7 +13,7 @@ from typing import Any
 
 from clipfilter.engine.executors.interface import TASKS_PER_WORKER, Outcome, Resources, error_outcome
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count
-from clipfilter.engine.worker import JobSpec, Task
+from clipfilter.engine.worker import Done, JobSpec, Task
 from clipfilter.errors import ClipfilterError, RefusedError
 
 log = logging.getLogger("clipfilter.engine")
@@ -64,7 +64,7 @@ class EncoderActor:
 
     def process(self, ticket: int, task: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"done": self._worker.process(Task(**task))}
+            return {"done": self._worker.process(Task.from_json(task)).to_json()}
         except Exception as error:
             log.exception("task %d failed", ticket)
             outcome = error_outcome(ticket, error)
@@ -243,7 +243,7 @@ class RayExecutor:
         except self._ray.exceptions.RayError as error:
             return [Outcome(ticket, "error", message=_first_line(error))]
         if "done" in answer:
-            return [Outcome(ticket, "done", result=answer["done"])]
+            return [Outcome(ticket, "done", result=Done.from_json(answer["done"]))]
         if "refused" in answer:
             return [Outcome(ticket, "refused", message=answer["refused"])]
         return [Outcome(ticket, "error", message=answer["error"], permanent=answer["permanent"])]
