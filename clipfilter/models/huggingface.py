@@ -288,7 +288,8 @@ def _exactly(path: Path, content: dict[str, Any], clip: bool, image_size: int) -
     mode, resized = _resizing(content, clip, image_size)
     if resized != image_size:
         raise RefusedError(
-            f"{path} makes images of {resized} pixels and the model in {path.parent / CONFIG} takes {image_size}: correct the size"
+            f"{path} makes images of {resized} pixels and the model in {path.parent / CONFIG} takes {image_size}: "
+            "correct the size"
         )
     usual = (_CLIP_MEAN, _CLIP_STD) if clip else ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     try:
