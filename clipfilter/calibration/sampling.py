@@ -159,9 +159,7 @@ def draw(
     population = sum(stratum.rows for stratum in strata.values())
     if population == 0:
         beyond = f" {direction} {loosest:g}" if design == "flagged" else ""
-        raise RefusedError(
-            f"no row of {run.directory.url} has a score of {rule.id!r}{beyond}; there is nothing to label."
-        )
+        raise RefusedError(f"no row of {run.url} has a score of {rule.id!r}{beyond}; there is nothing to label.")
     parts = []
     for name, share in _allot({name: stratum.rows for name, stratum in strata.items()}, n).items():
         settled = strata[name].settle()

@@ -339,22 +339,14 @@ def _print_table(console: Console, counts: Counter[str | None]) -> None:
 
 def _print_counts(out: str) -> None:
     """How many rows of a finished run each label won, read shard by shard."""
-    import pyarrow.parquet as pq
     from rich.console import Console
 
-    from clipfilter.runs import ledger
-    from clipfilter.storage import Directory
+    from clipfilter.runs import Run
 
-    directory = Directory(out)
-    newest = ledger.latest_version(directory)
-    assert newest is not None
-    counts: Counter[str | None] = Counter()
-    for _, commit in ledger.iter_commits(directory, newest[1]["commits"]):
-        counts[None] += commit["counts"]["failed"]
-        if "annotated" in commit["files"]:
-            with directory.open(commit["files"]["annotated"]["name"]) as handle:
-                column = pq.read_table(handle, columns=["cf_label"])["cf_label"]
-            counts.update({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
+    run = Run.open(out)
+    counts: Counter[str | None] = Counter({None: run.version.totals.failed})
+    for _, batch in run.batches("annotated", ["cf_label"]):
+        counts.update({item["values"]: item["counts"] for item in batch["cf_label"].value_counts().to_pylist()})
     _print_table(Console(), counts)
 
 

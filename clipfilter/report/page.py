@@ -100,7 +100,7 @@ def _header(data: RunData) -> str:
     facts = [
         f"Model {text.esc(data.plan.model.get('model', 'unknown'))}",
         plural(data.totals["shards"], "shard"),
-        f"Dataset version {int(data.version)}",
+        f"Dataset version {data.version.number}",
         f"Finished {text.moment(data.speed.last)}",
     ]
     if policy is not None:
@@ -226,12 +226,12 @@ def _failures(data: RunData) -> str:
         parts.append(table(columns, rows, caption="Failed images by class"))
     else:
         parts.append("<p>No image failed.</p>")
-    failed_shards = data.content["failed_shards"]
+    failed_shards = data.version.failed_shards
     if failed_shards:
         rows = [
             [
-                f"<bdi class='wrap'>{text.esc(item['shard']['path'], 200)}</bdi>",
-                f"<bdi>{text.esc(text.place(item['error']), 400)}</bdi>",
+                f"<bdi class='wrap'>{text.esc(item.shard.path, 200)}</bdi>",
+                f"<bdi>{text.esc(text.place(item.error), 400)}</bdi>",
             ]
             for item in failed_shards[:LISTED_SHARDS]
         ]
@@ -260,7 +260,7 @@ def _more(count: int) -> str:
 
 
 def _speed(data: RunData) -> str:
-    speed, run, rows = data.speed, data.run, data.totals["rows"]
+    speed, run, rows = data.speed, data.summary, data.totals["rows"]
     parts = ['<section id="speed">\n<h2>Speed</h2>']
     done = run.get("rows_processed") or 0
     startup = run.get("startup_seconds") or 0
@@ -315,7 +315,7 @@ def _policy(data: RunData) -> str:
 
 
 def _fingerprints(data: RunData) -> str:
-    model, plan, content = data.plan.model, data.plan, data.content
+    model, plan = data.plan.model, data.plan
     preprocess = model.get("preprocess") or {}
     seen = (
         f"{preprocess.get('size')} x {preprocess.get('size')} pixels, {preprocess.get('interpolation')}, "
@@ -330,9 +330,9 @@ def _fingerprints(data: RunData) -> str:
         ["Policy, sha256", _code(plan.policy_sha256) if plan.policy_sha256 else "no policy"],
         ["Plan, sha256", _code(plan.sha256)],
     ]
-    for name, value in content.get("thresholds", {}).items():
+    for name, value in data.version.thresholds.items():
         rows.append([f"Fixed: {text.esc(name)}", text.score(value) if value is not None else "nothing to rank"])
-    rows.append(["Dataset version", f"{int(data.version)}, made of {plural(len(content['commits']), 'commit')}"])
+    rows.append(["Dataset version", f"{data.version.number}, made of {plural(len(data.version.commits), 'commit')}"])
     if data.kept_files:
         rows.append(["Kept images", f"{plural(data.kept_files, 'file')}, {text.size(data.kept_bytes)}"])
     rows.append(["Written by", text.esc(plan.created_by)])

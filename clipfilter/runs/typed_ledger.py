@@ -57,6 +57,11 @@ def list_commits(directory: Directory) -> dict[tuple[str, str], CommitName]:
     return newest
 
 
+def shard_of(commit: str) -> str:
+    """The id of the shard of a commit, from its name."""
+    return commit.rsplit("/", 1)[-1].split(".", 1)[0]
+
+
 def read_commit(directory: Directory, name: str) -> Commit:
     """One commit by its name below the directory. Raises FileNotFoundError, RefusedError as `Commit.from_json`."""
     return Commit.from_json(directory.read_json(name), f"{directory.url}/{name}")

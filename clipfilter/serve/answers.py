@@ -18,25 +18,25 @@ from clipfilter.serve.effect import Changes
 from clipfilter.serve.export import changed_policy
 from clipfilter.serve.labels import LabelFile
 from clipfilter.serve.query import MOST_FOUND, Found, RowsRequest
-from clipfilter.serve.run import Run
+from clipfilter.serve.run import ServedRun
 
 _ROW = ("cf_uid", "cf_key", "cf_caption")
 _CAPTION = 600
 
 
-def about(run: Run, labels: LabelFile) -> dict[str, Any]:
+def about(run: ServedRun, labels: LabelFile) -> dict[str, Any]:
     """Everything that does not change while the page is open, and the labels so far."""
-    plan, totals = run.plan, run.content["totals"]
+    plan = run.plan
     return {
         "name": text.clean(
             text.place(run.plan.dataset.get("url", "")).rstrip("/").rsplit("/", 1)[-1] or "dataset", 120
         ),
         "run": text.place(run.url),
-        "version": int(run.version),
+        "version": run.run.version.number,
         "model": str(plan.model.get("model")),
         "policy": {"name": plan.policy["policy"], "version": plan.policy["version"]} if plan.policy else None,
         "rows": run.columns.rows,
-        "failed": totals["failed"],
+        "failed": run.run.version.totals.failed,
         "decisions": run.columns.totals() if plan.policy else {},
         "rules": [_rule(run, rule) for rule in run.rules],
         "scores": [name for name in run.columns.scores if not np.isnan(run.columns.scores[name]).all()],
@@ -46,7 +46,7 @@ def about(run: Run, labels: LabelFile) -> dict[str, Any]:
     }
 
 
-def _rule(run: Run, rule: RuleData) -> dict[str, Any]:
+def _rule(run: ServedRun, rule: RuleData) -> dict[str, Any]:
     columns = run.columns
     limits = [band.threshold for band in rule.bands if band.threshold is not None]
     scores = columns.ascending(rule.id)[1] if rule.id in columns.scores else np.empty(0, np.float32)
@@ -83,7 +83,7 @@ def _probability(rule: RuleData) -> bool:
     return rule.kind == "concept" and rule.spec["concept"].get("score", "probability") == "probability"
 
 
-def label_state(run: Run, labels: LabelFile, rule: str) -> dict[str, Any]:
+def label_state(run: ServedRun, labels: LabelFile, rule: str) -> dict[str, Any]:
     """How far the labels of a rule are, where they are written, and the command that uses them."""
     given, sample = labels.labelled(rule), labels.sample(rule)
     done = sum(uid in given for uid in sample)
@@ -99,7 +99,7 @@ def label_state(run: Run, labels: LabelFile, rule: str) -> dict[str, Any]:
     }
 
 
-def page_of(run: Run, labels: LabelFile, request: RowsRequest, found: Found) -> dict[str, Any]:
+def page_of(run: ServedRun, labels: LabelFile, request: RowsRequest, found: Found) -> dict[str, Any]:
     """One page of the rows found."""
     part = slice(request.offset, request.offset + request.limit)
     positions = found.positions[part]
@@ -120,7 +120,7 @@ def page_of(run: Run, labels: LabelFile, request: RowsRequest, found: Found) -> 
 
 
 def _card(
-    run: Run,
+    run: ServedRun,
     labels: LabelFile,
     request: RowsRequest,
     position: int,
@@ -151,7 +151,7 @@ def _card(
     }
 
 
-def _score(run: Run, rule: str, position: int) -> float | None:
+def _score(run: ServedRun, rule: str, position: int) -> float | None:
     return _number(run.columns.scores[rule][position]) if rule in run.columns.scores else None
 
 
@@ -159,7 +159,7 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def row_explained(run: Run, position: int) -> dict[str, Any]:
+def row_explained(run: ServedRun, position: int) -> dict[str, Any]:
     """One row with everything that decided it, in plain words."""
     if position >= run.columns.rows:
         raise RefusedError(f"there is no row {position}.")
@@ -193,7 +193,7 @@ def row_explained(run: Run, position: int) -> dict[str, Any]:
     }
 
 
-def effect(run: Run, changes: Changes, *, exact: bool) -> dict[str, Any]:
+def effect(run: ServedRun, changes: Changes, *, exact: bool) -> dict[str, Any]:
     """What moved thresholds change. Raises RefusedError where no policy could say them."""
     began = time.perf_counter()
     changed_policy(run.plan, changes)
@@ -214,7 +214,7 @@ def effect(run: Run, changes: Changes, *, exact: bool) -> dict[str, Any]:
     }
 
 
-def labelled_row(run: Run, position: int, rule: str) -> dict[str, Any]:
+def labelled_row(run: ServedRun, position: int, rule: str) -> dict[str, Any]:
     """What a labels file says of a row. Raises RefusedError where the row has no score of the rule."""
     own = run.rule(rule)
     if own.kind not in MODEL_KINDS:
