@@ -5,30 +5,36 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_OUT ?= demo-out
+# As many processes as there are cores, four at most (tests/conftest.py).
+PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: help setup demo test check lint types unit bench browser clean
+.PHONY: help setup demo test soak check lint types unit bench browser clean
 
 help:
 	@echo "make demo    filter the sample photos with a text policy, through Ray, and write a report"
-	@echo "make test    all tests (sets everything up first)"
+	@echo "make test    the tests (sets everything up first)"
+	@echo "make soak    the tests and the long ones: more kills, thousands of rows, every damaged policy"
 	@echo "make check   lint, types and unit tests"
 	@echo "make bench   measure speed and memory"
 	@echo "make clean   remove the virtual environment and the demo's output"
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt constraints-dev.txt
 	@test -n "$(PYTHON)" || { echo "clipfilter needs Python 3.11, 3.12 or 3.13 on the PATH" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)
 	@$(BIN)/clipfilter run samples/photos --policy demo --out $(DEMO_OUT) --engine ray --thumbnails show --max-failures 0.1
 
 test: $(READY) browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+soak: $(READY) browser
+	$(BIN)/python -m pytest $(PARALLEL) -m ""
 
 check: lint types unit
 
@@ -41,7 +47,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest tests/unit -q -m "not integration and not chaos and not browser"
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit -q -m "not integration and not soak"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/throughput.py

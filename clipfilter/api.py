@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from clipfilter import runs
+from clipfilter import defaults, runs
 from clipfilter.engine import (
     EmbeddedShard,
-    StoredRun,
     StreamOptions,
     embed_stream,
     open_inputs,
@@ -32,6 +31,7 @@ from clipfilter.models import load_encoder
 from clipfilter.operations import Best, Ranker, best_of, rank
 from clipfilter.policies import DEFAULT_TEMPLATES
 from clipfilter.runs import FACTS, annotate, as_matrix, vector_column
+from clipfilter.runs import Run as StoredRun
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -81,9 +81,9 @@ def embed(
     captions: bool = False,
     model: str | None = None,
     encoder: Encoder | None = None,
-    device: str = "auto",
+    device: str = defaults.DEVICE,
     batch_size: int | None = None,
-    decode: str = "fast",
+    decode: str = defaults.DECODE,
 ) -> Embeddings:
     """Embed images as a run would, into memory; a run's embeddings are read, not computed.
 
@@ -120,7 +120,7 @@ def classify(
     k: int = 5,
     model: str | None = None,
     encoder: Encoder | None = None,
-    device: str = "auto",
+    device: str = defaults.DEVICE,
 ) -> pa.Table:
     """The best labels of each image (zero-shot classification): one row per image, in order.
 
@@ -189,7 +189,7 @@ class Policy:
         columns: pa.Table | None = None,
         model: str | None = None,
         encoder: Encoder | None = None,
-        device: str = "auto",
+        device: str = defaults.DEVICE,
     ) -> pa.Table:
         """Decide images, or embeddings that are there already: one row each, in order.
 

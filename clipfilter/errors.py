@@ -34,3 +34,14 @@ class RowError(Exception):
         super().__init__(message)
         self.error_class = error_class
         self.message = message
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, at most 200 characters, for use inside a sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """The whole text of an error on one line, at most 200 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -85,6 +85,13 @@ class Directory:
         self.local = is_local(self.url)
         self._scratch: Path | None = None
 
+    def __enter__(self) -> Directory:
+        """At the end of the block this process's unfinished files are removed."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.clean_scratch(stale_only=False)
+
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
@@ -120,10 +127,25 @@ class Directory:
     def scratch(self) -> Path:
         """This process's own folder for unfinished files, on the same disk as a local directory."""
         if self._scratch is None or not self._scratch.exists():
-            base = Path(self.root) / ".tmp" if self.local else Path(tempfile.gettempdir()) / f"clipfilter-{os.getuid()}"
+            base = self._scratch_base()
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._scratch = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}-{os.getpid()}-", dir=base))
         return self._scratch
+
+    def _scratch_base(self) -> Path:
+        return Path(self.root) / ".tmp" if self.local else Path(tempfile.gettempdir()) / f"clipfilter-{os.getuid()}"
+
+    def _target(self, name: str) -> Path:
+        """The place of a local file, its folder made."""
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def _unfinished(self, name: str, data: bytes) -> Path:
+        """`data` on disk, not yet under its name."""
+        path = self.scratch() / f"{name.rpartition('/')[2]}.{time.monotonic_ns()}"
+        _write_flushed(path, data)
+        return path
 
     def create(self, name: str, data: bytes) -> bool:
         """Write `data` under `name` unless something is already there; True when this call created it."""
@@ -137,10 +159,7 @@ class Directory:
                     return False
                 raise
             return True
-        target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.scratch() / f"{target.name}.{time.monotonic_ns()}"
-        _write_flushed(temporary, data)
+        target, temporary = self._target(name), self._unfinished(name, data)
         try:
             os.link(temporary, target)
         except FileExistsError:
@@ -155,7 +174,7 @@ class Directory:
                 return False
         finally:
             temporary.unlink()
-        _flush_folder(target.parent)
+        flush(target.parent)
         return True
 
     def replace(self, name: str, data: bytes) -> None:
@@ -163,11 +182,8 @@ class Directory:
         if not self.local:
             self.fs.pipe_file(self.path(name), data)
             return
-        target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.scratch() / f"{target.name}.{time.monotonic_ns()}"
-        _write_flushed(temporary, data)
-        os.replace(temporary, target)
+        target = self._target(name)
+        os.replace(self._unfinished(name, data), target)
 
     def publish(self, source: Path, name: str) -> None:
         """Move a finished local file or folder to its final, content-named place.
@@ -182,12 +198,10 @@ class Directory:
                 return
             self.fs.put_file(str(source), self.path(name))
             return
-        target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(source, "rb") as handle:
-            os.fsync(handle.fileno())
+        target = self._target(name)
+        flush(source)
         os.replace(source, target)
-        _flush_folder(target.parent)
+        flush(target.parent)
 
     def _publish_folder(self, source: Path, name: str) -> None:
         files = sorted(path for path in source.rglob("*") if path.is_file())
@@ -195,17 +209,15 @@ class Directory:
             for path in files:
                 self.fs.put_file(str(path), self.path(f"{name}/{path.relative_to(source).as_posix()}"))
             return
-        target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = self._target(name)
         for path in files:
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
+            flush(path)
         try:
             os.rename(source, target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _flush_folder(target.parent)
+        flush(target.parent)
 
     def clean_scratch(self, *, stale_only: bool) -> None:
         """Remove this process's unfinished files, or (`stale_only`) those that dead processes of this host left."""
@@ -216,7 +228,7 @@ class Directory:
                     self._scratch.parent.rmdir()
                 self._scratch = None
             return
-        base = Path(self.root) / ".tmp" if self.local else Path(tempfile.gettempdir()) / f"clipfilter-{os.getuid()}"
+        base = self._scratch_base()
         host = socket.gethostname()
         for folder in base.glob("*") if base.is_dir() else ():
             owner = folder.name.rpartition("-")[0]
@@ -244,6 +256,12 @@ class Directory:
         return aborted
 
 
+def directory_of(url: str) -> tuple[Directory, str]:
+    """The directory that a file lies in, and its name there."""
+    folder, slash, name = url.rpartition("/")
+    return Directory(folder or slash or "."), name
+
+
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a local file; of a folder, the sha256 over its sorted relative names and file hashes."""
     if path.is_dir():
@@ -261,19 +279,36 @@ def read_chunks(handle: Any, size: int = 8 << 20) -> Iterator[bytes]:
         yield chunk
 
 
-def _write_flushed(path: Path, data: bytes) -> None:
-    with open(path, "xb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _flush_folder(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the content of a local file, or the names in a local folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place, flushed, when the block ends well.
+
+    shared: several processes may do so at once, and the last one wins.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}" if shared else f"{path.name}.part")
+    try:
+        yield unfinished
+        flush(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with open(path, "xb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _alive(pid: int) -> bool:

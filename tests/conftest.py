@@ -24,12 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
     quick.install()
 
 
-@pytest.fixture(autouse=True)
-def _processes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Worker processes for the tests that are about them (marker `processes`)."""
-    quick.processes = request.node.get_closest_marker("processes") is not None
-    yield
-    quick.processes = False
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process per core; each needs two gigabytes, so four at most."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture: what the test's markers say of worker processes and of nano."""
+    quick.processes = item.get_closest_marker("processes") is not None
+    quick.fresh = item.get_closest_marker("fresh") is not None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,15 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS
 from clipfilter.policies import key_score, locate
 
-DECISIONS = ("keep", "review", "reject")
 DUPLICATES = pa.schema(
     [
-        ("cf_sha256", pa.string()),
-        ("cf_uid", pa.string()),
-        ("cf_shard", pa.string()),
-        ("cf_row", pa.int64()),
+        (cf.SHA256, pa.string()),
+        (cf.UID, pa.string()),
+        (cf.SHARD, pa.string()),
+        (cf.ROW, pa.int64()),
         ("keeper_uid", pa.string()),
     ]
 )
@@ -65,15 +66,13 @@ def exact_duplicates(rows: pa.Table) -> pa.Table:
     rows: cf_sha256, cf_uid, cf_shard, cf_row; all rows of a hash must be among them. The keeper is the row with the
     smallest uid (then shard, then row), so that the order of the input does not matter. Returns `DUPLICATES`.
     """
-    rows = rows.filter(pc.is_valid(rows["cf_sha256"]))
-    rows = rows.sort_by(
-        [(name, "ascending") for name in ("cf_sha256", "cf_uid", "cf_shard", "cf_row")]
-    ).combine_chunks()
+    rows = rows.filter(pc.is_valid(rows[cf.SHA256]))
+    rows = rows.sort_by([(name, "ascending") for name in (cf.SHA256, cf.UID, cf.SHARD, cf.ROW)]).combine_chunks()
     n = rows.num_rows
-    codes = np.asarray(rows["cf_sha256"].combine_chunks().dictionary_encode().indices) if n else np.empty(0, np.int64)
+    codes = np.asarray(rows[cf.SHA256].combine_chunks().dictionary_encode().indices) if n else np.empty(0, np.int64)
     first = np.concatenate([[True], codes[1:] != codes[:-1]])[:n].astype(bool)
     keeper = np.maximum.accumulate(np.where(first, np.arange(n), 0)) if n else np.empty(0, np.int64)
-    table = rows.append_column("keeper_uid", rows["cf_uid"].take(pa.array(keeper, pa.int64())))
+    table = rows.append_column("keeper_uid", rows[cf.UID].take(pa.array(keeper, pa.int64())))
     return table.filter(pa.array(~first, pa.bool_())).select(DUPLICATES.names).cast(DUPLICATES)
 
 

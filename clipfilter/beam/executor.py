@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipfilter.beam.options import BeamOptions
 from clipfilter.beam.tasks import reference_to
-from clipfilter.engine import JobSpec, Outcome, Resources, Task, Worker
+from clipfilter.engine import Done, JobSpec, Outcome, Resources, Task, Worker
 from clipfilter.errors import RefusedError
 from clipfilter.runs import ledger
 from clipfilter.storage import Directory
@@ -78,13 +78,13 @@ class BeamExecutor:
         found = ledger.list_commits(directory)
         names = {ticket: _commit_name(task) for ticket, task in tasks.items()}
         done = {t: n.path for t, n in names.items() if _is_there(n, found)}
-        commits = dict(ledger.iter_commits(directory, list(done.values())))
+        commits = dict(zip(done, ledger.commits(directory, done.values()), strict=True))
         outcomes = []
         for ticket in tasks:
             if ticket in done:
-                commit = commits[done[ticket]]
-                self._rows += commit["counts"]["rows"]
-                outcomes.append(Outcome(ticket, "done", result={"commit": commit, "created": True}))
+                commit = commits[ticket]
+                self._rows += commit.counts.rows
+                outcomes.append(Outcome(ticket, "done", result=Done(commit, True)))
             else:
                 # The worker has tried it three times; a pipeline that broke as a whole is worth another one.
                 message = trouble or "it could not be decided; the log of the Beam workers says why"
@@ -132,7 +132,7 @@ def build(pipeline: beam.Pipeline, spec: JobSpec, tasks: list[Task]) -> beam.PCo
         "op": first.op,
         "plan_sha256": first.plan_sha256,
         "thresholds": first.thresholds,
-        "run": first.inputs["run"],
+        "run": first.inputs.run,
     }
     references = [reference_to(task) for task in tasks]
     return (
@@ -145,7 +145,7 @@ def build(pipeline: beam.Pipeline, spec: JobSpec, tasks: list[Task]) -> beam.PCo
 
 def _commit_name(task: Task) -> ledger.CommitName:
     stage = "scored" if task.op == "score" else ledger.FINAL_STAGE["filter"]
-    return ledger.CommitName(task.shard["id"], stage, task.generation)
+    return ledger.CommitName(task.shard.id, stage, task.generation)
 
 
 def _is_there(name: ledger.CommitName, found: dict[tuple[str, str], ledger.CommitName]) -> bool:

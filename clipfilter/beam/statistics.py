@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipfilter.beam.columns import DECISIONS, quantile_buckets, quantiles
+from clipfilter.beam.columns import quantile_buckets, quantiles
 from clipfilter.beam.options import BeamOptions
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import ClipfilterError, RefusedError
-from clipfilter.runs import ledger, of_run, read_plan
+from clipfilter.runs import Run, Version
 from clipfilter.storage import Directory
 
 if TYPE_CHECKING:
@@ -48,15 +49,14 @@ def dataset_statistics(request: StatisticsRequest, options: BeamOptions) -> dict
         raise RefusedError(f"a quantile is a share of the rows between 0 and 1, not {bad[0]}.")
     for url, what in ((request.run, "the run"), (request.out, "the directory for statistics")):
         options.refuse_unshared(url, what)
-    directory = Directory(request.run)
-    plan, newest = read_plan(directory), ledger.latest_version(directory)
-    if plan is None or newest is None or newest[1]["stage"] != "decided":
+    run = Run.open(request.run)
+    if run.version.stage != "decided":
         raise RefusedError(f"{request.run} is not a finished run with decisions; decide it first.")
-    _refuse_missing_column(request, plan.source)
-    if Directory(request.out).url.startswith(directory.url + "/") or Directory(request.out).url == directory.url:
+    _refuse_missing_column(request, run)
+    if Directory(request.out).url.startswith(run.url + "/") or Directory(request.out).url == run.url:
         raise RefusedError(f"{request.out} lies inside the run; name a directory outside it for the statistics.")
     pipeline = options.pipeline()
-    build(pipeline, request, directory.url, *newest)
+    build(pipeline, request, run.url, run.version)
     try:
         state = pipeline.run().wait_until_finish()
     except Exception as error:
@@ -67,35 +67,19 @@ def dataset_statistics(request: StatisticsRequest, options: BeamOptions) -> dict
     return content
 
 
-def build(
-    pipeline: beam.Pipeline, request: StatisticsRequest, run: str, version: str, content: dict[str, Any]
-) -> beam.PCollection:
+def build(pipeline: beam.Pipeline, request: StatisticsRequest, run: str, version: Version) -> beam.PCollection:
     """Add everything to a pipeline. Its elements are names of commits, columns as bytes, and counts; never rows."""
     import apache_beam as beam
 
     from clipfilter.beam import transforms as t
 
-    totals, wanted = content["totals"], list(request.quantiles)
-    about = {"run": run, "version": version, "rows": totals["decided"], **{name: totals[name] for name in DECISIONS}}
-    commits = (
-        pipeline | "Commits" >> beam.Create(content["commits"]).with_output_types(str) | "Spread" >> beam.Reshuffle()
-    )
-    scores = commits | "Scores" >> beam.ParDo(t.ReadScores(run)).with_output_types(tuple[str, bytes])
-    high = scores | "High" >> beam.CombinePerKey(t.SumHistograms()).with_output_types(tuple[str, bytes])
-    low = (
-        scores
-        | "Select" >> beam.FlatMap(_in_buckets, beam.pvalue.AsDict(high), wanted).with_output_types(tuple[str, bytes])
-        | "Low" >> beam.CombinePerKey(t.SumHistograms(low=True)).with_output_types(tuple[str, bytes])
-        | "ByScore" >> beam.MapTuple(_by_score).with_output_types(tuple[str, tuple[int, bytes]])
-    )
-    tagged_high = high | "AsHigh" >> beam.MapTuple(_as_high).with_output_types(tuple[str, tuple[int, bytes]])
+    totals, wanted = version.totals, list(request.quantiles)
+    about = {"run": run, "version": version.name, "rows": totals.decided, **{name: totals[name] for name in DECISIONS}}
+    commits = pipeline | "Commits" >> beam.Create(version.commits).with_output_types(str) | "Spread" >> beam.Reshuffle()
     parts = [
-        (tagged_high, low)
-        | "Both" >> beam.Flatten()
-        | "PerScore" >> beam.GroupByKey()
-        | "Quantiles" >> beam.Map(_quantiles, wanted).with_output_types(tuple[str, str])
+        _quantiles_of(commits | "Scores" >> beam.ParDo(t.ReadScores(run)).with_output_types(tuple[str, bytes]), wanted)
     ]
-    buckets = 1 + totals["decided"] // _HASHES_PER_PART
+    buckets = 1 + totals.decided // _HASHES_PER_PART
     parts.append(
         commits
         | "Hashes" >> beam.ParDo(t.SplitByHash(run, buckets)).with_output_types(tuple[int, bytes])
@@ -103,7 +87,7 @@ def build(
         | "Duplicates" >> beam.ParDo(t.WriteDuplicates(request.out)).with_output_types(tuple[str, str])
     )
     if request.url_column is not None:
-        pieces = 1 + totals["decided"] // _ROWS_PER_DOMAIN_PART
+        pieces = 1 + totals.decided // _ROWS_PER_DOMAIN_PART
         counts = tuple[int, int, int]
         parts.append(
             commits
@@ -123,12 +107,34 @@ def build(
     )
 
 
-def _refuse_missing_column(request: StatisticsRequest, source: dict[str, Any]) -> None:
+def _quantiles_of(scores: beam.PCollection, wanted: list[float]) -> beam.PCollection:
+    """(name, float32 bytes) of every score -> its exact quantiles, in two passes over histograms."""
+    import apache_beam as beam
+
+    from clipfilter.beam import transforms as t
+
+    high = scores | "High" >> beam.CombinePerKey(t.SumHistograms()).with_output_types(tuple[str, bytes])
+    low = (
+        scores
+        | "Select" >> beam.FlatMap(_in_buckets, beam.pvalue.AsDict(high), wanted).with_output_types(tuple[str, bytes])
+        | "Low" >> beam.CombinePerKey(t.SumHistograms(low=True)).with_output_types(tuple[str, bytes])
+        | "ByScore" >> beam.MapTuple(_by_score).with_output_types(tuple[str, tuple[int, bytes]])
+    )
+    tagged_high = high | "AsHigh" >> beam.MapTuple(_as_high).with_output_types(tuple[str, tuple[int, bytes]])
+    return (
+        (tagged_high, low)
+        | "Both" >> beam.Flatten()
+        | "PerScore" >> beam.GroupByKey()
+        | "Quantiles" >> beam.Map(_quantiles, wanted).with_output_types(tuple[str, str])
+    )
+
+
+def _refuse_missing_column(request: StatisticsRequest, run: Run) -> None:
     from clipfilter.sources import Source
 
     if request.url_column is None:
         return
-    names = Source.from_plan(source["source"] if of_run(source) else source).schema.names
+    names = Source.from_plan(run.dataset).schema.names
     if request.url_column not in names:
         raise RefusedError(
             f"the run has no column {request.url_column!r}; its source has {', '.join(names) or 'none'}."

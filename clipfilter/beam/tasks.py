@@ -6,27 +6,27 @@ import json
 import threading
 from typing import Any
 
-from clipfilter.engine import JobSpec, Task, Worker
+from clipfilter.engine import Done, Inputs, JobSpec, Task, Worker
+from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 
 
 def reference_to(task: Task) -> str:
     """A short JSON text that stands for the task, among the tasks of its stage."""
     assert task.inputs is not None
-    return json.dumps({"commit": task.inputs["name"], "generation": task.generation, "attempt": task.attempt})
+    return json.dumps({"commit": task.inputs.commit.name, "generation": task.generation, "attempt": task.attempt})
 
 
 def task_of(reference: str, common: dict[str, Any]) -> Task:
     """The task that a reference stands for; reads the commit it names."""
     fields = json.loads(reference)
-    commit = Directory(common["run"]).read_json(fields["commit"])
-    inputs = {"run": common["run"], "name": fields["commit"], "generation": commit["generation"], "commit": commit}
+    commit = ledger.read_commit(Directory(common["run"]), fields["commit"])
     return Task(
         op=common["op"],
-        shard=commit["shard"],
+        shard=commit.shard,
         generation=fields["generation"],
         plan_sha256=common["plan_sha256"],
-        inputs=inputs,
+        inputs=Inputs(common["run"], commit),
         thresholds=common["thresholds"],
         attempt=fields["attempt"],
     )
@@ -39,7 +39,7 @@ class OneWorker:
         self._worker = Worker(JobSpec(**json.loads(spec)))
         self._turn = threading.Lock()
 
-    def process(self, task: Task) -> dict[str, Any]:
+    def process(self, task: Task) -> Done:
         with self._turn:
             try:
                 return self._worker.process(task)

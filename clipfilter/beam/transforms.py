@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,12 +17,15 @@ from apache_beam.metrics import Metrics
 from apache_beam.typehints import with_input_types, with_output_types
 from apache_beam.utils.shared import Shared
 
+from clipfilter import columns as cf
 from clipfilter.beam.columns import DUPLICATES, count_by_host, exact_duplicates, hash_buckets
 from clipfilter.beam.tasks import OneWorker, task_of
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine import MAX_ATTEMPTS
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.policies import BUCKETS, high_histogram, low_histogram
-from clipfilter.runs import HASH_LENGTH
+from clipfilter.retry import retry
+from clipfilter.runs import HASH_LENGTH, Commit, ledger
 from clipfilter.storage import Directory, file_sha256
 
 log = logging.getLogger("clipfilter.beam")
@@ -52,22 +54,24 @@ class Decide(beam.DoFn):  # type: ignore[misc]
         self._worker = self._shared.acquire(lambda: OneWorker(spec), tag=spec)
 
     def process(self, element: str) -> Iterator[str]:
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            try:
-                task = task_of(element, json.loads(self._common))
-                commit = self._worker.process(task)["commit"]
-            except RefusedError:
-                raise
-            except Exception as error:
+        def decide() -> Commit:
+            commit: Commit = self._worker.process(task_of(element, json.loads(self._common))).commit
+            return commit
+
+        def may_pass(error: Exception, attempt: int) -> bool:
+            if not isinstance(error, RefusedError):
                 log.warning("%s: attempt %d failed: %s: %s", element, attempt, type(error).__name__, error)
-                if isinstance(error, ShardError) or attempt == MAX_ATTEMPTS:
-                    self._failed.inc()
-                    return
-                time.sleep(_RETRY_SECONDS * attempt)
-            else:
-                self._rows.inc(commit["counts"]["rows"])
-                yield commit["shard"]["id"]
-                return
+            return not isinstance(error, RefusedError | ShardError)
+
+        try:
+            commit = retry(decide, (_RETRY_SECONDS * n for n in range(1, MAX_ATTEMPTS)), may_pass)
+        except RefusedError:
+            raise
+        except Exception:
+            self._failed.inc()
+            return
+        self._rows.inc(commit.counts.rows)
+        yield commit.shard.id
 
 
 class HistogramCoder(Coder):  # type: ignore[misc]
@@ -153,13 +157,13 @@ class _Columns(beam.DoFn):  # type: ignore[misc]
     def read(self, commit: str, columns: list[str] | None) -> pa.Table | None:
         """The columns, all scores with None; nothing for a commit without rows."""
         directory = Directory(self._run)
-        files = directory.read_json(commit)["files"]
-        if "annotated" not in files:
+        annotated = ledger.read_commit(directory, commit).files.annotated
+        if annotated is None:
             return None
-        with directory.open(files["annotated"]["name"]) as handle:
+        with directory.open(annotated.name) as handle:
             file = pq.ParquetFile(handle)
             if columns is None:
-                columns = [n for n in file.schema_arrow.names if n == "cf_similarity" or n.startswith("cf_score.")]
+                columns = [n for n in file.schema_arrow.names if n == cf.SIMILARITY or n.startswith(cf.SCORE)]
             return file.read(columns=columns)
 
 
@@ -182,9 +186,9 @@ class CountHosts(_Columns):
         self._url_column = url_column
 
     def process(self, element: str) -> Iterator[tuple[str, Counts]]:
-        table = self.read(element, [self._url_column, "cf_decision"])
+        table = self.read(element, [self._url_column, cf.DECISION])
         if table is not None:
-            yield from count_by_host(table[self._url_column], table["cf_decision"]).items()  # type: ignore[misc]
+            yield from count_by_host(table[self._url_column], table[cf.DECISION]).items()  # type: ignore[misc]
 
 
 class SplitByHash(_Columns):
@@ -195,11 +199,11 @@ class SplitByHash(_Columns):
         self._buckets = buckets
 
     def process(self, element: str) -> Iterator[tuple[int, bytes]]:
-        table = self.read(element, ["cf_sha256", "cf_uid", "cf_shard", "cf_row"])
+        table = self.read(element, [cf.SHA256, cf.UID, cf.SHARD, cf.ROW])
         if table is None:
             return
-        table = table.filter(pa.compute.is_valid(table["cf_sha256"])).combine_chunks()
-        part_of = hash_buckets(table["cf_sha256"], self._buckets)
+        table = table.filter(pa.compute.is_valid(table[cf.SHA256])).combine_chunks()
+        part_of = hash_buckets(table[cf.SHA256], self._buckets)
         for part in np.unique(part_of).tolist():
             some = table.filter(pa.array(part_of == part))
             sink = pa.BufferOutputStream()
@@ -219,13 +223,11 @@ class _Writer(beam.DoFn):  # type: ignore[misc]
         entry: dict[str, Any] = {"rows": table.num_rows}
         if table.num_rows:
             directory = Directory(self._out)
-            try:
+            with directory:
                 path = directory.scratch() / f"{folder}-{part}"
                 pq.write_table(table, path, compression="zstd")
                 entry["name"] = f"{folder}/{part:05d}-{file_sha256(path)[:HASH_LENGTH]}.parquet"
                 directory.publish(path, entry["name"])
-            finally:
-                directory.clean_scratch(stale_only=False)
         return entry
 
 
@@ -236,7 +238,7 @@ class WriteDuplicates(_Writer):
         part, streams = element
         table = pa.concat_tables([pa.ipc.open_stream(stream).read_all() for stream in streams])
         found = exact_duplicates(table)
-        groups = len(found["cf_sha256"].unique())
+        groups = len(found[cf.SHA256].unique())
         yield "duplicates", json.dumps(self.write(found.cast(DUPLICATES), "duplicates", part) | {"groups": groups})
 
 
@@ -251,7 +253,7 @@ class WriteHosts(_Writer):
             {
                 "domain": pa.array([host for host, _ in rows], pa.string()),
                 "rows": counts.sum(axis=1),
-                **{name: counts[:, place] for place, name in enumerate(("keep", "review", "reject"))},
+                **{name: counts[:, place] for place, name in enumerate(DECISIONS)},
                 "keep_rate": counts[:, 0] / counts.sum(axis=1),
             }
         )
@@ -281,8 +283,6 @@ class WriteSummary(beam.DoFn):  # type: ignore[misc]
             } | {"files": [part["name"] for part in parts if "name" in part]}
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         directory = Directory(self._out)
-        try:
+        with directory:
             directory.replace("statistics.json", text.encode())
-        finally:
-            directory.clean_scratch(stale_only=False)
         yield text

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic_core import PydanticCustomError
 
+from clipfilter import columns as cf
 from clipfilter.calibration import guarantees as g
 from clipfilter.calibration import probability as prob
 from clipfilter.calibration.labels import Label
@@ -24,10 +24,11 @@ from clipfilter.calibration.scores import (
     prompts_sha256,
     refuse_other_scores,
 )
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
-from clipfilter.policies import Band, Policy, Rule, check_band, json_sha256
+from clipfilter.policies import Band, Policy, Rule, json_sha256
 
-BANDS = ("reject", "review", "keep")
+BANDS = tuple(reversed(DECISIONS))
 _TARGET = re.compile(r"(precision|miss-rate|review-budget)\s*(>=|<=|=)\s*([0-9.eE+-]{1,20})\Z")
 _SIGN = {"precision": ">=", "miss-rate": "<=", "review-budget": "<="}
 _HOME = {"precision": "reject", "miss-rate": "review", "review-budget": "review"}
@@ -330,21 +331,17 @@ def _choose_rule(policy: Policy, labels: Sequence[Label], name: str | None) -> t
 
 
 def _limits(rule: Rule) -> tuple[float, float]:
-    """What thresholds must lie strictly between: 0 and 1 where the schema refuses 0, as it does for probabilities."""
-    try:
-        check_band(rule, "reject", Band(above=0.0))
-    except PydanticCustomError:
-        return 0.0, 1.0
-    return -np.inf, np.inf
+    """What thresholds must lie strictly between: 0 and 1 for probabilities, which the schema refuses beyond."""
+    return (0.0, 1.0) if rule.measure.has_probability else (-np.inf, np.inf)
 
 
 def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) -> tuple[np.ndarray, np.ndarray, int]:
     """Flagging scores of all scored rows, ascending; those of the labels [len(labels)], NaN where there is none; and
     the number of rows without a score."""
     if all(label.uid is not None for label in labels):
-        column, names = "cf_uid", [label.uid for label in labels]
+        column, names = cf.UID, [label.uid for label in labels]
     elif all(label.key is not None for label in labels):
-        column, names = "cf_key", [label.key for label in labels]
+        column, names = cf.KEY, [label.key for label in labels]
     else:
         raise RefusedError("some labels have only cf_uid, others only cf_key; give the same one for all.")
     position: dict[str | None, int] = {}
@@ -364,7 +361,7 @@ def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) ->
             if times[label] == 0:
                 values[label] = part[row]
             times[label] += 1
-    if column == "cf_key" and (times > 1).any():
+    if column == cf.KEY and (times > 1).any():
         key = list(position)[int(np.argmax(times > 1))]
         raise RefusedError(f"the key {key!r} is in the run {times.max()} times, so labels must name images by cf_uid.")
     scored = scores[:at]

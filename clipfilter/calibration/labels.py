@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 
 _TRUE = {"1", "yes", "true", "1.0"}  # 1.0: what spreadsheets make of a column that has empty cells
@@ -67,7 +68,7 @@ def _checked(path: str, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> list[L
         where = f"{path}:{line}"
         if "label" not in row:
             raise RefusedError(f"{where}: there is no column 'label'; it holds 1 or 0 (or yes/no, true/false).")
-        uid, key = _text(row.get("cf_uid")), _text(row.get("cf_key"))
+        uid, key = _text(row.get(cf.UID)), _text(row.get(cf.KEY))
         if uid is None and key is None:
             raise RefusedError(f"{where}: the row has neither cf_uid nor cf_key, which say the image it is about.")
         label = Label(
@@ -122,7 +123,7 @@ def _parquet(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    wanted = ("cf_uid", "cf_key", "label", "rule", "sample_design", "inclusion_probability")
+    wanted = (cf.UID, cf.KEY, "label", "rule", "sample_design", "inclusion_probability")
     try:
         file = pq.ParquetFile(path)
         names = [name for name in wanted if name in file.schema_arrow.names]

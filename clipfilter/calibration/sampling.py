@@ -14,16 +14,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.calibration.scores import ScoredRun, bands_in_use, direction_of
+from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, Rule
 
 DesignName = Literal["uniform", "flagged", "uncertain", "per-band"]
 SAMPLE_COLUMNS = (
-    "cf_uid", "cf_key", "path", "cf_shard", "cf_row", "caption", "score", "band", "rule", "label",
+    cf.UID, cf.KEY, "path", cf.SHARD, cf.ROW, "caption", "score", "band", "rule", "label",
     "sample_design", "inclusion_probability",
 )  # fmt: skip
-_READ = ("cf_uid", "cf_key", "cf_shard", "cf_row", "cf_caption")
+_READ = (cf.UID, cf.KEY, cf.SHARD, cf.ROW, cf.CAPTION)
 _DESIGN = re.compile(
     r"(?P<name>uniform|flagged|uncertain|per-band)"
     r"(?: (?P<direction>above|below) (?P<cut>[-+.\deE]{1,30}))?(?: seed (?P<seed>\d{1,18}))?\Z"
@@ -95,7 +97,7 @@ class _Stratum:
             return None
         order = np.concatenate([order for order, _ in self.held])
         table = pa.concat_tables([rows for _, rows in self.held]).combine_chunks()
-        ties = [np.array(table[name].to_pylist()) for name in ("cf_row", "cf_shard", "cf_uid")]
+        ties = [np.array(table[name].to_pylist()) for name in (cf.ROW, cf.SHARD, cf.UID)]
         picked = np.lexsort((*ties, order))[: self.want]
         order, table = order[picked], table.take(pa.array(picked))
         self.held, self.waiting = [(order, table)], len(order)
@@ -126,7 +128,7 @@ def draw(
     Raises RefusedError where there is nothing to draw from.
     """
     bands = bands_in_use(policy, rule, run.plan.model.get("weights_sha256"))
-    cuts = [cut] if cut is not None else [bands[name].value for name in ("review", "reject") if name in bands]
+    cuts = [cut] if cut is not None else [bands[name].value for name in LIMITS if name in bands]
     _refuse_senseless(run, rule, n, design, cut, cuts)
     direction = direction_of(policy, rule) if cuts else "above"  # without a cut no direction is needed
     loosest = cuts[0] if cuts else None
@@ -134,7 +136,7 @@ def draw(
         meant = Design(design, direction, loosest, seed if design == "flagged" else None)
     else:
         meant = Design(design, seed=seed)
-    strata = {name: _Stratum(n) for name in (("keep", "review", "reject") if design == "per-band" else ("all",))}
+    strata = {name: _Stratum(n) for name in (DECISIONS if design == "per-band" else ("all",))}
     unscored = 0
     for path, batch, scores in run.batches(rule.id, _READ):
         scored = ~np.isnan(scores)
@@ -145,7 +147,7 @@ def draw(
         if design == "uncertain":
             order = np.min([np.abs(scores - np.float32(value)) for value in cuts], axis=0).astype(np.float64)
         else:
-            order = np.array([draw_number(seed, uid) for uid in batch.column("cf_uid").to_pylist()], np.uint64)
+            order = np.array([draw_number(seed, uid) for uid in batch.column(cf.UID).to_pylist()], np.uint64)
         if design == "flagged" and loosest is not None:
             scored &= past(scores, direction, loosest)
         for name, stratum in strata.items():
@@ -191,7 +193,7 @@ def past(scores: np.ndarray, direction: str, cut: float) -> np.ndarray:
 
 def _bands(scores: np.ndarray, thresholds: dict[str, float], direction: str) -> np.ndarray:
     place = np.full(len(scores), "keep", object)
-    for name in ("review", "reject"):
+    for name in LIMITS:
         if name in thresholds:
             place[past(scores, direction, thresholds[name])] = name
     return place
@@ -213,7 +215,7 @@ def _allot(sizes: dict[str, int], n: int) -> dict[str, int]:
 
 def _finished(rows: pa.Table, rule: str, design: Design) -> pa.Table:
     n = rows.num_rows
-    rows = rows.rename_columns(["caption" if name == "cf_caption" else name for name in rows.column_names])
+    rows = rows.rename_columns(["caption" if name == cf.CAPTION else name for name in rows.column_names])
     for name, value in (("rule", rule), ("label", ""), ("sample_design", str(design))):
         rows = rows.append_column(name, pa.array([value] * n, pa.string()))
     return rows.select(list(SAMPLE_COLUMNS))

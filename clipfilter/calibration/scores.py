@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
+from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import (
-    MODEL_KINDS,
     Band,
     Policy,
     Rule,
@@ -24,7 +25,7 @@ from clipfilter.runs import Plan, Run
 
 _BATCH = 16_384
 #: What a rule says besides what its scores are.
-_NOT_SCORE = ("id", "review", "reject", "on_missing", "tighten", "severity", "action")
+_NOT_SCORE = ("id", *LIMITS, "on_missing", "tighten", "severity", "action")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ScoredRun:
 
     def batches(self, rule: str, columns: tuple[str, ...]) -> Iterator[tuple[str, pa.RecordBatch, np.ndarray]]:
         """(path of the shard, these columns, scores of the rule as float32 with NaN for none), batch by batch."""
-        name = f"cf_score.{rule}"
+        name = cf.score(rule)
         for commit, batch in self.run.batches("annotated", [*columns, name], _BATCH):
             scores = batch.column(name).to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
             yield commit.shard.path, batch.select(list(columns)), scores
@@ -77,7 +78,7 @@ def open_scored(url: str) -> ScoredRun:
 
 def find_rule(policy: Policy, name: str | None) -> Rule:
     """The rule of this id, or the only one whose threshold depends on a model. Raises RefusedError."""
-    able = [rule for rule in policy.rules if rule.kind in MODEL_KINDS]
+    able = [rule for rule in policy.rules if rule.measure.needs_model]
     if name is None:
         if len(able) == 1:
             return able[0]
@@ -91,7 +92,7 @@ def find_rule(policy: Policy, name: str | None) -> Rule:
         raise RefusedError(
             f"{name!r} is a {found.kind} rule, whose threshold depends on no model; it needs no calibration."
         )
-    if found.concept is not None and found.concept.score == "calibrated":
+    if found.measure.is_calibrated(found.measure.plain()):
         raise RefusedError(
             f"the score of {name!r} is calibrated already; write score: probability, decide a run with that, and "
             "calibrate on it."
@@ -106,7 +107,7 @@ def refuse_other_scores(run: ScoredRun, policy: Policy, rule: Rule) -> None:
     if theirs is None:
         raise RefusedError(f"the policy of {run.url} has no rule {rule.id!r}; {again}.")
     if theirs != ours:
-        what = "other prompts" if rule.concept is not None and "concept" in theirs else "another definition"
+        what = "other prompts" if rule.measure.takes_templates and rule.kind in theirs else "another definition"
         raise RefusedError(f"the run's scores of {rule.id!r} come from {what} than the policy's; {again}.")
     matching_calibration(policy, run.plan.model, prompts_sha256(policy), run.decode)
 
@@ -126,7 +127,7 @@ def bands_in_use(policy: Policy, rule: Rule, weights_sha256: str | None) -> dict
     entry = next((entry for entry in policy.calibrations if entry.weights_sha256 == weights_sha256), None)
     own = entry.rules.get(rule.id) if entry is not None else None
     bands = {}
-    for name in ("review", "reject"):
+    for name in LIMITS:
         calibrated = getattr(own, name) if own is not None else None
         band = calibrated.band() if calibrated is not None else getattr(rule, name)
         if band is not None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from clipfilter.calibration.calibrate import Calibrated
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, load_policy, pack_names, packs_folder, parse_policy, read_yaml
+from clipfilter.storage import replacing
 
 _KEY = "calibrations"
 
@@ -166,17 +165,9 @@ def write_policy(path: Path, text: bytes, *, expected: bytes | None) -> None:
         current = path.read_bytes() if path.exists() else None
         if current != expected:
             raise RefusedError(f"{path} changed while it was calibrated; repeat the command.")
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path, shared=True) as unfinished:
+            unfinished.write_bytes(text)
+            unfinished.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
     except OSError as error:
         raise RefusedError(f"{path} cannot be written: {error.strerror or error}.") from None
     load_policy(str(path))

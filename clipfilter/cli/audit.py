@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import enum
-import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from clipfilter.cli.jobs import Json
-from clipfilter.cli.runs import Run
-
-
-class Shape(enum.StrEnum):
-    audit = "audit"
-    openai = "openai"
-    rekognition = "rekognition"
-    safesearch = "safesearch"
+from clipfilter.cli.options import Json, Run
+from clipfilter.cli.printing import print_json
 
 
 def export(
     run: Run,
     out: Annotated[str, typer.Option("--out", "-o", help="New .jsonl file to write (path or URL).")],
     shape: Annotated[
-        Shape,
+        Literal["audit", "openai", "rekognition", "safesearch"],
         typer.Option("--as", help="audit: all there is to answer an appeal; or the shape of a service's answers."),
-    ] = Shape.audit,
+    ] = "audit",
     mapping: Annotated[
         str | None,
         typer.Option(
@@ -39,13 +30,9 @@ def export(
 
     from clipfilter.report import export_decisions
 
-    found = export_decisions(run, out, kind=str(shape), mapping=mapping)
+    found = export_decisions(run, out, kind=shape, mapping=mapping)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
+        print_json(asdict(found))
         return
     counts = ", ".join(f"{count:,} {name}" for name, count in sorted(found.decisions.items()))
     typer.echo(f"{found.rows:,} decisions ({counts}) in {found.out}")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("export-decisions")(export)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import enum
-import json
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clipfilter.cli.jobs import Json
+from clipfilter.cli.options import Json, Policy
+from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.decisions import Limit
 
 if TYPE_CHECKING:
     from clipfilter.calibration import Calibrated, Sample
 
-PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a pack.")]
 RuleOption = Annotated[str | None, typer.Option(help="Id of the rule [default: the only one that can be meant].")]
-
-
-class SampleDesign(enum.StrEnum):
-    uniform = "uniform"
-    flagged = "flagged"
-    uncertain = "uncertain"
-    per_band = "per-band"
-
-
-class BandName(enum.StrEnum):
-    review = "review"
-    reject = "reject"
 
 
 def sample(
@@ -38,12 +26,12 @@ def sample(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="How many rows.")] = 400,
     design: Annotated[
-        SampleDesign,
+        Literal["uniform", "flagged", "uncertain", "per-band"],
         typer.Option(
             help="uniform: all scored rows alike; flagged: those beyond --cut alike; uncertain: nearest to a threshold; "
             "per-band: as many from each band. Only the first two earn a guarantee."
         ),
-    ] = SampleDesign.uniform,
+    ] = "uniform",
     cut: Annotated[
         float | None, typer.Option(help="Raw score for flagged and uncertain [default: the rule's loosest threshold].")
     ] = None,
@@ -58,10 +46,10 @@ def sample(
     used = load_policy(policy) if policy else scored.policy
     chosen = find_rule(used, rule)
     refuse_other_scores(scored, used, chosen)
-    drawn = draw(scored, used, chosen, n=n, design=str(design), cut=cut, seed=seed)  # type: ignore[arg-type]
+    drawn = draw(scored, used, chosen, n=n, design=design, cut=cut, seed=seed)
     write_sample(drawn, out)
     if as_json:
-        typer.echo(json.dumps(_sample_summary(drawn, out), indent=1))
+        print_json(_sample_summary(drawn, out))
         return
     rows = drawn.rows.num_rows
     typer.echo(f"{rows:,} of {drawn.population:,} rows to label for {drawn.rule!r} ({drawn.design}) in {out}")
@@ -80,7 +68,7 @@ def _sample_summary(drawn: Sample, out: str) -> dict[str, Any]:
 
 
 def calibrate(
-    policy: PolicyArgument,
+    policy: Policy,
     labels: Annotated[str, typer.Option(help="Labels: .csv, .jsonl or .parquet with cf_uid or cf_key, and label.")],
     on: Annotated[str, typer.Option("--on", metavar="RUN", help="Run or filter whose stored scores are used.")],
     target: Annotated[
@@ -90,7 +78,7 @@ def calibrate(
     rule: RuleOption = None,
     confidence: Annotated[float, typer.Option(help="Confidence of the guarantee.")] = 0.9,
     band: Annotated[
-        BandName | None,
+        Limit | None,
         typer.Option(help="Band that a single target is for [default: reject for precision, else review]."),
     ] = None,
     prevalence: Annotated[
@@ -104,16 +92,13 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Choose a rule's thresholds from labels, with a guarantee, and write them with their evidence into the policy."""
-    import datetime
-    from pathlib import Path
-
     from clipfilter import calibration as c
     from clipfilter.errors import RefusedError
     from clipfilter.policies import load_policy
 
     if band is not None and len(target) > 1:
         raise RefusedError("--band is for a single --target; several have a band each.")
-    targets = [c.Target.parse(text, str(band) if band else None) for text in target]
+    targets = [c.Target.parse(text, band) for text in target]
     if plot is not None and not (plot.lower().endswith(".svg") and Path(plot).parent.is_dir()):
         raise RefusedError(f"--plot {plot} must be an .svg file in a folder that exists.")
     loaded = load_policy(policy)
@@ -128,16 +113,26 @@ def calibrate(
         prevalence=prevalence,
     )
     if source is not None and destination is not None:
-        raw = source.read_bytes()
-        text = c.calibrated_text(raw, str(source), found, datetime.date.today().isoformat())
-        same = destination.exists() and destination.samefile(source)
-        c.write_policy(destination, text, expected=raw if same else None)
+        _write(found, source, destination)
     if plot is not None:
         Path(plot).write_text(c.plot_svg(found), encoding="utf-8")
+    written = str(destination) if destination else None
     if as_json:
-        typer.echo(json.dumps(_summary(found, str(destination) if destination else None), indent=1))
+        print_json(_summary(found, written))
     else:
-        _print(found, str(destination) if destination else None, plot)
+        _print(found, written, plot)
+
+
+def _write(found: Calibrated, source: Path, destination: Path) -> None:
+    """Write the policy with its new thresholds; what has been changed in it meanwhile is not overwritten."""
+    import datetime
+
+    from clipfilter.calibration import calibrated_text, write_policy
+
+    raw = source.read_bytes()
+    text = calibrated_text(raw, str(source), found, datetime.date.today().isoformat())
+    same = destination.exists() and destination.samefile(source)
+    write_policy(destination, text, expected=raw if same else None)
 
 
 def _summary(found: Calibrated, written: str | None) -> dict[str, Any]:
@@ -160,50 +155,42 @@ def _summary(found: Calibrated, written: str | None) -> dict[str, Any]:
 
 def _print(found: Calibrated, written: str | None, plot: str | None) -> None:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console()
-
-    def say(text: str, style: str = "") -> None:
-        console.print(Text(text, style), soft_wrap=True)
-
-    def columns(*names: str) -> Table:
-        made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for position, name in enumerate(names):
-            made.add_column(name, justify="left" if position == 0 else "right")
-        return made
-
     say(
+        console,
         f"{found.rule}: {found.labels:,} labels ({found.positives:,} positive, {found.design}), "
-        f"scores of {found.model}, decode {found.decode}"
+        f"scores of {found.model}, decode {found.decode}",
     )
     for item in found.thresholds:
         value = f"{item.direction} {item.value:.6g}"
-        say(f"  {item.target:<20}  {item.band:<6}  {value:<14}  {_counts(item)}; {_promise(item)}")
+        say(console, f"  {item.target:<20}  {item.band:<6}  {value:<14}  {_counts(item)}; {_promise(item)}")
     at = found.stated_prevalence if found.stated_prevalence is not None else found.prevalence
-    say(f"to expect of {found.rows:,} rows" + (f", {at:.1%} of them true" if at is not None else "") + ":")
-    table = columns("band", "rows", "share", "of these true", "of all true")
+    say(console, f"to expect of {found.rows:,} rows" + (f", {at:.1%} of them true" if at is not None else "") + ":")
+    expected = new_table("band", ">rows", ">share", ">of these true", ">of all true")
     for row in found.expected:
         interval = f" ({row.low:.3f} to {row.high:.3f})" if row.low is not None and row.high is not None else ""
-        table.add_row(
+        expected.add_row(
             row.band,
             f"{row.rows:,}",
             f"{row.share:.2%}" if row.share is not None else "",
             f"{row.precision:.3f}{interval}" if row.precision is not None else "not known",
             f"{row.recall:.1%}" if row.recall is not None else "not known",
         )
-    console.print(table)
+    console.print(expected)
     if found.fitted is not None:
         scores = [
             f"{n} Brier {found.fitted.brier[n]:.4f}, ECE {found.fitted.ece[n]:.4f}" for n in ("platt", "isotonic")
         ]
-        say(f"probability of a score (cross-validated): {'; '.join(scores)}")
+        say(console, f"probability of a score (cross-validated): {'; '.join(scores)}")
     for note in found.notes:
-        say(note, "yellow")
+        say(console, note, style="yellow")
     if plot is not None:
-        say(f"plot     {plot}")
-    say(f"written  {written}" if written else "nothing was written (--dry-run)", "" if written else "dim")
+        say(console, f"plot     {plot}")
+    if written:
+        say(console, f"written  {written}")
+    else:
+        say(console, "nothing was written (--dry-run)", style="dim")
 
 
 def _counts(item: Any) -> str:
@@ -222,8 +209,3 @@ def _promise(item: Any) -> str:
     if item.target.startswith("miss-rate"):
         return f"guaranteed on average, and at most {item.bound:.3g} with {item.confidence:.0%} confidence"
     return "exact for this run"
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("sample")(sample)
-    app.command("calibrate")(calibrate)

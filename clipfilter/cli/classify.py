@@ -12,29 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipfilter.cli.jobs import (
-    Address,
-    BatchSize,
-    Decode,
-    DecodeOption,
-    Device,
-    Dtype,
-    Engine,
-    EngineOption,
-    ImageColumn,
-    Json,
-    MaxFailures,
-    Quiet,
-    Threads,
-    Workers,
-    run_command,
-)
+from clipfilter import columns as cf
+from clipfilter import defaults
+from clipfilter.cli import options as o
+from clipfilter.cli.jobs import job_request, run_command
+from clipfilter.cli.printing import bar, new_table, say
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
 
-    from clipfilter.policies import LabelSet
+    from clipfilter.policies import LabelScorer, LabelSet
 
 _BAR = 24
 _IN_FULL = 12  # images with all their labels and a bar each; more get a line
@@ -42,6 +30,7 @@ _LISTED = 200  # lines on a terminal
 _COUNTED = 20
 
 
+@o.grouped
 def classify(
     images: Annotated[
         list[str],
@@ -58,27 +47,20 @@ def classify(
         bool, typer.Option("--independent", help="Score each label on its own; the scores need not add up to 1.")
     ] = False,
     top: Annotated[int, typer.Option("-k", "--top", min=1, help="Labels per image.")] = 5,
-    model: Annotated[
-        str | None, typer.Option(help="As for embed [default: nano; of a run, the model that embedded it].")
-    ] = None,
+    model: o.ModelOfSource = None,
     out: Annotated[
         str | None,
         typer.Option("--out", "-o", help="Add the labels as columns to a whole dataset: a run directory, resumed."),
     ] = None,
-    as_json: Json = False,
+    as_json: o.Json = False,
     csv_file: Annotated[str | None, typer.Option("--csv", metavar="FILE", help="Write a CSV file.")] = None,
     parquet: Annotated[str | None, typer.Option(metavar="FILE", help="Write a Parquet file.")] = None,
-    engine: EngineOption = Engine.auto,
-    address: Address = None,
-    workers: Workers = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    batch_size: BatchSize = None,
-    decode: DecodeOption = Decode.fast,
-    image_column: ImageColumn = None,
-    max_failures: MaxFailures = 0.01,
-    quiet: Quiet = False,
+    *,
+    placing: o.Placing,
+    batches: o.Batches,
+    image_column: o.ImageColumn = None,
+    max_failures: o.MaxFailures = defaults.MAX_FAILURES,
+    quiet: o.Quiet = False,
 ) -> None:
     """Say which of some labels fits each image best, without training (zero-shot classification)."""
     from clipfilter.errors import RefusedError
@@ -89,20 +71,15 @@ def classify(
             raise RefusedError(
                 "--out takes one dataset or run, and writes Parquet itself; leave out --csv and --parquet."
             )
-        run_command(
-            "score", _print_counts, source=images[0], out=out, labels=wanted, captions="none", model=model,
-            engine=engine, address=address, workers=workers, threads=threads, device=device, dtype=dtype,
-            batch_size=batch_size, decode=decode, image_column=image_column, max_failures=max_failures,
-            as_json=as_json, quiet=quiet, dry_run=False,
-        )  # fmt: skip
+        telling = o.Telling(max_failures, as_json=as_json, quiet=quiet)
+        groups = (placing, batches, o.Columns("none", image_column), telling)
+        request = job_request("score", images[0], out, *groups, labels=wanted, model=model)
+        run_command(request, telling, after=_print_counts)
         return
-    if address is not None or workers is not None:
+    if placing.address is not None or placing.workers is not None:
         raise RefusedError("--address and --workers are for whole datasets; name a run directory with --out.")
-    options: dict[str, Any] = {
-        "threads": threads, "device": device, "dtype": dtype.value if dtype else None, "batch_size": batch_size,
-        "decode": decode.value, "image_column": image_column,
-    }  # fmt: skip
-    _classify(images, wanted, model, options, csv_file, parquet, as_json, quiet, max_failures)
+    options = {**vars(batches), "threads": placing.threads, "device": placing.device}
+    _classify(images, wanted, model, image_column, options, csv_file, parquet, as_json, quiet, max_failures)
 
 
 def _label_set(labels: str | None, labels_file: str | None, templates: str, independent: bool, top: int) -> LabelSet:
@@ -124,6 +101,7 @@ def _classify(
     images: list[str],
     labels: LabelSet,
     model: str | None,
+    image_column: str | None,
     options: dict[str, Any],
     csv_file: str | None,
     parquet: str | None,
@@ -131,13 +109,14 @@ def _classify(
     quiet: bool,
     max_failures: float,
 ) -> None:
-    from clipfilter.cli.evaluate import row_progress
-    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, StoredRun, open_inputs, stream_options
+    from clipfilter.cli.display import row_progress
+    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, open_inputs, stream_options
     from clipfilter.operations import classify_stream
     from clipfilter.policies import LabelScorer
+    from clipfilter.runs import Run
     from clipfilter.sources import SourceOptions
 
-    inputs = open_inputs(images, SourceOptions(image_column=options.pop("image_column")))
+    inputs = open_inputs(images, SourceOptions(image_column=image_column))
     encoder, streaming = stream_options(inputs, model, **options)
     scorer = LabelScorer(labels, encoder)
     lost: list[dict[str, str]] = []
@@ -153,7 +132,7 @@ def _classify(
                 shown += table.slice(0, max(0, _LISTED - len(shown))).to_pylist()
     if not as_json and not quiet:
         _print(shown, counts, scorer, lost, [name for name in (csv_file, parquet) if name])
-    if all(isinstance(item, StoredRun) for item in inputs):  # its failures were judged when it was made
+    if all(isinstance(item, Run) for item in inputs):  # its failures were judged when it was made
         raise typer.Exit(EXIT_DONE)
     rows, failed = counts.total(), counts[None]
     if lost or failed > max_failures * rows:
@@ -168,7 +147,7 @@ def _classify(
 
 def _counted(tables: Iterable[pa.Table], counts: Counter[str | None]) -> Iterator[pa.Table]:
     for table in tables:
-        counts.update({item["values"]: item["counts"] for item in table["cf_label"].value_counts().to_pylist()})
+        counts.update({item["values"]: item["counts"] for item in table[cf.LABEL].value_counts().to_pylist()})
         yield table
 
 
@@ -196,9 +175,9 @@ class _Csv:
 
     def write(self, table: pa.Table) -> None:
         for row in table.to_pylist():
-            found = row["cf_labels"] or [{"label": "", "score": ""}] * self._k
+            found = row[cf.LABELS] or [{"label": "", "score": ""}] * self._k
             pairs = [value for item in found for value in (item["label"], item["score"])]
-            self._writer.writerow([row["image"], *pairs, row["cf_error_class"] or "", row["cf_error"] or ""])
+            self._writer.writerow([row["image"], *pairs, row[cf.ERROR_CLASS] or "", row[cf.ERROR] or ""])
 
     def close(self) -> None:
         self._file.close()
@@ -233,9 +212,9 @@ def _print_json(tables: Iterable[pa.Table], labels: LabelSet, model: str, lost: 
     first = True
     for table in tables:
         for row in table.to_pylist():
-            entry = {"image": row["image"], "labels": row["cf_labels"]}
-            if row["cf_error_class"] is not None:
-                entry |= {"error_class": row["cf_error_class"], "error": row["cf_error"]}
+            entry = {"image": row["image"], "labels": row[cf.LABELS]}
+            if row[cf.ERROR_CLASS] is not None:
+                entry |= {"error_class": row[cf.ERROR_CLASS], "error": row[cf.ERROR]}
             print("" if first else ",", json.dumps(entry, ensure_ascii=False), sep="\n", end="")
             first = False
     print('\n], "failed_shards": ' + json.dumps(lost, ensure_ascii=False) + "}")
@@ -244,12 +223,11 @@ def _print_json(tables: Iterable[pa.Table], labels: LabelSet, model: str, lost: 
 def _print(
     rows: list[dict[str, Any]],
     counts: Counter[str | None],
-    scorer: Any,
+    scorer: LabelScorer,
     lost: list[dict[str, str]],
     files: list[str],
 ) -> None:
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
     total = counts.total()
@@ -259,82 +237,71 @@ def _print(
     else:
         _print_lines(console, rows)
         if total > len(rows):
-            console.print(f"... and {total - len(rows):,} more; --json, --csv and --parquet have all", style="dim")
+            say(console, f"... and {total - len(rows):,} more; --json, --csv and --parquet have all", style="dim")
         _print_table(console, counts)
     for item in lost:
-        console.print(Text(f"shard {item['path']}: {item['error']}", "red"), soft_wrap=True)
+        say(console, f"shard {item['path']}: {item['error']}", style="red")
     if scorer.truncated:
-        console.print(
-            Text(f"note: {scorer.truncated:,} prompts are longer than the model reads and were cut", "yellow")
-        )
+        say(console, f"note: {scorer.truncated:,} prompts are longer than the model reads and were cut", style="yellow")
     for name in files:
-        console.print(name, soft_wrap=True, highlight=False, markup=False)
+        say(console, name)
 
 
 def _print_image(console: Console, row: dict[str, Any]) -> None:
-    from rich.text import Text
+    from clipfilter import text
 
-    from clipfilter.report import text
-
-    console.print(Text(text.clean(row["image"]), "bold"), soft_wrap=True)
-    if row["cf_labels"] is None:
-        console.print(Text(f"  {row['cf_error_class']}: {text.clean(row['cf_error'])}", "magenta"), soft_wrap=True)
+    say(console, text.clean(row["image"]), style="bold")
+    if row[cf.LABELS] is None:
+        say(console, f"  {row[cf.ERROR_CLASS]}: {text.clean(row[cf.ERROR])}", style="magenta")
         return
-    width = max(len(text.clean(item["label"], 40)) for item in row["cf_labels"])
-    for place, item in enumerate(row["cf_labels"]):
-        bar = "█" * round(_BAR * item["score"]) or "▏"
+    width = max(len(text.clean(item["label"], 40)) for item in row[cf.LABELS])
+    for place, item in enumerate(row[cf.LABELS]):
         name = f"  {text.clean(item['label'], 40):<{width}}  {item['score']:>6.1%}  "
-        console.print(Text.assemble((name, "" if place == 0 else "dim"), (bar, "green" if place == 0 else "dim")))
+        say(console, (name, "" if place == 0 else "dim"), (bar(item["score"], _BAR), "green" if place == 0 else "dim"))
 
 
 def _print_lines(console: Console, rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    found = new_table("image", "label", ">score", "next")
     # The widths keep names and scores on a terminal of 80 columns, whatever an error has to say.
-    table.add_column("image", overflow="fold", min_width=20)
-    table.add_column("label", no_wrap=True, max_width=22)
-    table.add_column("score", justify="right", min_width=6)
-    table.add_column("next", no_wrap=True, overflow="ellipsis", max_width=24)
+    image, label, score, following = found.columns
+    image.overflow, image.min_width = "fold", 20
+    label.no_wrap, label.max_width = True, 22
+    score.min_width = 6
+    following.no_wrap, following.max_width = True, 24
     for row in rows:
         name = Text(text.clean(row["image"]))
-        if row["cf_labels"] is None:
-            table.add_row(
-                name, Text(row["cf_error_class"], "magenta"), "", Text(text.clean(row["cf_error"], 60), "dim")
-            )
+        if row[cf.LABELS] is None:
+            why = Text(text.clean(row[cf.ERROR], 60), "dim")
+            found.add_row(name, Text(row[cf.ERROR_CLASS], "magenta"), "", why)
             continue
-        best, *others = row["cf_labels"]
-        following = f"{text.clean(others[0]['label'], 30)} {others[0]['score']:.1%}" if others else ""
-        table.add_row(name, Text(text.clean(best["label"], 40)), f"{best['score']:.1%}", Text(following, "dim"))
-    console.print(table)
+        best, *others = row[cf.LABELS]
+        then = f"{text.clean(others[0]['label'], 30)} {others[0]['score']:.1%}" if others else ""
+        found.add_row(name, Text(text.clean(best["label"], 40)), f"{best['score']:.1%}", Text(then, "dim"))
+    console.print(found)
 
 
 def _print_table(console: Console, counts: Counter[str | None]) -> None:
     """How many images each label won."""
-    from rich.table import Table
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     total = counts.total()
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("label")
-    table.add_column("images", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column()
-    found = [(label, count) for label, count in counts.most_common() if label is not None]
-    for label, count in found[:_COUNTED]:
-        bar = "█" * round(_BAR * count / total) or "▏"
-        table.add_row(Text(text.clean(label, 40)), f"{count:,}", f"{count / total:.1%}", Text(bar, "green"))
+    found = new_table("label", ">images", ">share", "")
+    labels = [(label, count) for label, count in counts.most_common() if label is not None]
+    for label, count in labels[:_COUNTED]:
+        line = Text(bar(count / total, _BAR), "green")
+        found.add_row(Text(text.clean(label, 40)), f"{count:,}", f"{count / total:.1%}", line)
     if counts[None]:
-        table.add_row(Text("failed", "magenta"), f"{counts[None]:,}", f"{counts[None] / total:.1%}", "")
+        found.add_row(Text("failed", "magenta"), f"{counts[None]:,}", f"{counts[None] / total:.1%}", "")
     console.print()
-    console.print(table)
-    if len(found) > _COUNTED:
-        console.print(f"... and {len(found) - _COUNTED:,} labels more", style="dim")
+    console.print(found)
+    if len(labels) > _COUNTED:
+        say(console, f"... and {len(labels) - _COUNTED:,} labels more", style="dim")
 
 
 def _print_counts(out: str) -> None:
@@ -345,10 +312,6 @@ def _print_counts(out: str) -> None:
 
     run = Run.open(out)
     counts: Counter[str | None] = Counter({None: run.version.totals.failed})
-    for _, batch in run.batches("annotated", ["cf_label"]):
-        counts.update({item["values"]: item["counts"] for item in batch["cf_label"].value_counts().to_pylist()})
+    for _, batch in run.batches("annotated", [cf.LABEL]):
+        counts.update({item["values"]: item["counts"] for item in batch[cf.LABEL].value_counts().to_pylist()})
     _print_table(Console(), counts)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("classify")(classify)

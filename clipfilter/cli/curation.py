@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from clipfilter.cli.jobs import Json
-from clipfilter.cli.runs import Run
+from clipfilter import defaults
+from clipfilter.cli.options import Json, Run, Seed
+from clipfilter.cli.printing import print_json
 
 curate_app = typer.Typer(
     no_args_is_help=True,
@@ -18,7 +18,6 @@ curate_app = typer.Typer(
 )
 
 OutRun = Annotated[str, typer.Option("--out", "-o", help="Run directory to write: the same rows with further columns.")]
-Seed = Annotated[int, typer.Option(help="Another seed draws other rows.")]
 
 
 class BaselineName(enum.StrEnum):
@@ -27,16 +26,6 @@ class BaselineName(enum.StrEnum):
     laion2b = "laion2b"
     image_based = "image-based"
     text_based = "text-based"
-
-
-class Arch(enum.StrEnum):
-    l14 = "l14"
-    b32 = "b32"
-
-
-class Norm(enum.StrEnum):
-    two = "2"
-    infinity = "inf"
 
 
 @curate_app.command("dedup")
@@ -67,12 +56,11 @@ def dedup(
     )
     found = find_duplicates(run, out, options)
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
+        print_json(found.to_json())
         return
-    summary = found.to_json()
     for kind, count in found.duplicates.items():
         typer.echo(f"{count:>12,}  {kind} duplicates")
-    typer.echo(f"{summary['kept']:>12,}  of {found.rows:,} rows stay")
+    typer.echo(f"{found.to_json()['kept']:>12,}  of {found.rows:,} rows stay")
     typer.echo(f"run          {found.out}")
 
 
@@ -84,7 +72,7 @@ def score(
     normsim: Annotated[
         str | None, typer.Option(metavar="TARGET", help=".npy of embeddings by the run's model: cf_normsim.")
     ] = None,
-    p: Annotated[Norm, typer.Option("--p", help="Norm of NormSim.")] = Norm.infinity,
+    p: Annotated[Literal["2", "inf"], typer.Option("--p", help="Norm of NormSim.")] = "inf",
     bank: Annotated[int, typer.Option(min=1, help="Captioned rows in the bank of negCLIPLoss.")] = 32_768,
     seed: Seed = 0,
     as_json: Json = False,
@@ -92,8 +80,7 @@ def score(
     """Add scores that compare a row with other rows; metadata and fraction rules can use them."""
     from clipfilter.curation import add_scores
 
-    norm = float("inf") if p == Norm.infinity else 2.0
-    _print(add_scores(run, out, negclip=negclip, target=normsim, p=norm, bank_size=bank, seed=seed), as_json)
+    _print(add_scores(run, out, negclip=negclip, target=normsim, p=float(p), bank_size=bank, seed=seed), as_json)
 
 
 @curate_app.command("balance")
@@ -118,7 +105,7 @@ def datacomp(
     baseline: Annotated[
         list[BaselineName], typer.Option(help="Which baseline; several are intersected.", show_default=False)
     ],
-    arch: Annotated[Arch, typer.Option(help="Scores of clip-score.")] = Arch.l14,
+    arch: Annotated[Literal["l14", "b32"], typer.Option(help="Scores of clip-score.")] = "l14",
     threshold: Annotated[
         float | None, typer.Option(help="Threshold of clip-score [default: the published one].")
     ] = None,
@@ -136,13 +123,13 @@ def datacomp(
     from clipfilter.curation import make_baselines, select, write_subset
 
     baselines = make_baselines(
-        [str(name) for name in baseline], metadata, arch=str(arch), threshold=threshold, fraction=fraction,  # type: ignore[arg-type]
+        [str(name) for name in baseline], metadata, arch=arch, threshold=threshold, fraction=fraction,
         centroids=centroids, target=target, wordnet=wordnet, entities=entities, language_column=language_column,
     )  # fmt: skip
     chosen = select(metadata, baselines, language_column)
     path = write_subset(chosen.uids, out)
     if as_json:
-        typer.echo(json.dumps({"out": path, "rows": chosen.rows, "kept": len(chosen.uids)}, indent=1))
+        print_json({"out": path, "rows": chosen.rows, "kept": len(chosen.uids)})
     else:
         typer.echo(f"{len(chosen.uids):,} of {chosen.rows:,} uids in {path}")
 
@@ -152,7 +139,7 @@ def reshard(
     tars: Annotated[str, typer.Argument(metavar="TARS", help="Folder of webdataset tars with uid in their json.")],
     subset: Annotated[str, typer.Option(help="Subset file, .npy of u8,u8, sorted.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new tars.")],
-    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows per new tar.")] = 10_000,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows per new tar.")] = defaults.ROWS_PER_SHARD,
     as_json: Json = False,
 ) -> None:
     """Reduce tars to the rows of a uid subset, as DataComp's resharder does."""
@@ -162,7 +149,7 @@ def reshard(
 
     result = run_reshard(tars, subset, out, rows_per_shard)
     if as_json:
-        typer.echo(json.dumps(asdict(result), indent=1))
+        print_json(asdict(result))
         return
     for problem in result.problems[:10]:
         typer.echo(f"note: {problem}", err=True)
@@ -185,7 +172,7 @@ def import_(
     key_column: Annotated[
         str | None, typer.Option(help="Column with keys [default: key, image_path or url, else row numbers].")
     ] = None,
-    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows per shard of the run.")] = 10_000,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows per shard of the run.")] = defaults.ROWS_PER_SHARD,
     as_json: Json = False,
 ) -> None:
     """Make a run of embeddings that exist already: filter, verify and search without images and without a GPU."""
@@ -205,7 +192,7 @@ def forget(
 
     done = forget_rows(run, uids)
     if as_json:
-        typer.echo(json.dumps(done.to_json(), indent=1))
+        print_json(done.to_json())
         return
     typer.echo(
         f"{done.rows:,} rows forgotten ({done.unknown:,} uids are not in the run), {done.shards:,} shards written anew, "
@@ -217,14 +204,8 @@ def forget(
 
 def _print(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(summary, indent=1))
+        print_json(summary)
     else:
         totals = summary["totals"]
         typer.echo(f"{totals['embedded']:,} rows in {totals['shards']:,} shards, {totals['failed']:,} failed")
         typer.echo(f"run          {summary['out']}")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.add_typer(curate_app, name="curate")
-    app.command("import")(import_)
-    app.command("forget")(forget)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipfilter.cli.jobs import Json, Thumbnails
-from clipfilter.cli.runs import Run
+from clipfilter import defaults
+from clipfilter.cli.options import Json, ModelOfRun, Run
+from clipfilter.cli.printing import COLOURS, new_table, print_json, say
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,15 +18,8 @@ if TYPE_CHECKING:
     from clipfilter.operations import Comparison
     from clipfilter.report import Explanation
 
-_RESULTS = ("escalate", "reject", "review", "missing", "keep", "skipped")
-_STYLES = {
-    "keep": "green",
-    "review": "yellow",
-    "reject": "red",
-    "failed": "red",
-    "missing": "yellow",
-    "escalate": "red",
-}
+_RESULTS = (ESCALATE, *reversed(LIMITS), MISSING, "keep", "skipped")
+_STYLES = COLOURS | {"failed": "red"}
 
 
 def explain(
@@ -37,7 +32,7 @@ def explain(
 
     explanation = explain_row(run, row)
     if as_json:
-        typer.echo(json.dumps(explanation.to_json(), indent=1, ensure_ascii=False))
+        print_json(explanation.to_json(), ascii_only=False)
         return
     from rich.console import Console
 
@@ -50,12 +45,10 @@ def diff(
     on: Annotated[str, typer.Option("--on", help="Run, embed or score directory whose rows both decide.")],
     report: Annotated[str | None, typer.Option(help="Write a page with sampled pictures of every change here.")] = None,
     thumbnails: Annotated[
-        Thumbnails, typer.Option(help="Pictures on that page: none, blur or show.")
-    ] = Thumbnails.blur,
+        defaults.Thumbnails, typer.Option(help="Pictures on that page: none, blur or show.")
+    ] = defaults.THUMBNAILS,
     examples: Annotated[int, typer.Option(min=0, max=200, help="Sampled rows per kind of change.")] = 12,
-    model: Annotated[
-        str | None, typer.Option(help="Where the run's own model is now, if it was a local one [default: as recorded].")
-    ] = None,
+    model: ModelOfRun = None,
     as_json: Json = False,
 ) -> None:
     """Compare two policies on the stored rows of a run: what would be decided differently, and which rules do it."""
@@ -70,31 +63,26 @@ def diff(
 
         path = Path(report)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(diff_page(found, str(thumbnails)), encoding="utf-8")
+        path.write_text(diff_page(found, thumbnails), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        print_json(found.to_json(), ascii_only=False)
         return
     from rich.console import Console
 
     console = Console()
     _print_comparison(console, found)
     if report is not None:
-        console.print(str(Path(report).absolute()), soft_wrap=True, highlight=False, markup=False)
+        say(console, str(Path(report).absolute()))
 
 
 def _print_comparison(console: Console, found: Comparison) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     sides = (found.before, found.after)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("rows")
-    for side in sides:
-        table.add_column(f"{side.name} {side.version}", justify="right")
-    table.add_column("change", justify="right")
-    for decision in ("keep", "review", "reject"):
+    table = new_table("rows", *(f">{side.name} {side.version}" for side in sides), ">change", pad_edge=False)
+    for decision in DECISIONS:
         counts = [side.decisions[decision] for side in sides]
         table.add_row(Text(decision, _STYLES[decision]), *(f"{n:,}" for n in counts), f"{counts[1] - counts[0]:+,}")
     for rule in dict.fromkeys([*found.before.rules, *found.after.rules]):
@@ -107,18 +95,14 @@ def _print_comparison(console: Console, found: Comparison) -> None:
     for (a, b), count in sorted(found.changes.items(), key=lambda item: -item[1]):
         keys = [text.clean(flip.key, 40) for flip in found.flips if (flip.before, flip.after) == (a, b)]
         shown = ", ".join(keys[:3]) + (", ..." if count > 3 else "")
-        console.print(
-            Text.assemble(f"{count:>8,}  {a} to ", (b, _STYLES[b]), f"  {shown}"), soft_wrap=True, highlight=False
-        )
+        say(console, f"{count:>8,}  {a} to ", (b, _STYLES[b]), f"  {shown}")
 
 
 def _print_explanation(console: Console, found: Explanation) -> None:
-    from rich.text import Text
+    from clipfilter import text
+    from clipfilter.report import sentence
 
-    from clipfilter.report import sentence, text
-
-    def line(*parts: str | tuple[str, str]) -> None:
-        console.print(Text.assemble(*parts), soft_wrap=True, highlight=False)
+    line = functools.partial(say, console)
 
     line((found.decision, f"bold {_STYLES.get(found.decision, 'default')}"), f"  {text.clean(found.key)}")
     if found.caption is not None:
@@ -159,8 +143,3 @@ def _print_explanation(console: Console, found: Explanation) -> None:
     line((f"record   {text.place(found.run)}, version {found.version}, {found.commit}", "dim"))
     for note in found.notes:
         line((f"note     {note}", "dim"))
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("explain")(explain)
-    app.command("diff")(diff)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from clipfilter.engine import JobRequest, JobResult, Progress
+from clipfilter.cli import printing
+from clipfilter.cli.printing import COLOURS, bar, new_table, say
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
+from clipfilter.engine import JobRequest, JobResult, MetricsOptions, Progress, published, together
 
+T = TypeVar("T")
 _LINE_SECONDS = 10.0
-_COLOURS = {"keep": "green", "review": "yellow", "reject": "red", "failed": "magenta"}
 _STAGES = {"decided": "deciding", "embedded": "embedding", "scored": "embedding and scoring"}
 _BAR = 28
 
@@ -35,6 +36,37 @@ def progress(*, enabled: bool) -> Iterator[Any]:
         return
     with Live(Text("starting ...", style="dim"), console=console, refresh_per_second=5, transient=True) as live:
         yield _Live(live)
+
+
+def watched(work: Callable[[Any], T], job: str, metrics: MetricsOptions, *, silent: bool) -> T:
+    """Do a job's work with progress and published metrics. work: takes what is told of its progress, gives the result.
+
+    What is printed meanwhile (Ray prints what its workers suffer) goes to stderr: stdout belongs to the result.
+    """
+    shown = progress(enabled=not silent)
+    with contextlib.redirect_stdout(sys.stderr), published(metrics, job) as numbers, shown as line:
+        result = work(together(line, numbers))
+        if numbers is not None:
+            numbers.finish(result)  # type: ignore[arg-type]
+    return result
+
+
+@contextlib.contextmanager
+def row_progress() -> Iterator[Callable[[int], None] | None]:
+    """How many rows are embedded, on a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    rows = 0
+    with console.status("starting ...") as status:
+
+        def count(more: int) -> None:
+            nonlocal rows
+            rows += more
+            status.update(f"embedding: {rows:,} rows")
+
+        yield count
 
 
 class _Live:
@@ -62,10 +94,10 @@ def _line(p: Progress) -> Text:
     text = Text.assemble(
         (_STAGES.get(p.stage, p.stage), "bold"),
         f"  shards {p.shards_done}/{total}  {p.rows:,} rows  {rate:,.0f} images/s  ",
-        (f"keep {p.keep:,} ", _COLOURS["keep"]),
-        (f"review {p.review:,} ", _COLOURS["review"]),
-        (f"reject {p.reject:,} ", _COLOURS["reject"]),
-        (f"failed {p.failed:,}", _COLOURS["failed"]),
+        (f"keep {p.keep:,} ", COLOURS["keep"]),
+        (f"review {p.review:,} ", COLOURS["review"]),
+        (f"reject {p.reject:,} ", COLOURS["reject"]),
+        (f"failed {p.failed:,}", COLOURS["failed"]),
     )
     done = p.shards_done - p.shards_reused
     left = p.shards_total - p.shards_done
@@ -81,63 +113,52 @@ def print_result(result: JobResult, report: str | None) -> None:
     console = Console()
     totals = result.totals
     title = f"{totals['rows']:,} rows in {totals['shards']:,} shard{'' if totals['shards'] == 1 else 's'}"
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(justify="left")
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column()
     rows = max(totals["rows"], 1)
-
-    def add(name: str, count: int) -> None:
-        colour = _COLOURS.get(name, "")
-        bar = "█" * round(_BAR * count / rows) or ("▏" if count else "")
-        table.add_row(Text(name, colour), f"{count:,}", f"{count / rows:.1%}", Text(bar, colour))
-
     if result.plan.job in ("run", "filter"):
-        for name in ("keep", "review", "reject"):
-            add(name, totals[name])
+        shown: dict[str, int] = {name: totals[name] for name in DECISIONS}
     else:
-        add("embedded" if result.plan.job == "embed" else "scored", totals["embedded"])
-    add("failed", totals["failed"])
+        shown = {"embedded" if result.plan.job == "embed" else "scored": totals["embedded"]}
+    found = new_table("", ">", ">", "")
+    found.title, found.title_justify, found.show_header = title, "left", False
+    for name, count in {**shown, "failed": totals["failed"]}.items():
+        colour = COLOURS.get(name, "")
+        line = Text(bar(count / rows, _BAR) if count else "", colour)
+        found.add_row(Text(name, colour), f"{count:,}", f"{count / rows:.1%}", line)
     console.print()
-    console.print(table)
+    console.print(found)
     _print_details(console, totals)
     if result.rows_processed:
         working = max(result.seconds - result.startup_seconds, 1e-9)
-        console.print(
+        say(
+            console,
             f"{result.rows_processed:,} rows in {_duration(working)} ({result.rows_processed / working:,.0f} images/s) "
             f"after {result.startup_seconds:.1f} s of start-up, {result.engine} engine, model {result.plan.model['model']}",
             style="dim",
-            soft_wrap=True,
         )
     else:
         console.print("everything was already done; nothing was computed again", style="dim")
-    console.print(f"dataset  {result.out} (version {int(result.version)})", soft_wrap=True, highlight=False)
+    say(console, f"dataset  {result.out} (version {int(result.version)})")
     if report:
-        console.print(f"report   {report}", soft_wrap=True, highlight=False)
+        say(console, f"report   {report}")
     for message in result.messages:
-        style = "yellow" if result.exit_code == 0 else "red"
-        console.print(Text(message, style), soft_wrap=True)
+        say(console, message, style="red" if result.exit_code else "yellow")
 
 
 def _print_details(console: Console, totals: dict[str, Any]) -> None:
     if totals["rules"]:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("rule")
         # What only some policies have (lists of known pictures, modifiers, human decisions) gets a column where it occurs.
         seen = {band for bands in totals["rules"].values() for band in bands}
-        names = ["review", "reject", "missing", *(name for name in ("escalate", "tighten", "keep") if name in seen)]
-        for name in names:
-            table.add_column(name, justify="right")
+        names = [*LIMITS, MISSING, *(name for name in (ESCALATE, TIGHTEN, "keep") if name in seen)]
+        found = new_table("rule", *(f">{name}" for name in names))
         for rule, bands in totals["rules"].items():
-            table.add_row(rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in names))
+            found.add_row(rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in names))
         console.print()
-        console.print(table)
+        console.print(found)
     if totals.get("escalated"):
         console.print(Text(f"{totals['escalated']:,} escalated: among the rejected, never shown or copied", "red"))
     if totals["failed_by_class"]:
         failures = ", ".join(f"{count:,} {name}" for name, count in totals["failed_by_class"].items())
-        console.print(Text(f"failed: {failures}", _COLOURS["failed"]))
+        console.print(Text(f"failed: {failures}", COLOURS["failed"]))
     if totals["not_downloaded"]:
         console.print(
             f"{totals['not_downloaded']:,} rows of the source were never downloaded and are not counted", style="dim"
@@ -146,7 +167,8 @@ def _print_details(console: Console, totals: dict[str, Any]) -> None:
 
 
 def print_json(result: JobResult, report: str | None) -> None:
-    print(json.dumps({**asdict(result), "report": report}, indent=1))
+    """The result of a job as JSON."""
+    printing.print_json({**asdict(result), "report": report})
 
 
 def print_plan(request: JobRequest, as_json: bool) -> None:
@@ -155,16 +177,9 @@ def print_plan(request: JobRequest, as_json: bool) -> None:
 
     overview = plan_overview(request)
     if as_json:
-        print(json.dumps(overview, indent=1))
-        return
-    console = Console()
-    warnings = overview.pop("warnings")
-    for name, value in overview.items():
-        shown = ", ".join(value) if isinstance(value, list) else value
-        console.print(f"{name:<14} {shown}", soft_wrap=True, highlight=False, markup=False)
-    for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False, markup=False)
-    console.print("nothing was done (--dry-run)", style="dim")
+        printing.print_json(overview)
+    else:
+        printing.print_overview(overview)
 
 
 def _duration(seconds: float) -> str:

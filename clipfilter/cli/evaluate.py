@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import enum
 import json
 import sys
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clipfilter.cli.jobs import (
-    BatchSize,
-    CaptionColumn,
-    Decode,
-    DecodeOption,
-    Device,
-    Dtype,
-    ImageColumn,
-    Json,
-    MaxFailures,
-    Threads,
-)
+from clipfilter import defaults
+from clipfilter.cli import options as o
+from clipfilter.cli.printing import new_table, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,96 +22,95 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 5
 
 
-class EvaluatedCaptions(enum.StrEnum):
-    first = "first"
-    all = "all"
+@dataclass(frozen=True)
+class Measuring(o.Group):
+    """What is measured, on what."""
 
-
-class LabelStyle(enum.StrEnum):
-    as_is = "as-is"
-    words = "words"
-
-
-def evaluate(
     source: Annotated[
         str,
         typer.Argument(metavar="SOURCE", help="A dataset with labels or captions, or a run directory; path or URL."),
-    ],
+    ]
     model: Annotated[
         str | None,
         typer.Option(
             help="nano, an open_clip name/pretrained tag, or ARCH=/path/to/checkpoint [default: nano, or the run's own]."
         ),
-    ] = None,
+    ] = None
     label_column: Annotated[
         str | None,
         typer.Option(
             help="Column with the class; `folder` takes the name of the image's folder "
             "[default: label, cls, class or class_name]."
         ),
-    ] = None,
+    ] = None
     labels: Annotated[
         str | None,
         typer.Option(help="Class names: JSON list or label-to-name object, or text with one name per line, 0 first."),
-    ] = None,
+    ] = None
     label_style: Annotated[
-        LabelStyle, typer.Option(help="words: labels without a name in --labels in lower case, underscores as spaces.")
-    ] = LabelStyle.as_is,
+        Literal["as-is", "words"],
+        typer.Option(help="words: labels without a name in --labels in lower case, underscores as spaces."),
+    ] = "as-is"
     templates: Annotated[
         str, typer.Option(help="Prompt ensemble: none, photo, cifar-style, imagenet-like, or a file, one per line.")
-    ] = "photo",
-    caption_column: CaptionColumn = None,
-    captions: Annotated[
-        EvaluatedCaptions, typer.Option(help="Which captions of a row retrieval asks with.")
-    ] = EvaluatedCaptions.first,
+    ] = "photo"
+    caption_column: o.CaptionColumn = None
+    captions: Annotated[Literal["first", "all"], typer.Option(help="Which captions of a row retrieval asks with.")] = (
+        "first"
+    )
     where: Annotated[
         list[str] | None,
         typer.Option(help="Only rows with COLUMN=VALUE; repeated: all columns, and any of the values of one."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N of the selected rows.")] = None,
-    image_column: ImageColumn = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    batch_size: BatchSize = None,
-    threads: Threads = None,
-    decode: DecodeOption = Decode.fast,
-    max_failures: MaxFailures = 0.01,
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N of the selected rows.")] = None
+    image_column: o.ImageColumn = None
+    device: o.Device = defaults.DEVICE
+    dtype: o.Dtype = None
+    batch_size: o.BatchSize = None
+    threads: o.Threads = None
+    decode: o.Decode = defaults.DECODE
+
+    def request(self) -> dict[str, Any]:
+        """What an EvaluateRequest takes, with the defaults of the device."""
+        from clipfilter.engine import on_device
+        from clipfilter.evaluation import DataRequest
+        from clipfilter.sources import SourceOptions
+
+        at = on_device(self.device, self.dtype, self.batch_size)
+        data = DataRequest(
+            source=self.source,
+            options=SourceOptions(image_column=self.image_column, caption_column=self.caption_column),
+            label_column=self.label_column,
+            where=tuple(_condition(text) for text in self.where or ()),
+            captions=self.captions,
+            limit=self.limit,
+            decode=self.decode,
+            batch_size=at.batch_size,
+            threads=self.threads,
+            decode_ahead=at.decode_ahead,
+        )
+        same = {name: getattr(self, name) for name in ("model", "labels", "label_style", "templates")}
+        return {"data": data, "device": at.device, "dtype": at.dtype, **same}
+
+
+@o.grouped
+def evaluate(
+    *,
+    measuring: Measuring,
+    max_failures: o.MaxFailures = defaults.MAX_FAILURES,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")] = None,
-    as_json: Json = False,
+    as_json: o.Json = False,
 ) -> None:
     """Measure a model: zero-shot classification where there are labels, retrieval and matching where captions are."""
-    from clipfilter.engine import DEFAULT_BATCH_SIZE, DEFAULT_DTYPE, EXIT_DONE, EXIT_FAILURES, gpu_count
+    from clipfilter.cli.display import row_progress
+    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES
     from clipfilter.errors import RefusedError
-    from clipfilter.evaluation import DataRequest, EvaluateRequest
+    from clipfilter.evaluation import EvaluateRequest
     from clipfilter.evaluation import evaluate as measure
-    from clipfilter.sources import SourceOptions
 
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise RefusedError(f"--out {out}: its folder does not exist; make it first.")
-    if device == "auto":
-        device = "cuda" if gpu_count() else "cpu"
-    kind = device.partition(":")[0]
-    data = DataRequest(
-        source=source,
-        options=SourceOptions(image_column=image_column, caption_column=caption_column),
-        label_column=label_column,
-        where=tuple(_condition(text) for text in where or ()),
-        captions=captions.value,
-        limit=limit,
-        decode=decode.value,
-        batch_size=batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
-        threads=threads,
-        decode_ahead=0 if kind == "cpu" else 2,
-    )
-    request = EvaluateRequest(
-        data=data,
-        model=model,
-        device=device,
-        dtype=dtype.value if dtype else DEFAULT_DTYPE.get(kind, "fp32"),
-        labels=labels,
-        label_style=label_style.value,
-        templates=templates,
-    )
+    request = EvaluateRequest(**measuring.request())
     with row_progress() as on_rows:
         result = measure(request, on_rows)
     text = json.dumps(result.to_json(), indent=1, ensure_ascii=False)
@@ -143,10 +131,6 @@ def evaluate(
     raise typer.Exit(EXIT_DONE)
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("evaluate")(evaluate)
-
-
 def _condition(text: str) -> tuple[str, str]:
     from clipfilter.errors import RefusedError
 
@@ -156,37 +140,15 @@ def _condition(text: str) -> tuple[str, str]:
     return name.strip(), value
 
 
-@contextlib.contextmanager
-def row_progress() -> Iterator[Callable[[int], None] | None]:
-    """How many rows are embedded, on a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    rows = 0
-    with console.status("starting ...") as status:
-
-        def count(more: int) -> None:
-            nonlocal rows
-            rows += more
-            status.update(f"embedding: {rows:,} rows")
-
-        yield count
-
-
 def _print(result: Evaluation) -> None:
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
     counts = result.counts
-    console.print(
+    say(
+        console,
         f"{counts['images']:,} images ({counts['labelled']:,} with a label, {counts['captioned']:,} with a caption) of "
         f"{result.facts['source']}, model {result.facts['model']}",
-        soft_wrap=True,
-        highlight=False,
     )
     if result.zero_shot is not None:
         _print_zero_shot(console, result)
@@ -203,11 +165,11 @@ def _print(result: Evaluation) -> None:
         rows.append(("one wrong caption each", f"{match.pairs:,}", f"{match.auc_shuffled:.3f}"))
         _table(console, ("caption match", "pairs", "AUC"), rows)
     if counts["failed"] or counts["failed_shards"]:
-        console.print(Text(_failures(result), "magenta"), soft_wrap=True)
+        say(console, _failures(result), style="magenta")
     for path in counts["damaged_shards"]:
-        console.print(Text(f"{path} is damaged; only the rows before the damage are in the numbers", "red"))
+        say(console, f"{path} is damaged; only the rows before the damage are in the numbers", style="red")
     for note in result.notes:
-        console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
+        say(console, f"note: {note}", style="yellow")
 
 
 def _print_zero_shot(console: Console, result: Evaluation) -> None:
@@ -228,17 +190,13 @@ def _print_zero_shot(console: Console, result: Evaluation) -> None:
 
 
 def _table(console: Console, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(columns[0])
-    for name in columns[1:]:
-        table.add_column(name, justify="right")
+    found = new_table(columns[0], *(f">{name}" for name in columns[1:]))
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        found.add_row(*(Text(cell) for cell in row))
     console.print()
-    console.print(table)
+    console.print(found)
 
 
 def _failures(result: Evaluation) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
-from clipfilter.cli.jobs import Json
-from clipfilter.cli.runs import Run
+from clipfilter.cli.options import Json, Run
+from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.decisions import DECISIONS
 
 _STYLES = {"failed": "red", "unfinished": "red", "running": "cyan", "rollback": "yellow", "unchanged": "dim"}
 
@@ -32,56 +32,54 @@ def history(
     if rollback is not None and accept is not None:
         raise RefusedError("--rollback and --accept are two steps; give one of them.")
     if rollback is not None:
-        name, content = roll_back(run, rollback)
-        totals = content["totals"]
+        made = roll_back(run, rollback)
+        back, totals = made.rolled_back_to, made.totals
         if as_json:
-            typer.echo(json.dumps({"version": name, "rolled_back_to": content["rolled_back_to"], "totals": totals}))
+            print_json({"version": made.name, "rolled_back_to": back, "totals": totals}, indent=None)
         else:
-            typer.echo(f"version {int(name)} is version {content['rolled_back_to']} again: {totals['rows']:,} rows")
+            typer.echo(f"version {made.number} is version {back} again: {totals.rows:,} rows")
         return
     if accept is not None:
         accept_night(run, accept)
-        typer.echo(json.dumps({"accepted": accept}) if as_json else f"night {accept} is the new normal")
+        if as_json:
+            print_json({"accepted": accept}, indent=None)
+        else:
+            typer.echo(f"night {accept} is the new normal")
         return
     found = read_history(run)
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found, ascii_only=False)
     else:
         _print(found)
 
 
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file has no width: nothing is cut off
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("night", "date"):
-        table.add_column(name)
-    for name in ("version", "new", "rows", "keep", "review", "reject", "failed", "dataset", "drift", "seconds"):
-        table.add_column(name, justify="right")
-    table.add_column("outcome")
+    numbers = ("version", "new", "rows", *DECISIONS, "failed", "dataset", "drift", "seconds")
+    nights = new_table("night", "date", *(f">{name}" for name in numbers), "outcome")
     for night in found["nights"]:
-        table.add_row(*_cells(night))
+        nights.add_row(*_cells(night))
     of_nights = {night.get("version") for night in found["nights"]}
     for version in found["versions"]:
         if version["version"] not in of_nights:  # made by `run` or `filter`
-            parts = [f"{version[name]:,}" for name in ("keep", "review", "reject", "failed")]
-            table.add_row(
+            parts = [f"{version[name]:,}" for name in (*DECISIONS, "failed")]
+            nights.add_row(
                 "", "", str(int(version["version"])), "", "", *parts, f"{version['rows']:,}", "", "", Text("done")
             )
-    console.print(table)
+    console.print(nights)
     for night in found["nights"]:
         for alert in night["alerts"]:
-            console.print(Text(f"night {night['night']}: {alert['kind']}: {alert['message']}", "red"), soft_wrap=True)
+            say(console, f"night {night['night']}: {alert['kind']}: {alert['message']}", style="red")
 
 
 def _cells(night: dict[str, Any]) -> list[Any]:
     counts, shards = night.get("counts", {}), night.get("shards", {})
-    rows = [f"{counts[name]:,}" if counts.get(name) else "" for name in ("rows", "keep", "review", "reject", "failed")]
+    rows = [f"{counts[name]:,}" if counts.get(name) else "" for name in ("rows", *DECISIONS, "failed")]
     new = shards.get("new", 0) + shards.get("changed", 0)
     worst = max((item["psi"] for item in night.get("drift", ())), default=None)
     total = night.get("totals", {}).get("rows")
@@ -107,7 +105,3 @@ def _outcome(night: dict[str, Any]) -> Any:
         kinds = ", ".join(dict.fromkeys(alert["kind"] for alert in night["alerts"]))
         return Text(f"{told}: {kinds}", "red")
     return Text(told, _STYLES.get(outcome, "green"))
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("history")(history)

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import enum
-import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clipfilter.cli.jobs import DryRun, Json, Quiet
+from clipfilter import defaults
+from clipfilter.cli.options import DryRun, Json, Quiet
+from clipfilter.cli.printing import new_table, print_json, say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from clipfilter.ingest import IngestRequest, IngestResult
-
-
-class Retry(enum.StrEnum):
-    failed = "failed"
-    transient = "transient"
-    none = "none"
 
 
 def ingest(
@@ -36,14 +28,15 @@ def ingest(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Scale images down to this shorter side [default: bytes as they come].")
     ] = None,
-    rows_per_shard: Annotated[int, typer.Option(min=1, help="URLs per shard.")] = 10_000,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="URLs per shard.")] = defaults.ROWS_PER_SHARD,
     processes: Annotated[int, typer.Option(min=1, help="Processes, each with its threads.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Downloads at once in each process.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a server at any point.")] = 10.0,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that one whole download may take.")] = 60.0,
     retry: Annotated[
-        Retry, typer.Option(help="Which rows of earlier runs to fetch again: failed, those that may pass, or none.")
-    ] = Retry.failed,
+        Literal["failed", "transient", "none"],
+        typer.Option(help="Which rows of earlier runs to fetch again: failed, those that may pass, or none."),
+    ] = "failed",
     private: Annotated[
         bool,
         typer.Option("--private", help="Also fetch from private addresses, and through the environment's proxies."),
@@ -60,7 +53,7 @@ def ingest(
 
     request = IngestRequest(
         urls, out, url_column, caption_column, image_size, rows_per_shard, processes, threads, timeout, deadline,
-        "failed" if retry == Retry.failed else "transient" if retry == Retry.transient else "none", private, max_failures,
+        retry, private, max_failures,
     )  # fmt: skip
     if dry_run:
         from clipfilter.cli.pipeline_config import show_plan
@@ -74,10 +67,10 @@ def run_and_show(request: IngestRequest, *, as_json: bool, quiet: bool) -> int:
     """Run an ingest, print what it did; its exit code."""
     from clipfilter.ingest import ingest as run
 
-    with contextlib.redirect_stdout(sys.stderr), _progress(not (quiet or as_json)) as shown:
-        result = run(request, shown)
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run(request, None if quiet or as_json else _progress)
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1))
+        print_json(result.to_json())
     elif not quiet:
         _print(result)
     elif result.exit_code:
@@ -85,40 +78,24 @@ def run_and_show(request: IngestRequest, *, as_json: bool, quiet: bool) -> int:
     return result.exit_code
 
 
-@contextlib.contextmanager
-def _progress(enabled: bool) -> Iterator[Callable[[int, int, dict[str, int]], None] | None]:
+def _progress(done: int, total: int, states: dict[str, int]) -> None:
     """A line per finished shard, on stderr."""
-    if not enabled:
-        yield None
-        return
-
-    def show(done: int, total: int, states: dict[str, int]) -> None:
-        parts = ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
-        print(f"fetched {done:,} of {total:,}: {parts}", file=sys.stderr, flush=True)
-
-    yield show
+    parts = ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
+    print(f"fetched {done:,} of {total:,}: {parts}", file=sys.stderr, flush=True)
 
 
 def _print(result: IngestResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("state")
-    table.add_column("this run", justify="right")
-    table.add_column("in all", justify="right")
-    cells: list[Any] = [(state, result.fetched.get(state, 0), count) for state, count in result.states.items()]
-    for state, now, count in cells:
-        table.add_row(state, f"{now:,}" if now else "", f"{count:,}")
-    console.print(table)
+    found = new_table("state", ">this run", ">in all")
+    for state, count in result.states.items():
+        now = result.fetched.get(state, 0)
+        found.add_row(state, f"{now:,}" if now else "", f"{count:,}")
+    console.print(found)
     repeats = f" ({result.duplicates:,} repeats left out)" if result.duplicates else ""
-    console.print(f"list     {result.rows:,} rows{repeats}", highlight=False, soft_wrap=True)
-    console.print(f"shards   {result.shards:,} in {result.out}", highlight=False, soft_wrap=True)
-    console.print(f"status   {result.status}", highlight=False, soft_wrap=True)
+    say(console, f"list     {result.rows:,} rows{repeats}")
+    say(console, f"shards   {result.shards:,} in {result.out}")
+    say(console, f"status   {result.status}")
     for message in result.messages:
-        console.print(message, style="red", soft_wrap=True)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("ingest")(ingest)
+        say(console, message, style="red")

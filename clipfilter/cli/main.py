@@ -3,11 +3,52 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from clipfilter.cli import (
+    classify,
+    curation,
+    evaluate,
+    history,
+    ingest,
+    jobs,
+    models,
+    nightly,
+    policies,
+    rank,
+    runs,
+    search,
+    serve,
+    train,
+)
 from clipfilter.cli.guard import guard
+
+#: In the order of the help.
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "run": jobs.run,
+    "embed": jobs.embed,
+    "filter": jobs.filter_,
+    "score": jobs.score,
+    "export": runs.export,
+    "report": runs.report,
+    "verify": runs.verify,
+    "import": curation.import_,
+    "forget": curation.forget,
+    "ingest": ingest.ingest,
+    "nightly": nightly.nightly,
+    "history": history.history,
+    "classify": classify.classify,
+    "index": search.index,
+    "search": search.search,
+    "rank": rank.rank,
+    "serve": serve.serve,
+    "evaluate": evaluate.evaluate,
+    "train": train.train,
+}
+_GROUPS = {"curate": curation.curate_app, "policy": policies.policy_app, "models": models.models_app}
 
 app = typer.Typer(
     name="clipfilter",
@@ -38,42 +79,11 @@ def _options(
 
 def add_commands(to: typer.Typer) -> None:
     """Register every command, in the order of the help."""
-    from clipfilter.cli import (
-        classify,
-        curation,
-        evaluate,
-        history,
-        ingest,
-        jobs,
-        models,
-        nightly,
-        policies,
-        rank,
-        runs,
-        search,
-        serve,
-        train,
-    )
-
-    for module in (
-        jobs,
-        runs,
-        curation,
-        ingest,
-        nightly,
-        history,
-        classify,
-        search,
-        rank,
-        serve,
-        evaluate,
-        train,
-        policies,
-        models,
-    ):
-        module.add_to(to)
-    for command in to.registered_commands:  # the whole sentence in the list; click would cut it off
-        command.short_help = inspect.getdoc(command.callback)
+    for name, command in _COMMANDS.items():
+        # The whole sentence in the list; click would cut it off.
+        to.command(name, short_help=inspect.getdoc(command))(command)
+    for name, group in _GROUPS.items():
+        to.add_typer(group, name=name)
 
 
 def main() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipfilter.cli.jobs import Json
+from clipfilter.cli.options import Json
+from clipfilter.cli.printing import print_json, say
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder, TorchEncoder
@@ -37,7 +37,7 @@ def list_(
     if not found:
         raise RefusedError(f"no model's name holds {pattern!r}: `clipfilter models list` lists all")
     if as_json:
-        typer.echo(json.dumps([entry.to_json() for entry in found], indent=1))
+        print_json([entry.to_json() for entry in found])
         return
     from rich import box
     from rich.console import Console
@@ -56,7 +56,7 @@ def list_(
     if pattern is None:
         console.print("and by path or repository:", style="dim")
         for name, meaning in OTHER_NAMES:
-            console.print(f"  {name:<26} {meaning}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"  {name:<26} {meaning}")
 
 
 @models_app.command("download")
@@ -74,7 +74,7 @@ def show(name: Name, as_json: Json = False) -> None:
 
     facts = _facts(load_encoder(name))
     if as_json:
-        typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        print_json(facts, ascii_only=False)
         return
     preprocess, fingerprint = facts["preprocess"], facts["fingerprint"]
     lines = {
@@ -137,7 +137,7 @@ def export(
     note = loss_note(report.config)
     if as_json:
         facts = {"folder": str(report.folder), "bytes": report.bytes, "note": note, "config": report.config}
-        typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        print_json(facts, ascii_only=False)
         return
     worst = max(report.config["parity"].values())
     typer.echo(f"{report.folder} ({report.bytes / 1e6:,.1f} MB); largest 1 - cosine to {name} before int8: {worst:.0e}")
@@ -196,7 +196,3 @@ def _facts(encoder: Any) -> dict[str, Any]:
         "fingerprint": encoder.fingerprint,
         "note": note,
     }
-
-
-def add_to(app: typer.Typer) -> None:
-    app.add_typer(models_app, name="models")

@@ -9,11 +9,15 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from clipfilter import defaults
+from clipfilter.cli import jobs
 from clipfilter.cli.guard import guard
+from clipfilter.cli.options import Columns
+from clipfilter.cli.printing import print_json, print_overview
 from clipfilter.errors import RefusedError
 from clipfilter.operations import CostConfig, Estimate, estimate_lines
 from clipfilter.policies import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, suggest
@@ -91,26 +95,26 @@ class SourceConfig(Config):
     image_column: str | None = None
     caption_column: str | None = None
     uid_column: str | None = None
-    captions: Literal["first", "max", "mean", "none"] = "first"
+    captions: defaults.Captions = defaults.CAPTIONS
 
 
 class ModelConfig(Config):
     """Which model embeds, and how."""
 
-    name: str = "nano"
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    name: str = defaults.MODEL
+    dtype: defaults.Dtype | None = None
     batch_size: int | None = Field(default=None, ge=1)
-    decode: Literal["fast", "exact"] = "fast"
+    decode: defaults.Decode = defaults.DECODE
 
 
 class EngineConfig(Config):
     """Where the work runs."""
 
-    name: Literal["auto", "local", "ray"] = "auto"
+    name: defaults.Engine = defaults.ENGINE
     address: str | None = None
     workers: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
-    device: str = "auto"
+    device: str = defaults.DEVICE
 
 
 class JobConfig(Config):
@@ -120,7 +124,7 @@ class JobConfig(Config):
     out: str
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
-    max_failures: float = Field(default=0.01, ge=0, le=1)
+    max_failures: float = Field(default=defaults.MAX_FAILURES, ge=0, le=1)
     cost: CostConfig = CostConfig()
 
 
@@ -128,53 +132,29 @@ def job_request(
     config: JobConfig, job: Job, *, policy: str | None = None, copy_images: bool = True, retry_failed: bool = False
 ) -> JobRequest:
     """The config as the engine takes it; `copy_images` writes kept and review images beside the decisions."""
-    from clipfilter.engine import JobRequest
-    from clipfilter.sources import SourceOptions
-
     source, model, engine = config.source, config.model, config.engine
-    options = SourceOptions(
-        image_column=source.image_column,
-        caption_column=source.caption_column,
-        uid_column=source.uid_column,
-        captions="first" if source.captions == "none" else source.captions,
-    )
-    return JobRequest(
-        job=job,
-        source=source.url,
-        out=config.out,
+    return jobs.job_request(
+        job,
+        source.url,
+        config.out,
+        Columns(**source.model_dump(exclude={"url"})),
         policy=policy,
         model=model.name,
         engine=engine.name,
-        address=engine.address,
-        workers=engine.workers,
-        threads=engine.threads,
-        device=engine.device,
-        dtype=model.dtype,
-        batch_size=model.batch_size,
-        decode=model.decode,
-        captions=source.captions,
-        source_options=options,
         copy=copy_images,
         retry_failed=retry_failed,
         max_failures=config.max_failures,
+        **model.model_dump(exclude={"name"}),
+        **engine.model_dump(exclude={"name"}),
     )
 
 
 def show_plan(overview: dict[str, Any], estimate: Estimate | None, as_json: bool) -> None:
     """Print what `--dry-run` shows: the checked plan, then the estimate."""
     if as_json:
-        print(json.dumps({**overview, "estimate": asdict(estimate) if estimate else None}, indent=1))
-        return
-    for name, value in overview.items():
-        if name == "warnings":
-            continue
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        print(f"{name:<14} {shown}")
-    for warning in overview.get("warnings", ()):
-        print(f"warning: {warning}")
-    for line in estimate_lines(estimate) if estimate else ():
-        print(line)
-    print("nothing was done (--dry-run)")
+        print_json({**overview, "estimate": asdict(estimate) if estimate else None})
+    else:
+        print_overview(overview, estimate_lines(estimate) if estimate else ())
 
 
 def arguments(description: str | None, given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from clipfilter.cli import audit, calibration, decisions, policy_schema, policy_show, policy_tests
-from clipfilter.cli.policy_show import PolicyArgument
+from clipfilter.cli.options import Policy
 
 policy_app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate policies.", rich_markup_mode=None)
 
 
 @policy_app.command("validate")
-def validate(policy: PolicyArgument) -> None:
+def validate(policy: Policy) -> None:
     """Check a policy; exit code 2 and one sentence with the line when something is wrong."""
     from clipfilter.policies import load_policy
 
@@ -19,8 +21,8 @@ def validate(policy: PolicyArgument) -> None:
     typer.echo(f"{loaded.name} version {loaded.version}: {len(loaded.rules)} rules, sha256 {loaded.sha256[:12]}")
 
 
-policy_show.add_to(policy_app)
-policy_tests.add_to(policy_app)
+policy_app.command("show")(policy_show.show)
+policy_app.command("test")(policy_tests.check)
 
 
 @policy_app.command("list")
@@ -32,11 +34,13 @@ def packs() -> None:
         typer.echo(name)
 
 
-decisions.add_to(policy_app)
-calibration.add_to(policy_app)
-audit.add_to(policy_app)
-policy_schema.add_to(policy_app)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.add_typer(policy_app, name="policy")
+_MORE: dict[str, Callable[..., None]] = {
+    "explain": decisions.explain,
+    "diff": decisions.diff,
+    "sample": calibration.sample,
+    "calibrate": calibration.calibrate,
+    "export-decisions": audit.export,
+    "schema": policy_schema.schema,
+}
+for name, command in _MORE.items():
+    policy_app.command(name)(command)

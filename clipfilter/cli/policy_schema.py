@@ -26,7 +26,3 @@ def schema(
     if not Path(out).absolute().parent.is_dir():
         raise RefusedError(f"there is no folder for --out {out}.")
     Path(out).write_text(text, encoding="utf-8")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("schema")(schema)

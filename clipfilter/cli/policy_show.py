@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipfilter.cli.jobs import Model
+from clipfilter import defaults
+from clipfilter.cli import options as o
+from clipfilter.cli.printing import COLOURS, new_table, print_json, say
+from clipfilter.decisions import LIMITS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from clipfilter.evaluation import Contrast
-    from clipfilter.policies import Policy, Rule
-
-PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a pack.")]
-_STYLES = {"review": "yellow", "reject": "red"}
+    from clipfilter.policies import Policy
 
 
 def show(
-    policy: PolicyArgument,
-    model: Model = "nano",
+    policy: o.Policy,
+    model: o.Model = defaults.MODEL,
     contrast: Annotated[bool, typer.Option(help="Ask the model how near negatives are to positives.")] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the canonical form, of which the hash is taken.")
@@ -32,13 +31,13 @@ def show(
 
     loaded = load_policy(policy)
     if as_json:
-        typer.echo(json.dumps(loaded.canonical(), indent=2, ensure_ascii=False))
+        print_json(loaded.canonical(), indent=2, ascii_only=False)
         return
     from rich.console import Console
 
     console = Console()
     _print_policy(console, loaded)
-    if contrast and any(rule.concept is not None for rule in loaded.rules):
+    if contrast and any(rule.measure.compared is not None for rule in loaded.rules):
         from clipfilter.evaluation import contrasts
         from clipfilter.models import load_encoder
 
@@ -47,66 +46,40 @@ def show(
 
 
 def _print_policy(console: Console, policy: Policy) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    def say(*parts: str | tuple[str, str]) -> None:
-        console.print(Text.assemble(*parts), soft_wrap=True, highlight=False)
-
-    say((policy.name, "bold"), f" version {policy.version}", (f"  sha256 {policy.sha256}", "dim"))
+    say(console, (policy.name, "bold"), f" version {policy.version}", (f"  sha256 {policy.sha256}", "dim"))
     if policy.description:
-        say(policy.description)
+        say(console, policy.description)
     if policy.card is not None:
         for name, text in policy.card.model_dump(exclude_none=True).items():
-            say((f"{name.replace('_', ' ') + ':':<14}", "dim"), text)
+            say(console, (f"{name.replace('_', ' ') + ':':<14}", "dim"), text)
     console.print()
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("rule", "kind", "what", "review", "reject", "missing"):
-        table.add_column(name, overflow="fold")
+    rules = new_table("rule", "kind", "what", *LIMITS, "missing", fold=True, pad_edge=False)
     for rule in policy.rules:
         bands = [
-            Text(f"{band.direction} {band.value:g}" if band is not None else "", _STYLES[name])
+            Text(f"{band.direction} {band.value:g}" if band is not None else "", COLOURS[name])
             for name, band in (("review", rule.review), ("reject", rule.reject))
         ]
-        table.add_row(rule.id, rule.kind, _what(rule), *bands, rule.on_missing or policy.on_missing)
-    console.print(table)
+        said = rule.measure.summary(rule.when is not None)
+        rules.add_row(rule.id, rule.kind, said, *bands, rule.on_missing or policy.on_missing)
+    console.print(rules)
     for entry in policy.calibrations:
-        say((f"calibrated for {entry.model} (weights {entry.weights_sha256[:12]}): {', '.join(entry.rules)}", "dim"))
-    if policy.tests:
-        say((f"{len(policy.tests)} tests; run them with `clipfilter policy test`", "dim"))
-
-
-def _what(rule: Rule) -> str:
-    """What the rule looks at, in a line."""
-    if rule.concept is not None:
-        concept = rule.concept
-        words = [*concept.any_of, *concept.all_of]
-        parts = [f"“{words[0]}”" + (f" and {len(words) - 1} more" if len(words) > 1 else "")] if words else ["learned"]
-        against = len(concept.but_not) + len(concept.generic_phrases)
-        return (
-            f"{parts[0]} against {against} others ({concept.score})"
-            if concept.score != "cosine"
-            else f"{parts[0]} (cosine)"
+        say(
+            console,
+            (f"calibrated for {entry.model} (weights {entry.weights_sha256[:12]}): {', '.join(entry.rules)}", "dim"),
         )
-    if rule.alignment is not None:
-        return "cosine of image and caption"
-    value = getattr(rule, rule.kind)
-    if not isinstance(value, str):
-        value = json.dumps(value.model_dump(mode="json", exclude_none=True, exclude_defaults=True), ensure_ascii=False)
-    when = " (when a condition holds)" if rule.when is not None else ""
-    return (value if len(value) <= 80 else value[:77] + "...") + when
+    if policy.tests:
+        say(console, (f"{len(policy.tests)} tests; run them with `clipfilter policy test`", "dim"))
 
 
 def _print_contrasts(console: Console, found: list[Contrast], model: str) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     for contrast in found:
         console.print()
-        console.print(Text.assemble((contrast.rule, "bold"), (f"  as {model} reads its phrases (cosines)", "dim")))
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("positive", "most alike positive", "nearest negatives"):
-            table.add_column(name, overflow="fold")
+        say(console, (contrast.rule, "bold"), (f"  as {model} reads its phrases (cosines)", "dim"))
+        phrases = new_table("positive", "most alike positive", "nearest negatives", fold=True, pad_edge=False)
         for positive in contrast.positives:
             alike = f"{positive.alike} {positive.alike_cosine:.2f}" if positive.alike is not None else ""
             near = Text(", ").join(
@@ -116,11 +89,7 @@ def _print_contrasts(console: Console, found: list[Contrast], model: str) -> Non
                 )
                 for negative in positive.nearest
             )
-            table.add_row(positive.phrase, alike, near)
-        console.print(table)
+            phrases.add_row(positive.phrase, alike, near)
+        console.print(phrases)
         for warning in contrast.warnings:
-            console.print(Text(warning, "yellow"), soft_wrap=True)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("show")(show)
+            say(console, warning, style="yellow")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipfilter.cli.jobs import Decode, Json, Model
-from clipfilter.cli.policy_show import PolicyArgument
+from clipfilter import defaults
+from clipfilter.cli.options import Json, Model, Policy
+from clipfilter.cli.printing import new_table, print_json, say
 
 if TYPE_CHECKING:
     from clipfilter.operations import TestReport
@@ -20,12 +20,12 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def check(
-    policy: PolicyArgument,
-    model: Model = "nano",
+    policy: Policy,
+    model: Model = defaults.MODEL,
     images: Annotated[
         str | None, typer.Option(help="Folder that the tests' image paths start from [default: the policy's own].")
     ] = None,
-    decode: Annotated[Decode, typer.Option(help="How images are decoded, as in `run`.")] = Decode.fast,
+    decode: Annotated[defaults.Decode, typer.Option(help="How images are decoded, as in `run`.")] = defaults.DECODE,
     junit: Annotated[str | None, typer.Option(help="Write the results as JUnit XML to this file, for CI.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -43,11 +43,11 @@ def check(
         raise RefusedError(f"--images {images} is no folder.")
     if junit is not None and not Path(junit).absolute().parent.is_dir():
         raise RefusedError(f"there is no folder for --junit {junit}.")
-    report = run_tests(loaded, folder, load_encoder(model), decode="exact" if decode == "exact" else "fast")
+    report = run_tests(loaded, folder, load_encoder(model), decode=decode)
     if junit is not None:
         Path(junit).write_bytes(junit_xml(report))
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+        print_json(report.to_json(), ascii_only=False)
     else:
         _print(report)
     if report.failed:
@@ -56,32 +56,28 @@ def check(
 
 def _print(report: TestReport) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     console = Console()
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("", "test", "expected", "decision", ""):
-        table.add_column(name, overflow="fold")
+    tests = new_table("", "test", "expected", "decision", "", fold=True, pad_edge=False)
     for result in report.results:
         mark = Text("ok", "green") if result.passed else Text("FAILED", "bold red")
         name = text.clean(result.name, 60)
         caption = f" “{text.clean(result.caption, 60)}”" if result.caption and result.caption != result.name else ""
         problems = Text("; ".join(text.clean(problem, 300) for problem in result.problems), "red")
-        table.add_row(mark, Text.assemble(name, (caption, "dim")), result.expected, result.decision, problems)
-    console.print(table)
+        tests.add_row(mark, Text.assemble(name, (caption, "dim")), result.expected, result.decision, problems)
+    console.print(tests)
     console.print()
     total = len(report.results)
-    console.print(
+    say(
+        console,
         f"{report.policy} version {report.version} with {report.model}: {total - report.failed} of {total} tests pass",
-        style="green" if not report.failed else "red",
-        soft_wrap=True,
-        highlight=False,
+        style="red" if report.failed else "green",
     )
     for note in report.notes:
-        console.print(Text(note, "dim"), soft_wrap=True)
+        say(console, note, style="dim")
 
 
 def junit_xml(report: TestReport) -> bytes:
@@ -112,7 +108,3 @@ def junit_xml(report: TestReport) -> bytes:
             ]
             failure.text = clean("\n".join([f"expected {result.expected}", problems, *scores]))
     return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True))
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("test")(check)

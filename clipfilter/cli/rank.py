@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipfilter.cli.jobs import BatchSize, Decode, DecodeOption, Device, Dtype, Json, Threads
+from clipfilter import columns as cf
+from clipfilter import defaults
+from clipfilter.cli import options as o
+from clipfilter.cli.printing import bar, new_table, print_json, say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 _BAR = 20
 
 
+@o.grouped
 def rank(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Image files, URLs, folders or globs, a dataset, or a run.")
@@ -27,34 +30,28 @@ def rank(
         str | None, typer.Option("--policy", "-p", help="Drop what this policy rejects; the prompt is the caption.")
     ] = None,
     top: Annotated[int | None, typer.Option("-k", "--top", min=1, help="Only the best K.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="As for embed [default: nano; of a run, the model that embedded it].")
-    ] = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    batch_size: BatchSize = None,
-    decode: DecodeOption = Decode.fast,
-    as_json: Json = False,
+    model: o.ModelOfSource = None,
+    threads: o.Threads = None,
+    device: o.Device = defaults.DEVICE,
+    *,
+    batches: o.Batches,
+    as_json: o.Json = False,
 ) -> None:
     """Order images by how well they fit a prompt; what a policy rejects drops out, with the reason."""
-    from clipfilter.cli.evaluate import row_progress
+    from clipfilter.cli.display import row_progress
     from clipfilter.engine import EXIT_DONE, EXIT_FAILURES, embed_stream, open_inputs, stream_options
     from clipfilter.operations import Ranker
 
     inputs = open_inputs(images)
-    encoder, options = stream_options(
-        inputs, model, device=device, dtype=dtype.value if dtype else None, threads=threads, batch_size=batch_size,
-        decode=decode.value,
-    )  # fmt: skip
+    encoder, options = stream_options(inputs, model, device=device, threads=threads, **vars(batches))
     ranker = Ranker(encoder, by, policy)
     lost: list[dict[str, str]] = []
     with row_progress() as on_rows:
-        table = ranker.rank_embedded(prompt, embed_stream(inputs, encoder, options, on_rows, lost))
-    rows = _rows(table, top)
+        ranked = ranker.rank_embedded(prompt, embed_stream(inputs, encoder, options, on_rows, lost))
+    rows = _rows(ranked, top)
     if as_json:
         head = {"prompt": prompt, "model": encoder.fingerprint["model"], "by": by, "policy": policy}
-        print(json.dumps({**head, "images": rows, "failed_shards": lost}, indent=1, ensure_ascii=False))
+        print_json({**head, "images": rows, "failed_shards": lost}, ascii_only=False)
     else:
         _print(rows, ranker.by, lost)
     failed = any(row["error_class"] for row in rows)
@@ -68,11 +65,11 @@ def _rows(table: pa.Table, top: int | None) -> list[dict[str, Any]]:
             "rank": row["rank"],
             "image": row["image"],
             "score": row["score"],
-            "similarity": row["cf_similarity"],
-            "decision": row["cf_decision"],
-            "reasons": row["cf_reasons"],
-            "error_class": row["cf_error_class"],
-            "error": row["cf_error"],
+            "similarity": row[cf.SIMILARITY],
+            "decision": row[cf.DECISION],
+            "reasons": row[cf.REASONS],
+            "error_class": row[cf.ERROR_CLASS],
+            "error": row[cf.ERROR],
         }
         for row in table.to_pylist()
     ]
@@ -81,19 +78,13 @@ def _rows(table: pa.Table, top: int | None) -> list[dict[str, Any]]:
 
 def _print(rows: list[dict[str, Any]], by: str, lost: list[dict[str, str]]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    from clipfilter.report import text
+    from clipfilter import text
 
     console = Console()
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("rank", justify="right")
-    table.add_column("image", overflow="fold")
-    table.add_column(text.clean(by, 40), justify="right")
-    if by != "clip":
-        table.add_column("clip", justify="right")
-    table.add_column()
+    found = new_table(">rank", "image", f">{text.clean(by, 40)}", *([">clip"] if by != "clip" else []), "")
+    found.columns[1].overflow = "fold"
     ranked = [row["score"] for row in rows if row["rank"] and row["score"] is not None]
     low, high = (min(ranked), max(ranked)) if ranked else (0.0, 0.0)
     for row in rows:
@@ -106,13 +97,13 @@ def _print(rows: list[dict[str, Any]], by: str, lost: list[dict[str, str]]) -> N
             why = Text(f"review: {_reasons(row)}", "yellow")
         else:
             share = (row["score"] - low) / (high - low) if row["score"] is not None and high > low else 1.0
-            why = Text("█" * round(_BAR * share) or "▏", "green")
+            why = Text(bar(share, _BAR), "green")
         numbers = [row["score"]] + ([row["similarity"]] if by != "clip" else [])
         cells = ["" if value is None else f"{value:.3f}" for value in numbers]
-        table.add_row("" if row["rank"] is None else str(row["rank"]), name, *cells, why)
-    console.print(table)
+        found.add_row("" if row["rank"] is None else str(row["rank"]), name, *cells, why)
+    console.print(found)
     for item in lost:
-        console.print(Text(f"shard {item['path']}: {item['error']}", "red"), soft_wrap=True)
+        say(console, f"shard {item['path']}: {item['error']}", style="red")
 
 
 def _reasons(row: dict[str, Any]) -> str:
@@ -127,7 +118,3 @@ def _reasons(row: dict[str, Any]) -> str:
 def _number(reason: dict[str, Any]) -> str:
     sign = ">" if reason["score"] > reason["threshold"] else "<"
     return f"{reason['score']:.3g} {sign} {reason['threshold']:.3g}"
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("rank")(rank)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipfilter.cli.jobs import Json, Thumbnails
-from clipfilter.cli.runs import Run
+from clipfilter import columns as cf
+from clipfilter import defaults
+from clipfilter.cli.options import Json, ModelOfRun, Run
+from clipfilter.cli.printing import COLOURS, new_table, print_json, say
 
 if TYPE_CHECKING:
-    from clipfilter.search import SearchResult
+    from clipfilter.search import Searcher, SearchResult
 
-_STYLES = {"keep": "green", "review": "yellow", "reject": "red"}
 IndexAt = Annotated[
     str | None, typer.Option("--index", help="Directory of the index (path or URL) [default: index/ in the run].")
 ]
@@ -33,7 +33,7 @@ def index(
     """Make or update the approximate index of a run of a million rows or more; smaller ones are searched exactly."""
     from dataclasses import asdict
 
-    from clipfilter.report import text
+    from clipfilter import text
     from clipfilter.search import EXACT_ROWS, RunVectors, build_index, has_index
 
     with RunVectors.open(run) as vectors:
@@ -41,14 +41,14 @@ def index(
         needed = approximate or rows >= EXACT_ROWS or has_index(vectors.url, at)
     if not needed:
         if as_json:
-            typer.echo(json.dumps({"rows": rows, "manifest": None}, indent=1))
+            print_json({"rows": rows, "manifest": None})
         else:
             typer.echo(f"{rows:,} rows are searched exactly, which needs no index (--approximate makes one anyway)")
         return
     with _progress(enabled=not as_json) as on_rows:
         made = build_index(run, at, rebuild=rebuild, on_rows=on_rows)
     if as_json:
-        typer.echo(json.dumps(asdict(made), indent=1))
+        print_json(asdict(made))
         return
     dropped = f", superseded and left out: {made.segments_dropped:,}" if made.segments_dropped else ""
     typer.echo(
@@ -96,22 +96,18 @@ def search(
     ] = None,
     sheet: Annotated[str | None, typer.Option(help="Write a contact sheet (PNG) of the hits here.")] = None,
     thumbnails: Annotated[
-        Thumbnails, typer.Option(help="Pictures on the sheet of rows that were not kept: blur or show.")
-    ] = Thumbnails.blur,
+        defaults.Thumbnails, typer.Option(help="Pictures on the sheet of rows that were not kept: blur or show.")
+    ] = defaults.THUMBNAILS,
     at: IndexAt = None,
     exact: Annotated[bool, typer.Option("--exact", help="Look at every row, also where there is an index.")] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Where the run's own model is now, if it was a local one [default: as recorded].")
-    ] = None,
+    model: ModelOfRun = None,
     as_json: Json = False,
 ) -> None:
     """Find the rows nearest to a text, an image, a row, or a sum of them."""
-    from pathlib import Path
-
     from clipfilter.errors import RefusedError
     from clipfilter.search import Searcher
 
-    if sheet is not None and thumbnails is Thumbnails.none:
+    if sheet is not None and thumbnails == "none":
         raise RefusedError("a contact sheet is its pictures; leave out --sheet, or --thumbnails none.")
     chosen = [name.strip() for name in columns.split(",") if name.strip()] if columns else []
     text = [" ".join(words)] if words else []
@@ -120,15 +116,9 @@ def search(
             [*text, *(plus or [])], image or [], uid or [], minus or [],
             k=k, where=where, minus_weight=minus_weight, columns=_columns(chosen),
         )  # fmt: skip
-        problem = None
-        if sheet is not None:
-            from clipfilter.report import contact_sheet
-
-            png, problem = contact_sheet(searcher.vectors, found, str(thumbnails))
-            Path(sheet).parent.mkdir(parents=True, exist_ok=True)
-            Path(sheet).write_bytes(png)
+        problem = None if sheet is None else _write_sheet(sheet, searcher, found, thumbnails)
     if as_json:
-        typer.echo(json.dumps(found.to_json() | {"sheet": sheet}, indent=1, ensure_ascii=False, default=str))
+        print_json(found.to_json() | {"sheet": sheet}, ascii_only=False, default=str)
     else:
         _print(found, chosen)
         if sheet is not None:
@@ -136,6 +126,18 @@ def search(
     for note in (*found.notes, problem):
         if note and not as_json:
             typer.echo(f"note     {note}", err=True)
+
+
+def _write_sheet(sheet: str, searcher: Searcher, found: SearchResult, thumbnails: defaults.Thumbnails) -> str | None:
+    """Write the hits' pictures; what is to be said about them."""
+    from pathlib import Path
+
+    from clipfilter.report import contact_sheet
+
+    png, problem = contact_sheet(searcher.vectors, found, thumbnails)
+    Path(sheet).parent.mkdir(parents=True, exist_ok=True)
+    Path(sheet).write_bytes(png)
+    return problem
 
 
 def _columns(chosen: list[str]) -> list[str]:
@@ -146,40 +148,30 @@ def _columns(chosen: list[str]) -> list[str]:
 
 def _print(found: SearchResult, chosen: list[str]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console()
     rows = found.hits.to_pylist()
-    decided = any(row["cf_decision"] for row in rows)
-    names = chosen or ["cf_key", "cf_caption", *(["cf_decision"] if decided else [])]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("", justify="right")
-    table.add_column("cosine", justify="right")
-    for name in names:
-        table.add_column(name.removeprefix("cf_"), overflow="ellipsis", no_wrap=name == "cf_key")
+    decided = any(row[cf.DECISION] for row in rows)
+    names = chosen or [cf.KEY, cf.CAPTION, *([cf.DECISION] if decided else [])]
+    hits = new_table(">", ">cosine", *(name.removeprefix(cf.PREFIX) for name in names))
+    for name, column in zip(names, hits.columns[2:], strict=True):
+        column.no_wrap = name == cf.KEY
     for row in rows:
         cells = [Text(_shown(row[name])) for name in names]
         for name, cell in zip(names, cells, strict=True):
-            cell.style = _STYLES.get(row[name], "") if name == "cf_decision" else ""
-        table.add_row(str(row["rank"]), f"{row['cosine']:.3f}", *cells)
-    console.print(table)
+            cell.style = COLOURS.get(row[name], "") if name == cf.DECISION else ""
+        hits.add_row(str(row["rank"]), f"{row['cosine']:.3f}", *cells)
+    console.print(hits)
     if not rows:
         console.print("no row is left by the condition", style="yellow")
     among = f"{found.matching:,} of {found.rows:,} rows" if found.matching < found.rows else f"{found.rows:,} rows"
-    console.print(
-        f"{found.method} search of {among}, model {found.model}", style="dim", highlight=False, soft_wrap=True
-    )
+    say(console, f"{found.method} search of {among}, model {found.model}", style="dim")
 
 
 def _shown(value: object) -> str:
-    from clipfilter.report import text
+    from clipfilter import text
 
     if isinstance(value, float):
         return text.score(value)
     return "" if value is None else text.clean(value, 120)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("index")(index)
-    app.command("search")(search)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from clipfilter.cli.runs import Run
+from clipfilter import defaults
+from clipfilter.cli.options import ModelOfRun, Run
 
 
 def serve(
@@ -14,7 +15,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8642,
     host: Annotated[
         str, typer.Option(help="Address to listen on; another than this machine's own lets others ask too.")
-    ] = "127.0.0.1",
+    ] = defaults.LOOPBACK,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     labels: Annotated[
         str | None, typer.Option(help="CSV file that labels are written to [default: NAME-OF-RUN-labels.csv here].")
@@ -25,9 +26,7 @@ def serve(
             "--policy", "-p", help="The file the run's policy came from, so that an export keeps its comments."
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the run's own model is now, if it was a local one [default: as recorded].")
-    ] = None,
+    model: ModelOfRun = None,
 ) -> None:
     """Look at a run in the browser: search it, move thresholds, label examples; Ctrl-C ends it."""
     from clipfilter.serve import is_loopback
@@ -44,7 +43,3 @@ def serve(
 
     serve_run(run, host=host, port=port, labels=labels, policy=policy, model=model, ready=ready)
     typer.echo("stopped")
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("serve")(serve)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import enum
-import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clipfilter.cli.jobs import Precision
+from clipfilter import defaults
+from clipfilter.cli import options as o
+from clipfilter.cli.printing import new_table, print_json, say
 
 if TYPE_CHECKING:
     from clipfilter.training import Shown, TrainResult
@@ -20,116 +21,101 @@ if TYPE_CHECKING:
 _LINE_SECONDS = 10.0
 
 
-class Loss(enum.StrEnum):
-    clip = "clip"
-    siglip = "siglip"
+@dataclass(frozen=True)
+class Training(o.Group):
+    """What trains, on what and how; the names are those of TrainSettings."""
 
-
-class Engine(enum.StrEnum):
-    local = "local"
-    ray = "ray"
-
-
-class DevMeasure(enum.StrEnum):
-    recall = "recall@10"
-    loss = "loss"
-
-
-def train(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Images with captions: anything `run` reads.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Images with captions: anything `run` reads.")]
     out: Annotated[
         str, typer.Option("--out", "-o", help="Folder for checkpoints, logs and the result; resumed when it exists.")
-    ],
+    ]
     model: Annotated[
         str, typer.Option(help="nano, nano=/path, an open_clip name/tag, or ARCH=/path/to/checkpoint.")
-    ] = "nano",
+    ] = defaults.MODEL
     train: Annotated[
         str, typer.Option(help="What trains: heads, last-N-blocks, all; image:... or text:... for one tower.")
-    ] = "last-2-blocks",
+    ] = "last-2-blocks"
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Begin with random weights; --model is a bare architecture.")
-    ] = False,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs in memory at once, per worker.")] = 64,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches contrasted with each other in one step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay; gains, biases and temperature have none.")] = 0.1,
-    warmup: Annotated[
-        int | None, typer.Option(min=0, help="Steps until the peak rate [default: a tenth of all].")
-    ] = None,
-    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    dtype: Annotated[
-        Precision | None, typer.Option(help="fp32, bf16 or fp16 [default: fp32 on CPU, bf16 on GPU].")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Order, captions, crops and dropout follow from it.")] = 0,
+    ] = False
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 5
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs in memory at once, per worker.")] = 64
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches contrasted with each other in one step.")] = 1
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5
+    weight_decay: Annotated[float, typer.Option(help="Weight decay; gains, biases and temperature have none.")] = 0.1
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps until the peak rate [default: a tenth of all].")] = (
+        None
+    )
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0
+    dtype: o.Dtype = None
+    device: o.Device = defaults.DEVICE
+    seed: Annotated[int, typer.Option(help="Order, captions, crops and dropout follow from it.")] = 0
     loss: Annotated[
-        Loss, typer.Option(help="clip (softmax) or siglip (sigmoid, for models with a logit bias).")
-    ] = Loss.clip,
+        Literal["clip", "siglip"],
+        typer.Option(help="clip (softmax) or siglip (sigmoid, for models with a logit bias)."),
+    ] = "clip"
     augment: Annotated[
         bool, typer.Option("--augment/--no-augment", help="Random resized crops, as open_clip trains.")
-    ] = True,
+    ] = True
     where: Annotated[
         list[str] | None,
         typer.Option(help="Train on rows with this column=value; several values of a column are alternatives."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column with image bytes, paths or URLs.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column with captions.")] = None,
-    dev: Annotated[str | None, typer.Option(help="Pairs to measure on [default: held out of the pairs].")] = None,
+    ] = None
+    limit: o.Limit = None
+    image_column: o.ImageColumn = None
+    caption_column: o.CaptionColumn = None
+    dev: Annotated[str | None, typer.Option(help="Pairs to measure on [default: held out of the pairs].")] = None
     dev_where: Annotated[
         list[str] | None, typer.Option(help="column=value of the dev rows, of --dev or of SOURCE.")
-    ] = None,
+    ] = None
     dev_measure: Annotated[
-        DevMeasure, typer.Option(help="What chooses the epoch and stops early.")
-    ] = DevMeasure.recall,
-    patience: Annotated[
-        int, typer.Option(min=1, help="Epochs without a better dev measure before training stops.")
-    ] = 3,
+        Literal["recall@10", "loss"], typer.Option(help="What chooses the epoch and stops early.")
+    ] = "recall@10"
+    patience: Annotated[int, typer.Option(min=1, help="Epochs without a better dev measure before training stops.")] = 3
     zero_shot: Annotated[
         str | None, typer.Option(help="Images with class labels, to keep what the model could do before.")
-    ] = None,
-    label_column: Annotated[str, typer.Option(help="Column of --zero-shot with the class names.")] = "label",
+    ] = None
+    label_column: Annotated[str, typer.Option(help="Column of --zero-shot with the class names.")] = "label"
     max_zero_shot_loss: Annotated[
         float, typer.Option(help="Points of zero-shot top-1 that interpolation may lose.")
-    ] = 1.0,
+    ] = 1.0
     checkpoint_every: Annotated[
         int, typer.Option(min=1, help="Steps between checkpoints; each epoch ends with one.")
-    ] = 200,
-    engine: Annotated[Engine, typer.Option(help="local, or ray for several GPUs or machines.")] = Engine.local,
-    workers: Annotated[int, typer.Option(min=1, help="Workers of --engine ray, one per GPU.")] = 1,
-    address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster; without it Ray runs on this machine.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each worker.")] = None,
-    log: Annotated[str, typer.Option(help="csv, or csv,tensorboard.")] = "csv",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table.")] = False,
-) -> None:
+    ] = 200
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="local, or ray for several GPUs or machines.")] = (
+        "local"
+    )
+    workers: Annotated[int, typer.Option(min=1, help="Workers of --engine ray, one per GPU.")] = 1
+    address: o.Address = None
+    threads: o.Threads = None
+    log: Annotated[str, typer.Option(help="csv, or csv,tensorboard.")] = "csv"
+
+    def request(self) -> dict[str, Any]:
+        """What TrainSettings takes, with the defaults of the device."""
+        from clipfilter.engine import DEFAULT_DTYPE
+
+        device = _device(self.device)
+        dtype = self.dtype or DEFAULT_DTYPE["cuda" if device.startswith("cuda") else "cpu"]
+        lists = {"where": tuple(self.where or ()), "dev_where": tuple(self.dev_where or ())}
+        log = tuple(part.strip() for part in self.log.split(","))
+        return vars(self) | lists | {"device": device, "dtype": dtype, "log": log}
+
+
+@o.grouped
+def train(*, training: Training, as_json: o.Json = False, quiet: o.Quiet = False) -> None:
     """Fine-tune a model on captions, then interpolate with what it was, so that it keeps its zero-shot abilities."""
-    given: dict[str, Any] = dict(locals())
     from clipfilter.training import TrainSettings
     from clipfilter.training import train as run_training
 
-    as_json, quiet = given.pop("as_json"), given.pop("quiet")
-    given = {name: str(value) if isinstance(value, enum.StrEnum) else value for name, value in given.items()}
-    given |= {name: tuple(given[name] or ()) for name in ("where", "dev_where")}
-    given["log"] = tuple(part.strip() for part in log.split(","))
-    given["device"] = _device(device)
-    given["dtype"] = given["dtype"] or ("bf16" if given["device"].startswith("cuda") else "fp32")
-    settings = TrainSettings(**given)
+    settings = TrainSettings(**training.request())
     silent = quiet or as_json
     with contextlib.redirect_stdout(sys.stderr), _progress(enabled=not silent) as shown:
         command = ["clipfilter", *sys.argv[1:]]
         result = run_training(settings, command=command, tell=_nothing if silent else shown.tell, show=shown.show)
     if as_json:
-        print(json.dumps({"out": result.out, **result.summary}, indent=1))
+        print_json({"out": result.out, **result.summary})
     elif not quiet:
         _print_result(result)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("train")(train)
 
 
 def _device(name: str) -> str:
@@ -194,26 +180,23 @@ def _progress(*, enabled: bool) -> Iterator[_Shown]:
 
 def _print_result(result: TrainResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from clipfilter.training import table_rows
 
     console = Console()
     if not result.computed:
         console.print("everything was already done; nothing was computed again", style="dim")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("")
-    for name in result.summary["reported"]:
-        table.add_column(name, justify="right")
+    found = new_table("", *(f">{name}" for name in result.summary["reported"]))
     for title, values in table_rows(result.summary):
-        table.add_row(title, *values)
-    console.print(table)
+        found.add_row(title, *values)
+    console.print(found)
     summary = result.summary
-    console.print(
+    say(
+        console,
         f"{summary['steps']} steps in {summary['epochs']} epochs, interpolated with alpha {summary['alpha']:g}; measured on "
         f"{summary['reported_on']['pairs']:,} pairs and {summary['reported_on']['labelled']:,} labelled images "
         "that chose nothing",
-        style="dim", soft_wrap=True, highlight=False,
-    )  # fmt: skip
-    console.print(f"model    --model {summary['load']}", soft_wrap=True, highlight=False)
-    console.print(f"card     {result.out}/MODEL_CARD.md", soft_wrap=True, highlight=False)
+        style="dim",
+    )
+    say(console, f"model    --model {summary['load']}")
+    say(console, f"card     {result.out}/MODEL_CARD.md")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from clipfilter.errors import RefusedError
-from clipfilter.storage import Directory
+from clipfilter.storage import directory_of
 
 
 def load_matrix(url: str) -> np.ndarray:
     """float32 [n, d] of a .npy file (path or URL). Raises RefusedError when it holds anything else."""
-    folder, _, name = url.rpartition("/")
+    directory, name = directory_of(url)
     try:
-        with Directory(folder or ("/" if url.startswith("/") else ".")).open(name) as handle:
+        with directory.open(name) as handle:
             values = np.load(handle, allow_pickle=False)
     except FileNotFoundError as error:
         raise RefusedError(f"{url} does not exist; check the spelling.") from error

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.curation.arrays import load_matrix
 from clipfilter.curation.balance import Entries, balanced, count_entries
 from clipfilter.curation.scores import BANK_SIZE, NormSim, negclip_scores, smallest
 from clipfilter.curation.uids import seeded_hash, uid_keys
 from clipfilter.errors import RefusedError
-from clipfilter.runs import EmbeddedRun, RunShard, as_matrix, derive, refuse_existing
+from clipfilter.runs import Run, RunShard, as_matrix, derive, refuse_existing
 
 
 def add_scores(
@@ -33,58 +35,60 @@ def add_scores(
     with the smallest seeded hash of their uid. Memory: bank and target. Returns `derive`'s summary. Raises RefusedError
     where nothing is asked for, the run has no captions, or the target does not fit.
     """
-    source = EmbeddedRun(run)
-    fields: list[tuple[str, pa.DataType]] = []
+    source = Run(run).origin()
+    added: list[tuple[str, pa.DataType]] = []
     options: dict[str, Any] = {}
+    scorers: dict[str, Callable[[RunShard], pa.Array]] = {}
     if negclip:
         if not source.plan.text_column:
-            raise RefusedError(
-                f"the run in {source.directory.url} has no caption embeddings, which negCLIPLoss compares."
-            )
-        fields.append(("cf_negclip", pa.float32()))
+            raise RefusedError(f"the run in {source.url} has no caption embeddings, which negCLIPLoss compares.")
+        added.append((cf.NEGCLIP, pa.float32()))
         options["negclip"] = {"bank": bank_size, "seed": seed}
-    similarity = None
     if target is not None:
-        matrix = load_matrix(target)
-        if matrix.shape[1] != source.dim:
-            raise RefusedError(
-                f"{target} has {matrix.shape[1]} numbers per row, the run's embeddings {source.dim}; "
-                "the target must come from the run's own model."
-            )
+        matrix = _target(target, source.dim)
         similarity = NormSim(matrix, p)
-        fields.append(("cf_normsim", pa.float32()))
+        added.append((cf.NORMSIM, pa.float32()))
         options["normsim"] = {"target": hashlib.sha256(matrix.tobytes()).hexdigest(), "p": "inf" if p == np.inf else p}
-    if not fields:
+        scorers[cf.NORMSIM] = lambda shard: pa.array(
+            similarity.scores(as_matrix(shard.embeddings["image_emb"], source.dim))
+        )
+    if not added:
         raise RefusedError("nothing is to be computed; give --negclip, --normsim TARGET.npy or both.")
-    added = pa.schema(fields)
-    refuse_existing(source, out, added)
-    bank = _Bank(source, bank_size, seed) if negclip else None
+    refuse_existing(source, out, pa.schema(added))
+    if negclip:
+        scorers[cf.NEGCLIP] = _Bank(source, bank_size, seed).scores
 
     def compute(shard: RunShard) -> dict[str, pa.Array]:
-        columns: dict[str, pa.Array] = {}
-        if bank is not None:
-            columns["cf_negclip"] = bank.scores(shard)
-        if similarity is not None:
-            columns["cf_normsim"] = pa.array(similarity.scores(as_matrix(shard.embeddings["image_emb"], source.dim)))
-        return columns
+        return {column: score(shard) for column, score in scorers.items()}
 
-    return derive(source, out, added, options, compute)
+    return derive(source, out, pa.schema(added), options, compute)
+
+
+def _target(url: str, dim: int) -> np.ndarray:
+    """The embeddings of a target set, float32 [t, dim]; RefusedError for those of another model."""
+    matrix = load_matrix(url)
+    if matrix.shape[1] != dim:
+        raise RefusedError(
+            f"{url} has {matrix.shape[1]} numbers per row, the run's embeddings {dim}; "
+            "the target must come from the run's own model."
+        )
+    return matrix
 
 
 class _Bank:
     """The fixed bank of a run: the captioned rows with the smallest seeded hashes of their uids, in the order of these."""
 
-    def __init__(self, run: EmbeddedRun, size: int, seed: int) -> None:
+    def __init__(self, run: Run, size: int, seed: int) -> None:
         self._dim = run.dim
         # Shard by shard, only what can still be among the smallest is held.
         hashes, places = np.empty(0, np.uint64), np.empty((0, 2), np.uint64)
         image = text = np.empty((0, self._dim), np.float16)
         for shard in run.shards():
             has = np.flatnonzero(np.asarray(shard.embeddings["text_emb"].is_valid()))
-            own = seeded_hash(uid_keys(shard.rows["cf_uid"])[has], seed, "bank")
+            own = seeded_hash(uid_keys(shard.rows[cf.UID])[has], seed, "bank")
             best = smallest(own, size)
             rows = has[best]
-            numbers = np.asarray(shard.rows["cf_row"])[rows].astype(np.uint64)
+            numbers = np.asarray(shard.rows[cf.ROW])[rows].astype(np.uint64)
             hashes = np.concatenate([hashes, own[best]])
             places = np.concatenate([places, np.stack([np.full(len(rows), shard.id, np.uint64), numbers], 1)])
             image = np.concatenate([image, as_matrix(shard.embeddings["image_emb"], self._dim)[rows]])
@@ -96,7 +100,7 @@ class _Bank:
 
     def scores(self, shard: RunShard) -> pa.Array:
         has = np.asarray(shard.embeddings["text_emb"].is_valid())
-        rows = np.asarray(shard.rows["cf_row"]).tolist()
+        rows = np.asarray(shard.rows[cf.ROW]).tolist()
         place = np.array([self._place.get((shard.id, row), -1) for row in rows], np.int64)
         values = np.full(len(rows), np.nan, np.float32)
         image, text = (as_matrix(shard.embeddings[name], self._dim) for name in ("image_emb", "text_emb"))
@@ -117,19 +121,17 @@ def add_balance(run: str, out: str, entries: str, *, t: int, seed: int = 0) -> d
         listed = Entries(line for line in Path(entries).read_text(encoding="utf-8").splitlines() if line)
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedError(f"{entries} cannot be read as a list of entries ({error}).") from error
-    source = EmbeddedRun(run)
-    added = pa.schema([("cf_balanced", pa.bool_())])
+    source = Run(run).origin()
+    added = pa.schema([(cf.BALANCED, pa.bool_())])
     refuse_existing(source, out, added)
     counts = np.zeros(len(listed.names), np.int64)
     for shard in source.shards():
-        matches = (listed.match(caption) for caption in shard.rows["cf_caption"].to_pylist())
+        matches = (listed.match(caption) for caption in shard.rows[cf.CAPTION].to_pylist())
         counts += count_entries(matches, len(listed.names))
 
     def compute(shard: RunShard) -> dict[str, pa.Array]:
-        matches = [listed.match(caption) for caption in shard.rows["cf_caption"].to_pylist()]
-        return {
-            "cf_balanced": pa.array(balanced(matches, uid_keys(shard.rows["cf_uid"]), counts, listed.names, t, seed))
-        }
+        matches = [listed.match(caption) for caption in shard.rows[cf.CAPTION].to_pylist()]
+        return {cf.BALANCED: pa.array(balanced(matches, uid_keys(shard.rows[cf.UID]), counts, listed.names, t, seed))}
 
     options = {"balance": {"entries": listed.sha256, "t": t, "seed": seed}}
     return derive(source, out, added, options, compute)

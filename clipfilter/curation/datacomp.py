@@ -8,9 +8,8 @@ whatever detector made it.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,13 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter.curation.arrays import load_matrix
 from clipfilter.curation.clusters import nearest_centroids
 from clipfilter.curation.language import is_english
 from clipfilter.curation.uids import HALVES, uid_halves
-from clipfilter.curation.wordnet import WordNet
+from clipfilter.curation.wordnet import WordNet, read_entities
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Threshold, fraction_threshold
-from clipfilter.storage import Directory, normalise
+from clipfilter.storage import Directory, directory_of, normalise
 
 Arch = Literal["l14", "b32"]
 SCORE_COLUMN: dict[Arch, str] = {"l14": "clip_l14_similarity_score", "b32": "clip_b32_similarity_score"}
@@ -288,55 +288,50 @@ def make_baselines(
 
     centroids, target: .npy files of float [k, d] and [t, d]. Raises RefusedError where an input is missing or unfit.
     """
-    from clipfilter.curation.arrays import load_matrix
-    from clipfilter.curation.wordnet import read_entities
-
-    def image_based() -> Baseline:
-        if centroids is None or target is None:
-            raise RefusedError("image-based needs --centroids (.npy, of the pool) and --target (.npy, embeddings).")
-        pool, wanted = load_matrix(centroids), load_matrix(target)
-        if pool.shape[1] != wanted.shape[1]:
-            raise RefusedError(
-                f"--centroids have {pool.shape[1]} numbers, --target {wanted.shape[1]}; they must match."
-            )
-        return ImageBased(pool, target_centroids(wanted, pool), language_column)
-
-    def text_based() -> Baseline:
-        if wordnet is None or entities is None:
-            raise RefusedError("text-based needs --wordnet (its dict/ folder) and --entities (a file of synset ids).")
-        folder, _, file = entities.rpartition("/")
-        return TextBased(
-            WordNet(wordnet), read_entities(Directory(folder or ".").read_bytes(file), entities), language_column
-        )
-
-    def clip_score() -> Baseline:
-        if threshold is not None and fraction is not None:
-            raise RefusedError("clip-score takes --threshold or --fraction, not both.")
-        if fraction is None:
-            return ClipScore(arch, PUBLISHED_THRESHOLD[arch] if threshold is None else threshold)
-        value = score_threshold(metadata, arch, fraction).value
-        if value is None:
-            raise RefusedError(f"no row of {metadata} has a {SCORE_COLUMN[arch]}; there is nothing to rank.")
-        return ClipScore(arch, value)
-
-    kinds: dict[str, Any] = {
-        "basic": partial(Basic, language_column),
-        "clip-score": clip_score,
-        "laion2b": partial(Laion2B, language_column),
-        "image-based": image_based,
-        "text-based": text_based,
+    kinds: dict[str, Callable[[], Baseline]] = {
+        "basic": lambda: Basic(language_column),
+        "clip-score": lambda: _clip_score(metadata, arch, threshold, fraction),
+        "laion2b": lambda: Laion2B(language_column),
+        "image-based": lambda: _image_based(centroids, target, language_column),
+        "text-based": lambda: _text_based(wordnet, entities, language_column),
     }
     return [kinds[name]() for name in dict.fromkeys(names)]
 
 
+def _image_based(centroids: str | None, target: str | None, language_column: str) -> ImageBased:
+    if centroids is None or target is None:
+        raise RefusedError("image-based needs --centroids (.npy, of the pool) and --target (.npy, embeddings).")
+    pool, wanted = load_matrix(centroids), load_matrix(target)
+    if pool.shape[1] != wanted.shape[1]:
+        raise RefusedError(f"--centroids have {pool.shape[1]} numbers, --target {wanted.shape[1]}; they must match.")
+    return ImageBased(pool, target_centroids(wanted, pool), language_column)
+
+
+def _text_based(wordnet: str | None, entities: str | None, language_column: str) -> TextBased:
+    if wordnet is None or entities is None:
+        raise RefusedError("text-based needs --wordnet (its dict/ folder) and --entities (a file of synset ids).")
+    directory, name = directory_of(entities)
+    return TextBased(WordNet(wordnet), read_entities(directory.read_bytes(name), entities), language_column)
+
+
+def _clip_score(metadata: str, arch: Arch, threshold: float | None, fraction: float | None) -> ClipScore:
+    if threshold is not None and fraction is not None:
+        raise RefusedError("clip-score takes --threshold or --fraction, not both.")
+    if fraction is None:
+        return ClipScore(arch, PUBLISHED_THRESHOLD[arch] if threshold is None else threshold)
+    value = score_threshold(metadata, arch, fraction).value
+    if value is None:
+        raise RefusedError(f"no row of {metadata} has a {SCORE_COLUMN[arch]}; there is nothing to rank.")
+    return ClipScore(arch, value)
+
+
 def write_subset(uids: np.ndarray, url: str) -> str:
     """Write a subset file (.npy of `HALVES`) atomically; its place. Raises RefusedError for another ending."""
-    folder, _, name = normalise(url).rpartition("/")
+    directory, name = directory_of(normalise(url))
     if not name.endswith(".npy"):
         raise RefusedError(f"{url} must end with .npy, as DataComp's resharder expects.")
     buffer = io.BytesIO()
     np.save(buffer, uids, allow_pickle=False)
-    directory = Directory(folder or "/")
     directory.replace(name, buffer.getvalue())
     directory.clean_scratch(stale_only=False)
     return f"{directory.url}/{name}"

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.curation.clusters import fit_centroids, nearest_centroids
 from clipfilter.curation.duplicates import exact_duplicates, follow, near_duplicates, semantic_duplicates
 from clipfilter.curation.scores import smallest
 from clipfilter.curation.uids import canonical_order, seeded_hash, uid_keys
 from clipfilter.errors import RefusedError
 from clipfilter.policies import check_metadata, metadata_values
-from clipfilter.runs import FACTS, EmbeddedRun, RunShard, as_matrix, derive, refuse_existing, with_facts
+from clipfilter.runs import FACTS, Run, RunShard, as_matrix, derive, refuse_existing, with_facts
 from clipfilter.sources import schema_from_text
 from clipfilter.storage import Directory
 
 COLUMNS = pa.schema(
     [
-        ("cf_duplicate", pa.bool_()),
-        ("cf_duplicate_of", pa.string()),
-        ("cf_duplicate_kind", pa.string()),
-        ("cf_duplicate_cosine", pa.float32()),
-        ("cf_duplicate_bits", pa.int8()),
+        (cf.DUPLICATE, pa.bool_()),
+        (cf.DUPLICATE_OF, pa.string()),
+        (cf.DUPLICATE_KIND, pa.string()),
+        (cf.DUPLICATE_COSINE, pa.float32()),
+        (cf.DUPLICATE_BITS, pa.int8()),
     ]
 )
 KINDS = ("exact", "near", "semantic")
@@ -105,32 +106,26 @@ def find_duplicates(run: str, out: str, options: DedupOptions) -> DedupResult:
 
     Raises RefusedError for options that make no sense or do not fit the run.
     """
-    source = EmbeddedRun(run)
+    source = Run(run).origin()
     _check(source, options)
     refuse_existing(source, out, COLUMNS)
     scratch = Directory(out)
-    try:
+    with scratch:
         rows = _collect(source, options)
         order = canonical_order(rows.preference, rows.keys, rows.places)
         found = _search(source, rows, order, options, scratch)
         uids = _uids_of(source, np.unique(found.keeper[found.keeper >= 0]))
-        offsets: dict[str, int] = {}
-        first = 0
-        for shard in source.shards():
-            offsets[shard.name] = first
-            first += shard.rows.num_rows
+        offsets = {shard.commit.name: first for first, shard in _numbered(source)}
 
         def compute(shard: RunShard) -> dict[str, pa.Array]:
-            return _columns(shard, offsets[shard.name], found, rows, uids)
+            return _columns(shard, offsets[shard.commit.name], found, rows, uids)
 
         summary = derive(source, out, COLUMNS, {"dedup": asdict(options)}, compute)
-    finally:
-        scratch.clean_scratch(stale_only=False)
     duplicates = {name: int((found.kind == code).sum()) for code, name in enumerate(KINDS)}
     return DedupResult(summary["out"], summary["version"], len(order), duplicates, found.clusters, found.largest)
 
 
-def _check(run: EmbeddedRun, options: DedupOptions) -> None:
+def _check(run: Run, options: DedupOptions) -> None:
     if options.near is not None and not 0 <= options.near < 32:
         raise RefusedError(f"--near is a number of bits between 0 and 31, not {options.near}.")
     if options.semantic is not None and not 0 < options.semantic <= 1:
@@ -139,37 +134,34 @@ def _check(run: EmbeddedRun, options: DedupOptions) -> None:
         raise RefusedError("nothing is to be looked for; leave --exact on, or give --near or --semantic.")
     if options.prefer is not None:
         schema = schema_from_text(run.plan.source["schema"])
-        numbers = pa.schema([*schema, *FACTS, pa.field("cf_similarity", pa.float32())])
+        numbers = pa.schema([*schema, *FACTS, pa.field(cf.SIMILARITY, pa.float32())])
         check_metadata(options.prefer, numbers)
 
 
-def _collect(run: EmbeddedRun, options: DedupOptions) -> _Rows:
-    keys, places, preference, digests, has_digest, hashes, has_hash = ([] for _ in range(7))
-    for shard in run.shards():
-        table, store = shard.rows, shard.embeddings
-        n = table.num_rows
-        keys.append(uid_keys(table["cf_uid"]))
-        places.append(np.stack([np.full(n, shard.id, np.uint64), np.asarray(table["cf_row"]).astype(np.uint64)], 1))
-        if options.prefer is not None:
-            preference.append(metadata_values(options.prefer, with_facts(table, store)))
-        digests.append(uid_keys(pc.utf8_slice_codeunits(table["cf_sha256"], 0, 32)))
-        has_digest.append(np.asarray(table["cf_sha256"].is_valid()))
-        hashes.append(np.asarray(store["cf_phash"].fill_null(0), np.uint64))
-        has_hash.append(np.asarray(store["cf_phash"].is_valid()))
-    if not keys:
-        raise RefusedError(f"the run in {run.directory.url} has no rows; there is nothing to compare.")
+def _collect(run: Run, options: DedupOptions) -> _Rows:
+    parts = [_rows_of(shard, options) for shard in run.shards(similarity=True)]
+    if not parts:
+        raise RefusedError(f"the run in {run.url} has no rows; there is nothing to compare.")
+    columns: list[list[Any]] = [[getattr(part, item.name) for part in parts] for item in fields(_Rows)]
+    joined: list[Any] = [None if column[0] is None else np.concatenate(column) for column in columns]
+    return _Rows(*joined)
+
+
+def _rows_of(shard: RunShard, options: DedupOptions) -> _Rows:
+    table, store = shard.rows, shard.embeddings
+    shards = np.full(table.num_rows, shard.id, np.uint64)
     return _Rows(
-        np.concatenate(keys),
-        np.concatenate(places),
-        np.concatenate(preference) if preference else None,
-        np.concatenate(digests),
-        np.concatenate(has_digest),
-        np.concatenate(hashes),
-        np.concatenate(has_hash),
+        keys=uid_keys(table[cf.UID]),
+        places=np.stack([shards, np.asarray(table[cf.ROW]).astype(np.uint64)], 1),
+        preference=metadata_values(options.prefer, with_facts(table, store)) if options.prefer is not None else None,
+        digests=uid_keys(pc.utf8_slice_codeunits(table[cf.SHA256], 0, 32)),
+        has_digest=np.asarray(table[cf.SHA256].is_valid()),
+        hashes=np.asarray(store[cf.PHASH].fill_null(0), np.uint64),
+        has_hash=np.asarray(store[cf.PHASH].is_valid()),
     )
 
 
-def _search(run: EmbeddedRun, rows: _Rows, order: np.ndarray, options: DedupOptions, scratch: Directory) -> _Found:
+def _search(run: Run, rows: _Rows, order: np.ndarray, options: DedupOptions, scratch: Directory) -> _Found:
     n = len(order)
     found = _Found(np.full(n, -1, np.int64), np.full(n, -1, np.int8))
 
@@ -201,7 +193,7 @@ def _search(run: EmbeddedRun, rows: _Rows, order: np.ndarray, options: DedupOpti
 
 
 def _semantic(
-    run: EmbeddedRun, rows: _Rows, candidates: np.ndarray, options: DedupOptions, found: _Found, scratch: Directory
+    run: Run, rows: _Rows, candidates: np.ndarray, options: DedupOptions, found: _Found, scratch: Directory
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows of one cluster in canonical order, their keepers' places in it) of every cluster."""
     assert options.semantic is not None
@@ -241,24 +233,26 @@ def _semantic(
         start += size
 
 
-def _embeddings(run: EmbeddedRun, dim: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first row, float16 [m, d]) of every shard."""
+def _numbered(run: Run) -> Iterator[tuple[int, RunShard]]:
+    """(number of the first row, shard) of every shard."""
     first = 0
     for shard in run.shards():
-        yield first, as_matrix(shard.embeddings["image_emb"], dim)
+        yield first, shard
         first += shard.rows.num_rows
 
 
-def _uids_of(run: EmbeddedRun, wanted: np.ndarray) -> dict[int, str]:
+def _embeddings(run: Run, dim: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first row, float16 [m, d]) of every shard."""
+    for first, shard in _numbered(run):
+        yield first, as_matrix(shard.embeddings["image_emb"], dim)
+
+
+def _uids_of(run: Run, wanted: np.ndarray) -> dict[int, str]:
     """Row number -> uid, of these rows (ascending)."""
     uids: dict[int, str] = {}
-    first = 0
-    for shard in run.shards():
-        n = shard.rows.num_rows
-        here = wanted[(wanted >= first) & (wanted < first + n)]
-        values = shard.rows["cf_uid"].take(pa.array(here - first)).to_pylist()
-        uids.update(zip(here.tolist(), values, strict=True))
-        first += n
+    for first, shard in _numbered(run):
+        here = wanted[(wanted >= first) & (wanted < first + shard.rows.num_rows)]
+        uids.update(zip(here.tolist(), shard.rows[cf.UID].take(pa.array(here - first)).to_pylist(), strict=True))
     return uids
 
 
@@ -275,9 +269,9 @@ def _columns(shard: RunShard, first: int, found: _Found, rows: _Rows, uids: dict
     hashed = gone & rows.has_hash[here] & rows.has_hash[keeper]
     bits = np.where(hashed, np.bitwise_count(rows.hashes[here] ^ rows.hashes[keeper]), 0)
     return {
-        "cf_duplicate": pa.array(gone),
-        "cf_duplicate_of": pa.array([uids[k] if k >= 0 else None for k in keeper.tolist()], pa.string()),
-        "cf_duplicate_kind": pa.array([KINDS[k] if k >= 0 else None for k in kind.tolist()], pa.string()),
-        "cf_duplicate_cosine": pa.array(cosine, pa.float32(), mask=np.isnan(cosine)),
-        "cf_duplicate_bits": pa.array(bits.astype(np.int8), pa.int8(), mask=~hashed),
+        cf.DUPLICATE: pa.array(gone),
+        cf.DUPLICATE_OF: pa.array([uids[k] if k >= 0 else None for k in keeper.tolist()], pa.string()),
+        cf.DUPLICATE_KIND: pa.array([KINDS[k] if k >= 0 else None for k in kind.tolist()], pa.string()),
+        cf.DUPLICATE_COSINE: pa.array(cosine, pa.float32(), mask=np.isnan(cosine)),
+        cf.DUPLICATE_BITS: pa.array(bits.astype(np.int8), pa.int8(), mask=~hashed),
     }

@@ -9,16 +9,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from clipfilter.engine.executors.interface import Executor, Outcome
-from clipfilter.engine.worker import Task
+from clipfilter.engine.worker import Inputs, Task
 from clipfilter.errors import TRANSIENT, RefusedError
 from clipfilter.policies import Policy, dataset_thresholds
-from clipfilter.runs import Plan, ledger
+from clipfilter.runs import Commit, FailedShard, Plan, Thresholds, ledger, read_table
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
 
@@ -34,7 +33,7 @@ class Unit:
     """A shard and, for re-deciding, the commit that holds its rows."""
 
     shard: Shard
-    inputs: dict[str, Any] | None = None
+    inputs: Inputs | None = None
 
 
 @dataclass
@@ -76,9 +75,8 @@ class Display(Protocol):
 class StageResult:
     """Commits of one stage in shard order, and the shards that could not be processed."""
 
-    names: list[str]
-    commits: list[dict[str, Any]]
-    failed: list[dict[str, Any]]
+    commits: list[Commit]
+    failed: list[FailedShard]
 
 
 @dataclass
@@ -103,7 +101,7 @@ class StageRun:
         *,
         op: str,
         stage: str,
-        thresholds: dict[str, float | None] | None = None,
+        thresholds: Thresholds | None = None,
         retry_failed: bool = False,
         limit: int | None = None,
         display: Display | None = None,
@@ -121,10 +119,9 @@ class StageRun:
 
     def run(self, units: Iterator[Unit]) -> StageResult:
         """Process all units; returns when each has a commit or has failed for good."""
-        existing = ledger.list_commits(self.directory)
-        known = self._read_existing(existing)
-        results: dict[int, tuple[str, dict[str, Any]]] = {}
-        failed: dict[int, dict[str, Any]] = {}
+        known = self._read_existing()
+        results: dict[int, Commit] = {}
+        failed: dict[int, FailedShard] = {}
         queue: list[_Pending] = []
         running: dict[int, _Pending] = {}
         tickets = itertools.count()
@@ -141,25 +138,21 @@ class StageRun:
             self.progress.waiting, self.progress.running = len(queue), len(running)
             self._show(results, exhausted)
         self._show(results, True)
-        order = sorted(results)
-        return StageResult(
-            [results[i][0] for i in order], [results[i][1] for i in order], [failed[i] for i in sorted(failed)]
-        )
+        return StageResult([results[i] for i in sorted(results)], [failed[i] for i in sorted(failed)])
 
-    def _read_existing(
-        self, existing: dict[tuple[str, str], ledger.CommitName]
-    ) -> dict[str, tuple[str, dict[str, Any]]]:
-        names = [name for (_, stage), name in sorted(existing.items()) if stage == self.stage]
-        commits = ledger.read_commits(self.directory, [name.path for name in names])
-        return {name.shard: (name.path, commit) for name, commit in zip(names, commits, strict=True)}
+    def _read_existing(self) -> dict[str, Commit]:
+        """The newest commits of this stage by the ids of their shards."""
+        existing = ledger.list_commits(self.directory)
+        names = [name.path for (_, stage), name in sorted(existing.items()) if stage == self.stage]
+        return {commit.shard.id: commit for commit in ledger.commits(self.directory, names)}
 
     def _fill(
         self,
         queue: list[_Pending],
         units: Iterator[tuple[int, Unit]],
         exhausted: bool,
-        known: dict[str, tuple[str, dict[str, Any]]],
-        results: dict[int, tuple[str, dict[str, Any]]],
+        known: dict[str, Commit],
+        results: dict[int, Commit],
         running: dict[int, _Pending],
     ) -> bool:
         """Plan a few shards ahead. With a row limit shards go one by one, each capped by what is left."""
@@ -168,7 +161,7 @@ class StageRun:
             if self.limit is not None:
                 if running:
                     return False
-                left = self.limit - sum(commit["counts"]["rows"] for _, commit in results.values())
+                left = self.limit - sum(commit.counts.rows for commit in results.values())
                 if left <= 0:
                     return True
             try:
@@ -179,30 +172,28 @@ class StageRun:
             generation = self._generation_needed(unit, known)
             if generation is None:
                 results[order] = known[unit.shard.id]
-                self._count(results[order][1], reused=True)
+                self._count(results[order], reused=True)
             else:
                 cap = left if self.limit is not None else None
                 queue.append(_Pending(unit, order, generation, row_cap=cap))
         return exhausted
 
-    def _generation_needed(self, unit: Unit, known: dict[str, tuple[str, dict[str, Any]]]) -> int | None:
+    def _generation_needed(self, unit: Unit, known: dict[str, Commit]) -> int | None:
         """None when the shard's commit stands; else the generation to write."""
         if unit.shard.id not in known:
             return 1
-        commit = known[unit.shard.id][1]
-        before = commit["shard"]
-        if (before["size"], before["etag"]) != (unit.shard.size, unit.shard.etag):
-            log.info("%s changed since it was processed", unit.shard.path)
-            return int(commit["generation"]) + 1
+        commit, shard, inputs = known[unit.shard.id], unit.shard, unit.inputs
+        changed = (commit.shard.size, commit.shard.etag) != (shard.size, shard.etag)
+        if changed:
+            log.info("%s changed since it was processed", shard.path)
+        base = commit.base_generation
         if (
-            unit.inputs is not None
-            and commit.get("base_generation", unit.inputs["generation"]) != unit.inputs["generation"]
+            changed
+            or (inputs is not None and base is not None and base != inputs.commit.generation)
+            or (commit.thresholds is not None and commit.thresholds != self.thresholds)
+            or (self.retry_failed and (commit.damaged or TRANSIENT & set(commit.failed_by_class)))
         ):
-            return int(commit["generation"]) + 1
-        if commit.get("thresholds", self.thresholds) != self.thresholds:
-            return int(commit["generation"]) + 1
-        if self.retry_failed and (commit.get("damaged") or TRANSIENT & set(commit["failed_by_class"])):
-            return int(commit["generation"]) + 1
+            return commit.generation + 1
         return None
 
     def _submit(self, queue: list[_Pending], running: dict[int, _Pending], tickets: Iterator[int]) -> None:
@@ -214,7 +205,7 @@ class StageRun:
             running[ticket] = item
             task = Task(
                 op=self.op,
-                shard=item.unit.shard.to_json(),
+                shard=item.unit.shard,
                 generation=item.generation,
                 plan_sha256=self.plan_sha256,
                 isolated=item.isolated,
@@ -232,19 +223,17 @@ class StageRun:
         outcome: Outcome,
         item: _Pending,
         queue: list[_Pending],
-        results: dict[int, tuple[str, dict[str, Any]]],
-        failed: dict[int, dict[str, Any]],
+        results: dict[int, Commit],
+        failed: dict[int, FailedShard],
     ) -> None:
         path = item.unit.shard.path
         if outcome.kind == "refused":
             raise RefusedError(outcome.message)
         if outcome.kind == "done":
             assert outcome.result is not None
-            commit = outcome.result["commit"]
-            name = ledger.CommitName(item.unit.shard.id, self.stage, item.generation).path
-            results[item.order] = (name, commit)
-            self._count(commit, reused=False)
-            if not outcome.result["created"]:
+            results[item.order] = outcome.result.commit
+            self._count(outcome.result.commit, reused=False)
+            if not outcome.result.created:
                 log.info("%s: another attempt committed first; its result stands", path)
             return
         item.attempts += 1
@@ -252,38 +241,34 @@ class StageRun:
         log.warning("%s: attempt %d failed: %s", path, item.attempts, outcome.message)
         if outcome.permanent or item.attempts >= MAX_ATTEMPTS:
             self.progress.shards_failed += 1
-            failed[item.order] = {
-                "shard": item.unit.shard.to_json(),
-                "error": outcome.message,
-                "attempts": item.attempts,
-            }
+            failed[item.order] = FailedShard(item.unit.shard, outcome.message, item.attempts)
             return
         # A shard whose worker died may hold the image that killed it: decode apart from now on.
         item.isolated = item.isolated or outcome.kind == "died"
         item.not_before = time.monotonic() + (0 if outcome.kind == "died" else _RETRY_SECONDS * item.attempts)
         queue.insert(0, item)
 
-    def _count(self, commit: dict[str, Any], *, reused: bool) -> None:
-        counts, progress = commit["counts"], self.progress
+    def _count(self, commit: Commit, *, reused: bool) -> None:
+        counts, progress = commit.counts, self.progress
         progress.shards_done += 1
         progress.shards_reused += reused
-        progress.rows_reused += counts["rows"] if reused else 0
-        progress.keep += counts.get("keep", 0)
-        progress.review += counts.get("review", 0)
-        progress.reject += counts.get("reject", 0)
-        progress.failed += counts["failed"]
+        progress.rows_reused += counts.rows if reused else 0
+        progress.keep += counts.keep
+        progress.review += counts.review
+        progress.reject += counts.reject
+        progress.failed += counts.failed
         if not reused:
             progress.counts.update(counts)
-            progress.failed_by_class.update(commit["failed_by_class"])
-            work = commit.get("work", {})
-            progress.seconds.update(work.get("seconds", {}))
-            progress.encoder_waited += work.get("encoder_waited", 0.0)
+            progress.failed_by_class.update(commit.failed_by_class)
+            if commit.work.of_worker is not None:
+                progress.seconds.update(commit.work.of_worker.seconds)
+                progress.encoder_waited += commit.work.of_worker.encoder_waited
 
-    def _show(self, results: dict[int, tuple[str, dict[str, Any]]], exhausted: bool) -> None:
+    def _show(self, results: dict[int, Commit], exhausted: bool) -> None:
         progress = self.progress
         progress.shards_known = exhausted
         progress.workers = self.executor.workers_alive()
-        committed = sum(commit["counts"]["rows"] for _, commit in results.values()) - progress.rows_reused
+        committed = sum(commit.counts.rows for commit in results.values()) - progress.rows_reused
         progress.rows = max(progress.rows, committed, self.executor.rows_done())
         if self.display is not None:
             self.display.update(progress)
@@ -295,16 +280,13 @@ def source_units(source: Source) -> Iterator[Unit]:
         yield Unit(shard)
 
 
-def run_units(run: Directory, names: list[str], commits: list[dict[str, Any]]) -> Iterator[Unit]:
-    """The shards of commits that hold rows and embeddings, to be decided (again)."""
-    for name, commit in zip(names, commits, strict=True):
-        inputs = {"run": run.url, "name": name, "generation": commit["generation"], "commit": commit}
-        yield Unit(Shard.from_json(commit["shard"]), inputs)
+def run_units(url: str, commits: Iterable[Commit]) -> Iterator[Unit]:
+    """The shards of commits that hold rows and embeddings, to be decided (again). url: of their run."""
+    for commit in commits:
+        yield Unit(commit.shard, Inputs(url, commit))
 
 
-def fix_thresholds(
-    directory: Directory, policy: Policy, commits: Iterable[dict[str, Any]], number: int = 1
-) -> dict[str, float | None]:
+def fix_thresholds(directory: Directory, policy: Policy, commits: Iterable[Commit], number: int = 1) -> Thresholds:
     """The numbers of the policy's dataset-level rules, computed once over all scored shards and then fixed (create-only).
 
     commits: gone through several times. number: of the file in `thresholds/`; above 1 after a refit. Returns the numbers
@@ -318,9 +300,8 @@ def fix_thresholds(
     return dict(directory.read_json(fixed)["thresholds"])
 
 
-def _scores(directory: Directory, commits: Iterable[dict[str, Any]], rule: str) -> Iterator[np.ndarray]:
+def _scores(directory: Directory, commits: Iterable[Commit], rule: str) -> Iterator[np.ndarray]:
     for commit in commits:
-        if "scored" in commit["files"]:
-            with directory.open(commit["files"]["scored"]["name"]) as handle:
-                column = pq.read_table(handle, columns=[f"cf_score.{rule}"]).column(0)
+        if commit.files.scored is not None:
+            column = read_table(directory, commit.files.scored, [f"cf_score.{rule}"]).column(0)
             yield np.asarray(column.to_numpy(), np.float32)

@@ -10,28 +10,33 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from clipfilter import defaults
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
-from clipfilter.engine.executors.interface import Executor
+from clipfilter.engine.executors.interface import Executor, Resources
 from clipfilter.engine.hardware import gpu_count
 from clipfilter.engine.worker import JobSpec, compile_for
 from clipfilter.errors import RefusedError
-from clipfilter.models import DEFAULT_MODEL
 from clipfilter.policies import Policy, attachments, load_policy
 from clipfilter.runs import (
+    FINAL_STAGE,
     PLAN_FILE,
+    FailedShard,
     Job,
     Plan,
+    Run,
+    Thresholds,
+    Totals,
+    Version,
     is_run,
     ledger,
     of_run,
-    open_run,
     read_plan,
     refuse_if_different,
     settle_plan,
 )
-from clipfilter.sources import Shard, Source, SourceOptions, open_source
+from clipfilter.sources import Source, SourceOptions, open_source
 from clipfilter.storage import Directory, normalise
 
 if TYPE_CHECKING:
@@ -40,11 +45,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipfilter.engine")
 
 #: Enough for any camera, far below a decompression bomb (Pillow's own limit).
-DEFAULT_MAX_PIXELS = 178_956_970
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
 DEFAULT_DTYPE: dict[str, Any] = {"cpu": "fp32", "cuda": "bf16"}
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 
 EXIT_DONE, EXIT_CRASH, EXIT_REFUSED, EXIT_FAILURES = 0, 1, 2, 3
 
@@ -66,23 +69,23 @@ class JobRequest:
     policy: str | Policy | None = None
     labels: LabelSet | None = None
     model: str | None = None
-    engine: str = "auto"
+    engine: str = defaults.ENGINE
     address: str | None = None
     workers: int | None = None
     threads: int | None = None
-    device: str = "auto"
-    dtype: Dtype | None = None
+    device: str = defaults.DEVICE
+    dtype: defaults.Dtype | None = None
     compile_model: bool = False
     batch_size: int | None = None
-    decode: str = "fast"
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    captions: str = "first"
+    decode: str = defaults.DECODE
+    max_pixels: int = defaults.MAX_PIXELS
+    captions: str = defaults.CAPTIONS
     source_options: SourceOptions = field(default_factory=SourceOptions)
     limit: int | None = None
     sample: float | None = None
     copy: bool = True
     retry_failed: bool = False
-    max_failures: float = 0.01
+    max_failures: float = defaults.MAX_FAILURES
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class JobResult:
     out: str
     version: str
     plan: Plan
-    totals: dict[str, Any]
-    failed_shards: list[dict[str, Any]]
+    totals: Totals
+    failed_shards: list[FailedShard]
     seconds: float
     startup_seconds: float
     rows_processed: int
@@ -108,31 +111,127 @@ class Growth(Protocol):
     def units(self, source: Source) -> Iterator[Unit]:
         """The shards to embed."""
 
-    def scored(self, policy: Policy, scored: StageResult) -> tuple[dict[str, float | None], Iterator[Unit]]:
+    def scored(self, policy: Policy, scored: StageResult) -> tuple[Thresholds, Iterator[Unit]]:
         """The numbers of dataset-level rules, and the shards to decide with them."""
 
-    def version(self, content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Write the version that these shards lead to; its name and content."""
+    def version(self, made: Version) -> Version:
+        """Write the version that the one made of these shards alone leads to."""
 
 
-@dataclass
-class Preparation:
-    """A request checked against its source, policy and output directory, before anything is started."""
+@dataclass(frozen=True)
+class JobPlan:
+    """A request resolved, once, against its source, policy and output directory, before anything is started.
+
+    source, base: the dataset to read, or the run whose embeddings are used again; one of them is None. existing: the plan
+    that the directory has. text: whether captions are embedded. What depends on the device waits for `on`.
+    """
 
     request: JobRequest
     directory: Directory
     source: Source | None
-    base: tuple[Directory, str, dict[str, Any], Plan] | None
+    base: Run | None
     policy: Policy | None
     existing: Plan | None
-    source_plan: dict[str, Any]
-    text: bool
     model: str
-    growth: Growth | None = None
+    text: bool
+
+    @property
+    def dataset(self) -> Source:
+        """The images, those behind a run too."""
+        if self.base is not None:
+            return Source.from_plan(self.base.dataset)
+        assert self.source is not None
+        return self.source
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """What the run's plan says of its source."""
+        base = self.base
+        if base is None:
+            return self.dataset.to_plan()
+        plan = base.plan
+        return {"run": base.url, "version": base.version.name, "plan_sha256": plan.sha256, "source": plan.source}
+
+    @property
+    def decode(self) -> str:
+        """How the images are (or were) decoded."""
+        return self.request.decode if self.base is None else str(self.base.plan.options["decode"])
+
+    def options(self, device: str) -> dict[str, Any]:
+        """The run's options: what was asked for, else what its plan says, else the device's default."""
+        request = self.request
+        columns: dict[str, Any] = {} if request.labels is None else {"labels": request.labels.to_json()}
+        if request.job == "score" and self.policy is not None:
+            columns["scores"] = self.policy.canonical()
+        if self.base is not None:
+            return {"copy": False, "decode": self.decode, **columns}
+        old = self.existing.options if self.existing else {}
+        return {
+            "decode": request.decode,
+            "batch_size": request.batch_size or old.get("batch_size") or DEFAULT_BATCH_SIZE[device],
+            "captions": request.captions,
+            "max_pixels": request.max_pixels,
+            "limit": request.limit,
+            "sample": request.sample,
+            "copy": request.copy and request.job == "run",
+            **columns,
+        }
+
+    def dtype(self, device: str) -> defaults.Dtype:
+        """What the model computes in, by the same rule; of a run that is used again its own."""
+        if self.base is not None:
+            return cast(defaults.Dtype, self.base.plan.model.get("dtype", "fp32"))
+        recorded = self.existing.model.get("dtype") if self.existing else None
+        return cast(defaults.Dtype, self.request.dtype or recorded or DEFAULT_DTYPE[device])
+
+    def spec(self, resources: Resources) -> JobSpec:
+        """What every worker is told."""
+        return JobSpec(
+            job=self.request.job,
+            out=self.directory.url,
+            source=self.input,
+            policy=self.policy.canonical() if self.policy else None,
+            model=self.model,
+            device=resources.device,
+            dtype=self.dtype(resources.device),
+            compile_model=self.request.compile_model,
+            threads=resources.threads,
+            options=self.options(resources.device),
+            text=self.text,
+        )
+
+    def settled(self, device: str, fingerprint: dict[str, Any]) -> Plan:
+        """The run's plan, once the model that was loaded has told its fingerprint."""
+        deciding = self.policy if self.policy and self.policy.decides else None
+        return Plan(
+            job=self.request.job,
+            source=self.input,
+            policy=deciding.canonical() if deciding else None,
+            policy_sha256=deciding.sha256 if deciding else None,
+            model={name: value for name, value in fingerprint.items() if name != "backend"},
+            options=self.options(device),
+            text_column=self.text,
+        )
+
+    def refuse_other(self) -> None:
+        """Raise RefusedError where OUT holds another plan, as far as that can be told without loading the model."""
+        existing = self.existing
+        if existing is None:
+            return
+        old = existing.identity()
+        # "nano" and "nano@1" may be the same weights, and so may a checkpoint that has moved; only loading tells, and
+        # the plan that follows compares them.
+        moved = _local_checkpoint(self.model) is not None
+        same = moved or existing.model["model"].split("@")[0] == self.model.split("@")[0]
+        wanted = self.settled("cpu", existing.model if same else existing.model | {"model": self.model}).identity()
+        wanted |= {"policy": old["policy"], "format": old["format"]}
+        if self.base is None and not self.request.batch_size:
+            wanted["options"]["batch_size"] = old["options"].get("batch_size")
+        refuse_if_different(self.directory.url, old, wanted)
 
 
-def prepare(request: JobRequest) -> Preparation:
-    """Check everything that can be checked without a model. Raises RefusedError; writes nothing."""
+def resolve(request: JobRequest) -> JobPlan:
+    """Check all of a request that can be checked without a model. Raises RefusedError; writes nothing."""
     if request.sample is not None and not 0 < request.sample <= 1:
         raise RefusedError(f"--sample is a share of the rows, above 0 and at most 1, not {request.sample}.")
     if request.limit is not None and request.limit < 1:
@@ -140,17 +239,32 @@ def prepare(request: JobRequest) -> Preparation:
     policy = load_policy(request.policy) if isinstance(request.policy, str) else request.policy
     directory = Directory(request.out)
     if request.job == "filter" or (request.job == "score" and is_run(request.source)):
-        base = open_run(request.source)
-        if request.limit is not None or request.sample is not None:
-            raise RefusedError(f"{request.source} is a run, which is used whole; leave out --limit and --sample.")
-        if directory.url == base[0].url:
-            raise RefusedError(
-                f"--out is the run itself ({directory.url}); name another directory for the new decision."
-            )
+        base = _open_base(request, directory)
+        model = _with_absolute_path(request.model) if request.model else stored_model(base.plan)
+        plan = JobPlan(request, directory, None, base, policy, read_plan(directory), model, base.plan.text_column)
+    else:
+        _refuse_source(request, directory)
         existing = read_plan(directory)
-        plan = {"run": base[0].url, "version": base[1], "plan_sha256": base[3].sha256, "source": base[3].source}
-        model = _with_absolute_path(request.model) if request.model else stored_model(base[3])
-        return Preparation(request, directory, None, base, policy, existing, plan, base[3].text_column, model)
+        source = _open_source(request, existing)
+        text = request.captions != "none" and source.has_captions is not False
+        model = _with_absolute_path(request.model or defaults.MODEL)
+        plan = JobPlan(request, directory, source, None, policy, existing, model, text)
+    plan.refuse_other()
+    return plan
+
+
+def _open_base(request: JobRequest, directory: Directory) -> Run:
+    """The run whose embeddings are used again. Raises RefusedError."""
+    base = Run(request.source).origin()
+    if request.limit is not None or request.sample is not None:
+        raise RefusedError(f"{request.source} is a run, which is used whole; leave out --limit and --sample.")
+    if directory.url == base.url:
+        raise RefusedError(f"--out is the run itself ({directory.url}); name another directory for the new decision.")
+    return base
+
+
+def _refuse_source(request: JobRequest, directory: Directory) -> None:
+    """Raise RefusedError where the source is, or holds, the output, or is a run."""
     if normalise(request.source) == directory.url:
         raise RefusedError(f"--out is the source itself ({directory.url}); name another directory.")
     if directory.url.startswith(normalise(request.source) + "/"):
@@ -161,11 +275,6 @@ def prepare(request: JobRequest) -> Preparation:
         raise RefusedError(
             f"{request.source} is a run directory; decide it again with `clipfilter filter`, or export it and use the export."
         )
-    existing = read_plan(directory)
-    source = _open_source(request, existing)
-    text = request.captions != "none" and source.has_captions is not False
-    model = _with_absolute_path(request.model or DEFAULT_MODEL)
-    return Preparation(request, directory, source, None, policy, existing, source.to_plan(), text, model)
 
 
 def stored_model(plan: Plan) -> str:
@@ -178,7 +287,7 @@ def stored_model(plan: Plan) -> str:
     )
 
 
-def _refuse_foreign_directory(directory: Directory) -> None:
+def refuse_foreign_directory(directory: Directory) -> None:
     """OUT must be new, empty, or a run; and writable. Raises RefusedError."""
     try:
         if directory.local:
@@ -219,7 +328,7 @@ def choose_executor(request: JobRequest) -> Executor:
     executor = RayExecutor(request.address, request.workers, request.threads, request.device)
     executor.refuse_unshared(request.out, "--out")
     executor.refuse_unshared(request.source, "the source")
-    checkpoint = _local_checkpoint(request.model or DEFAULT_MODEL)
+    checkpoint = _local_checkpoint(request.model or defaults.MODEL)
     if checkpoint is not None:
         executor.refuse_unshared(checkpoint, "the checkpoint")
     return executor
@@ -247,172 +356,100 @@ def run_job(request: JobRequest, display: Display | None = None, executor: Execu
     executor: where the work runs, instead of what the request's `engine` says. Raises RefusedError before any work when
     the request cannot be done.
     """
-    return run_prepared(prepare(request), display, executor)
+    return run_plan(resolve(request), display, executor)
 
 
-def run_prepared(prepared: Preparation, display: Display | None = None, executor: Executor | None = None) -> JobResult:
-    """`run_job` for a request that `prepare` has checked."""
+def run_plan(
+    plan: JobPlan, display: Display | None = None, executor: Executor | None = None, growth: Growth | None = None
+) -> JobResult:
+    """`run_job` for a request that is resolved. growth: adds to the dataset in the directory."""
     began = time.monotonic()
-    refuse_other_work(prepared)
-    executor = executor or choose_executor(prepared.request)
+    refuse_foreign_directory(plan.directory)
+    executor = executor or choose_executor(plan.request)
     try:
-        return _run(prepared, executor, display, began)
+        if plan.policy is not None:
+            attachments.keep_copies(plan.directory, plan.policy.attachments)  # where every worker finds them
+        with _log_file(plan.directory):
+            return _run(plan, executor, display, growth, began)
     finally:
         executor.close()
-        prepared.directory.clean_scratch(stale_only=False)
-        prepared.directory.clean_scratch(stale_only=True)
+        plan.directory.clean_scratch(stale_only=False)
+        plan.directory.clean_scratch(stale_only=True)
 
 
-def _options(prepared: Preparation, device: str) -> tuple[dict[str, Any], Dtype]:
-    """The plan's options and the dtype: what was asked for, else what the plan says, else the device's default."""
-    request, existing = prepared.request, prepared.existing
-    old = existing.options if existing else {}
-    columns: dict[str, Any] = {} if request.labels is None else {"labels": request.labels.to_json()}
-    if request.job == "score" and prepared.policy is not None:
-        columns["scores"] = prepared.policy.canonical()
-    if prepared.base:
-        base = prepared.base[3]
-        return {"copy": False, "decode": base.options["decode"], **columns}, base.model.get("dtype", "fp32")
-    options = {
-        "decode": request.decode,
-        "batch_size": request.batch_size or old.get("batch_size") or DEFAULT_BATCH_SIZE[device],
-        "captions": request.captions,
-        "max_pixels": request.max_pixels,
-        "limit": request.limit,
-        "sample": request.sample,
-        "copy": request.copy and request.job == "run",
-        **columns,
-    }
-    dtype = request.dtype or (existing.model.get("dtype") if existing else None) or DEFAULT_DTYPE[device]
-    return options, dtype
-
-
-def refuse_other_work(prepared: Preparation) -> None:
-    """Raise RefusedError where OUT holds another plan or no run, as far as that goes without loading the model."""
-    _refuse_other_plan(prepared)
-    _refuse_foreign_directory(prepared.directory)
-
-
-def _refuse_other_plan(prepared: Preparation) -> None:
-    """Compare with the plan in OUT as far as that goes without loading the model."""
-    existing = prepared.existing
-    if existing is None:
-        return
-    old = existing.identity()
-    options, _ = _options(prepared, "cpu")
-    wanted = old | {
-        "job": prepared.request.job,
-        "source": prepared.source_plan,
-        "policy_sha256": prepared.policy.sha256 if prepared.policy and prepared.policy.decides else None,
-        "options": options | ({} if prepared.request.batch_size else {"batch_size": old["options"].get("batch_size")})
-        if not prepared.base
-        else options,
-        "text_column": prepared.text,
-    }
-    # "nano" and "nano@1" may be the same weights, and so may a checkpoint that has moved; only loading tells, and the
-    # plan that follows compares them.
-    moved = _local_checkpoint(prepared.model) is not None
-    if not moved and old["model"]["model"].split("@")[0] != prepared.model.split("@")[0]:
-        wanted["model"] = old["model"] | {"model": prepared.model}
-    refuse_if_different(prepared.directory.url, old, wanted)
-
-
-def _run(prepared: Preparation, executor: Executor, display: Display | None, began: float) -> JobResult:
-    request, directory = prepared.request, prepared.directory
-    resources = executor.resources()
-    options, dtype = _options(prepared, resources.device)
-    policy = prepared.policy
-    if policy is not None:
-        attachments.keep_copies(directory, policy.attachments)  # where every worker finds them
-    spec = JobSpec(
-        job=request.job,
+def _run(job: JobPlan, executor: Executor, display: Display | None, growth: Growth | None, began: float) -> JobResult:
+    request, directory = job.request, job.directory
+    plan, warnings = _begin(job, executor)
+    startup = time.monotonic() - began
+    final, thresholds, processed = _stages(job, plan, executor, display, growth)
+    # The failures of a filter are those of the run it decides, which were judged there.
+    failed = (job.base.version.failed_shards if job.base else []) + final.failed
+    made = Version.of(plan.sha256, FINAL_STAGE[request.job], final.commits, failed, thresholds)
+    version = growth.version(made) if growth else ledger.write_version(directory, made)
+    log.info("version %s: %s", version.name, json.dumps(version.totals))
+    exit_code, messages = _judge(version, 1.0 if job.base else request.max_failures)
+    result = JobResult(
         out=directory.url,
-        source=prepared.source_plan,
-        policy=policy.canonical() if policy else None,
-        model=prepared.model,
-        device=resources.device,
-        dtype=dtype,
-        compile_model=request.compile_model,
-        threads=resources.threads,
-        options=options,
-        text=prepared.text,
+        version=version.name,
+        plan=plan,
+        totals=version.totals,
+        failed_shards=version.failed_shards,
+        seconds=time.monotonic() - began,
+        startup_seconds=startup,
+        rows_processed=processed,
+        engine=executor.name,
+        exit_code=exit_code,
+        messages=messages + warnings,
     )
-    with _log_file(directory):
-        log.info("%s %s -> %s with %s on %s", request.job, request.source, directory.url, spec.model, executor.name)
-        description = executor.start(spec)
-        plan = Plan(
-            job=request.job,
-            source=prepared.source_plan,
-            policy=policy.canonical() if policy and policy.decides else None,
-            policy_sha256=policy.sha256 if policy and policy.decides else None,
-            model={name: value for name, value in description["fingerprint"].items() if name != "backend"},
-            options=options,
-            text_column=prepared.text,
-        )
-        if prepared.base:
-            refuse_other_weights(prepared.base[3], plan.model)
-        try:
-            plan = settle_plan(directory, plan)
-        except OSError as error:
-            raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
-        directory.abort_stale_uploads()
-        startup = time.monotonic() - began
-        final, thresholds, processed = _stages(prepared, plan, executor, display)
-        version, totals, failed_shards = _write_version(prepared, plan, final, thresholds)
-        log.info("version %s: %s", version, json.dumps(totals))
-        # The failures of a filter are those of the run it decides, which were judged there.
-        exit_code, messages = _judge(totals, failed_shards, 1.0 if prepared.base else request.max_failures)
-        result = JobResult(
-            out=directory.url,
-            version=version,
-            plan=plan,
-            totals=totals,
-            failed_shards=failed_shards,
-            seconds=time.monotonic() - began,
-            startup_seconds=startup,
-            rows_processed=processed,
-            engine=executor.name,
-            exit_code=exit_code,
-            messages=messages + description["warnings"],
-        )
-        summary = {key: value for key, value in asdict(result).items() if key != "plan"}
-        directory.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
+    summary = {key: value for key, value in asdict(result).items() if key != "plan"}
+    directory.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
     return result
 
 
+def _begin(job: JobPlan, executor: Executor) -> tuple[Plan, list[str]]:
+    """Start the workers and write the plan: the plan, and what the workers warn of. Raises RefusedError."""
+    directory, resources = job.directory, executor.resources()
+    log.info("%s %s -> %s with %s on %s", job.request.job, job.request.source, directory.url, job.model, executor.name)
+    description = executor.start(job.spec(resources))
+    plan = job.settled(resources.device, description["fingerprint"])
+    if job.base is not None:
+        refuse_other_weights(job.base.plan, plan.model)
+    try:
+        plan = settle_plan(directory, plan)
+    except OSError as error:
+        raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
+    directory.abort_stale_uploads()
+    return plan, description["warnings"]
+
+
 def _stages(
-    prepared: Preparation, plan: Plan, executor: Executor, display: Display | None
-) -> tuple[StageResult, dict[str, float | None], int]:
+    job: JobPlan, plan: Plan, executor: Executor, display: Display | None, growth: Growth | None
+) -> tuple[StageResult, Thresholds, int]:
     """One stage, or two with dataset-level rules; the final stage's result, thresholds, rows worked on."""
-    request, directory = prepared.request, prepared.directory
+    request, directory, policy = job.request, job.directory, job.policy
 
     def units() -> Iterator[Unit]:
-        if prepared.source is not None:
-            return prepared.growth.units(prepared.source) if prepared.growth else source_units(prepared.source)
-        assert prepared.base is not None
-        run, _, version, _ = prepared.base
-        return run_units(run, version["commits"], ledger.read_commits(run, version["commits"]))
+        if job.source is not None:
+            return growth.units(job.source) if growth else source_units(job.source)
+        assert job.base is not None
+        return run_units(job.base.url, job.base.commits())
 
     def stage(op: str, name: str, items: Iterator[Unit], **more: Any) -> tuple[StageResult, int]:
         runner = StageRun(directory, plan, executor, op=op, stage=name, display=display, **more)
         found = runner.run(items)
-        done = sum(c["counts"]["rows"] for c in found.commits) - runner.progress.rows_reused
-        return found, done
+        return found, sum(commit.counts.rows for commit in found.commits) - runner.progress.rows_reused
 
-    final = ledger.FINAL_STAGE[request.job]
+    final = FINAL_STAGE[request.job]
     retry = {"retry_failed": request.retry_failed, "limit": request.limit}
-    first_op = "embed" if prepared.source is not None else "decide"
-    policy = prepared.policy
     if policy is None or not policy.dataset_thresholds:
-        result, done = stage(first_op, final, units(), **retry)
+        result, done = stage("embed" if job.source is not None else "decide", final, units(), **retry)
         return result, {}, done
-    first_op = "embed" if prepared.source is not None else "score"
-    scored, done = stage(first_op, "scored", units(), **retry)
-    if prepared.growth is not None:
-        thresholds, again = prepared.growth.scored(policy, scored)
+    scored, done = stage("embed" if job.source is not None else "score", "scored", units(), **retry)
+    if growth is not None:
+        thresholds, again = growth.scored(policy, scored)
     else:
         thresholds = fix_thresholds(directory, policy, scored.commits)
-        again = units() if prepared.source is None else run_units(directory, scored.names, scored.commits)
+        again = units() if job.source is None else run_units(directory.url, scored.commits)
     decided, done_again = stage("decide", final, again, thresholds=thresholds)
     decided.failed = scored.failed + decided.failed
     return decided, thresholds, max(done, done_again)
@@ -428,53 +465,31 @@ def refuse_other_weights(base: Plan, model: dict[str, Any]) -> None:
             )
 
 
-def _write_version(
-    prepared: Preparation, plan: Plan, final: StageResult, thresholds: dict[str, float | None]
-) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Make the final stage's commits a version of the dataset: its name, totals and failed shards."""
-    failed_shards = final.failed
-    if prepared.base:
-        failed_shards = prepared.base[2]["failed_shards"] + failed_shards
-    totals = ledger.totals_of(final.commits, failed_shards)
-    content = {
-        "plan": plan.sha256,
-        "stage": ledger.FINAL_STAGE[prepared.request.job],
-        "commits": final.names,
-        "failed_shards": failed_shards,
-        "thresholds": thresholds,
-        "totals": totals,
-    }
-    if prepared.growth is not None:
-        name, grown = prepared.growth.version(content)
-        return name, grown["totals"], grown["failed_shards"]
-    name, _ = ledger.write_version(prepared.directory, content)
-    return name, totals, failed_shards
-
-
-def _judge(totals: dict[str, Any], failed_shards: list[dict[str, Any]], max_failures: float) -> tuple[int, list[str]]:
+def _judge(version: Version, max_failures: float) -> tuple[int, list[str]]:
     """Exit code and sentences for the person: failures above the limit, failed or damaged shards."""
+    totals, failed_shards = version.totals, version.failed_shards
     messages, exit_code = [], EXIT_DONE
     if failed_shards:
         first = failed_shards[0]
         messages.append(
             f"{len(failed_shards)} shard(s) failed and are not in the result, their row count is unknown; the first is "
-            f"{first['shard']['path']}: {first['error']}. Repeat the command to try them again."
+            f"{first.shard.path}: {first.error}. Repeat the command to try them again."
         )
         exit_code = EXIT_FAILURES
-    if totals["rows"] and totals["failed"] > max_failures * totals["rows"]:
+    if totals.rows and totals.failed > max_failures * totals.rows:
         messages.append(
-            f"{totals['failed']:,} of {totals['rows']:,} rows failed, more than the limit of {max_failures:.1%} "
+            f"{totals.failed:,} of {totals.rows:,} rows failed, more than the limit of {max_failures:.1%} "
             "(--max-failures); see failed/ for the reasons."
         )
         exit_code = EXIT_FAILURES
-    if totals["damaged_shards"]:
+    if totals.damaged_shards:
         messages.append(
-            f"{totals['damaged_shards']} shard(s) are damaged: {totals['bytes_unread']:,} bytes could not be read, the rows "
+            f"{totals.damaged_shards} shard(s) are damaged: {totals.bytes_unread:,} bytes could not be read, the rows "
             "before the damage were decided. Replace the files and repeat the command."
         )
         exit_code = EXIT_FAILURES
-    if totals["captions_truncated"]:
-        messages.append(f"{totals['captions_truncated']:,} captions are longer than the model reads and were cut.")
+    if totals.captions_truncated:
+        messages.append(f"{totals.captions_truncated:,} captions are longer than the model reads and were cut.")
     return exit_code, messages
 
 
@@ -511,35 +526,24 @@ def plan_overview(request: JobRequest) -> dict[str, Any]:
     """What `--dry-run` shows: the request checked, the model loaded, the shards listed; nothing started or written."""
     from clipfilter.models import load_encoder
 
-    prepared = prepare(request)
-    _refuse_other_plan(prepared)
-    if prepared.source is not None:
-        source, decode = prepared.source, request.decode
-        shards = list(source.iter_shards())
-        kind = source.kind
-    else:
-        assert prepared.base is not None
-        run, _, version, base = prepared.base
-        source, decode = Source.from_plan(base.source), base.options["decode"]
-        shards = [Shard.from_json(c["shard"]) for c in ledger.read_commits(run, version["commits"])]
-        kind = "run"
-    encoder = load_encoder(prepared.model, device="cpu" if request.device == "auto" else request.device)
-    warnings: list[str] = []
-    if prepared.policy is not None:
-        warnings = list(compile_for(source, prepared.policy, encoder, decode).warnings)
+    plan = resolve(request)
+    source, policy = plan.dataset, plan.policy
+    shards = list(source.iter_shards()) if plan.base is None else [commit.shard for commit in plan.base.commits()]
+    encoder = load_encoder(plan.model, device="cpu" if request.device == "auto" else request.device)
+    warnings = [] if policy is None else list(compile_for(source, policy, encoder, plan.decode).warnings)
     sizes = {shard.path: shard.size for shard in shards}
     return {
         "job": request.job,
         "source": request.source,
-        "kind": kind,
+        "kind": source.kind if plan.base is None else "run",
         "shards": len(shards),
         "bytes": sum(sizes.values()),
-        "out": prepared.directory.url,
-        "resumes": prepared.existing is not None,
-        "policy": f"{prepared.policy.name} version {prepared.policy.version}" if prepared.policy else None,
-        "rules": [rule.id for rule in prepared.policy.rules] if prepared.policy else [],
-        "model": prepared.model,
+        "out": plan.directory.url,
+        "resumes": plan.existing is not None,
+        "policy": f"{policy.name} version {policy.version}" if policy else None,
+        "rules": [rule.id for rule in policy.rules] if policy else [],
+        "model": plan.model,
         "weights": encoder.fingerprint["weights_sha256"],
-        "captions": prepared.text,
+        "captions": plan.text,
         "warnings": warnings,
     }

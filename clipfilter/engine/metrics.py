@@ -13,18 +13,18 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from clipfilter import defaults
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine.driver import Display, Progress
 from clipfilter.errors import RefusedError
 
 log = logging.getLogger("clipfilter.engine")
 
-LOOPBACK = "127.0.0.1"
-DECISIONS = ("keep", "review", "reject")
 _FILE_SECONDS = 10.0
 _RATE_SECONDS = 30.0
 
@@ -45,7 +45,7 @@ class MetricsOptions:
     """Where metrics go. port: 0 takes a free one, None opens no endpoint. file: for node_exporter's textfile collector."""
 
     port: int | None = None
-    host: str = LOOPBACK
+    host: str = defaults.LOOPBACK
     file: str | None = None
 
 
@@ -90,92 +90,74 @@ class RunMetrics:
 
     def collect(self) -> Iterator[Any]:
         """What prometheus_client asks of a collector: all metrics, now."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
         with self._lock:
             stages, result, finished = list(self._stages), self._result, self._finished
             rate = _rate(self._rates)
         now = stages[-1] if stages else Progress()
-
-        def counter(name: str, text: str, label: str, values: Iterable[tuple[str, str, float]]) -> Any:
-            family = CounterMetricFamily(name, text, labels=["job_kind", "stage", label])
-            totals: Counter[tuple[str, str]] = Counter()
-            for stage, value, number in values:
-                totals[stage, value] += number  # type: ignore[assignment]
-            for (stage, value), number in totals.items():
-                family.add_metric([self._job, stage, value], number)
-            return family
-
-        def gauge(name: str, text: str, value: float, **labels: str) -> Any:
-            family = GaugeMetricFamily(name, text, labels=["job_kind", *labels])
-            family.add_metric([self._job, *labels.values()], value)
-            return family
-
-        yield counter(
-            "clipfilter_rows", "Rows of shards that were committed, by what became of them.", "outcome",
-            [(s.stage, name, s.counts[name]) for s in stages for name in ("embedded", "failed")],
+        for name, text, label, values in _COUNTERS:
+            yield self._counter(
+                name, text, label, [(s.stage, value, n) for s in stages for value, n in values(s).items()]
+            )
+        yield self._gauge("clipfilter_images_per_second", f"Rows per second over the last {_RATE_SECONDS:.0f} s.", rate)
+        yield self._gauge(
+            "clipfilter_queue_depth", "Shards planned and waiting, and shards that workers hold.",
+            {"waiting": now.waiting, "running": now.running}, "state",
         )  # fmt: skip
-        yield counter(
-            "clipfilter_decisions", "Rows decided, by decision.", "decision",
-            [(s.stage, name, s.counts[name]) for s in stages for name in DECISIONS],
-        )  # fmt: skip
-        yield counter(
-            "clipfilter_failed_rows", "Rows that failed, by class of error.", "error_class",
-            [(s.stage, name, n) for s in stages for name, n in s.failed_by_class.items()],
-        )  # fmt: skip
-        yield counter(
-            "clipfilter_shards", "Shards, by state: done now, reused from an earlier start, or failed for good.", "state",
-            [
-                (s.stage, state, number)
-                for s in stages
-                for state, number in (
-                    ("done", s.shards_done - s.shards_reused),
-                    ("reused", s.shards_reused),
-                    ("failed", s.shards_failed),
-                )
-            ],
-        )  # fmt: skip
-        yield counter(
-            "clipfilter_worker_seconds", "Wall time of workers, by step of a shard.", "step",
-            [(s.stage, step, seconds) for s in stages for step, seconds in s.seconds.items()],
-        )  # fmt: skip
-        yield counter(
-            "clipfilter_encoder_wait_seconds", "Time in which an encoder (a GPU) had its turn and no batch was ready.",
-            "reason", [(s.stage, "no_batch", s.encoder_waited) for s in stages],
-        )  # fmt: skip
-        yield counter(
-            "clipfilter_failed_attempts", "Attempts at a shard that failed and were repeated or given up.", "reason",
-            [(s.stage, "any", s.attempts_failed) for s in stages],
-        )  # fmt: skip
-        yield gauge("clipfilter_images_per_second", f"Rows per second over the last {_RATE_SECONDS:.0f} s.", rate)
-        queue = GaugeMetricFamily(
-            "clipfilter_queue_depth",
-            "Shards planned and waiting, and shards that workers hold.",
-            labels=["job_kind", "state"],
-        )
-        queue.add_metric([self._job, "waiting"], now.waiting)
-        queue.add_metric([self._job, "running"], now.running)
-        yield queue
-        yield gauge("clipfilter_workers", "Workers that are up.", now.workers)
-        yield gauge(
+        yield self._gauge("clipfilter_workers", "Workers that are up.", now.workers)
+        yield self._gauge(
             "clipfilter_started_timestamp_seconds", "When this process started its job (Unix time).", self._started
         )
         if result is not None:
-            yield gauge(
-                "clipfilter_exit_code", "Exit code of the last job: 0, or 3 with too many failures.", result.exit_code
-            )
-            yield gauge("clipfilter_finished_timestamp_seconds", "When the last job ended (Unix time).", finished)
-            yield gauge(
-                "clipfilter_dataset_version",
-                "Version of the dataset that the last job wrote.",
-                int(result.version or 0),
-            )
-            rows = GaugeMetricFamily(
-                "clipfilter_dataset_rows", "Rows of the dataset's version, by outcome.", labels=["job_kind", "outcome"]
-            )
-            for name in ("rows", "embedded", *DECISIONS, "failed"):
-                rows.add_metric([self._job, name], result.totals.get(name, 0))
-            yield rows
+            yield from self._ended(result, finished)
+
+    def _ended(self, result: Finished, finished: float) -> Iterator[Any]:
+        yield self._gauge(
+            "clipfilter_exit_code", "Exit code of the last job: 0, or 3 with too many failures.", result.exit_code
+        )
+        yield self._gauge("clipfilter_finished_timestamp_seconds", "When the last job ended (Unix time).", finished)
+        version = int(result.version or 0)
+        yield self._gauge("clipfilter_dataset_version", "Version of the dataset that the last job wrote.", version)
+        yield self._gauge(
+            "clipfilter_dataset_rows", "Rows of the dataset's version, by outcome.",
+            {name: result.totals.get(name, 0) for name in ("rows", "embedded", *DECISIONS, "failed")}, "outcome",
+        )  # fmt: skip
+
+    def _counter(self, name: str, text: str, label: str, values: Iterable[tuple[str, str, float]]) -> Any:
+        from prometheus_client.core import CounterMetricFamily
+
+        family = CounterMetricFamily(name, text, labels=["job_kind", "stage", label])
+        totals: Counter[tuple[str, str]] = Counter()
+        for stage, value, number in values:
+            totals[stage, value] += number  # type: ignore[assignment]
+        for (stage, value), number in totals.items():
+            family.add_metric([self._job, stage, value], number)
+        return family
+
+    def _gauge(self, name: str, text: str, value: float | dict[str, float], label: str | None = None) -> Any:
+        """One number, or one for each value of a label."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        family = GaugeMetricFamily(name, text, labels=["job_kind", *([label] if label else [])])
+        for found, number in value.items() if isinstance(value, dict) else [(None, value)]:
+            family.add_metric([self._job, *([found] if found else [])], number)
+        return family
+
+
+#: (name, what it says, its label, a stage's numbers by value of the label).
+_COUNTERS: tuple[tuple[str, str, str, Callable[[Progress], dict[str, float]]], ...] = (
+    ("clipfilter_rows", "Rows of shards that were committed, by what became of them.", "outcome",
+     lambda s: {name: s.counts[name] for name in ("embedded", "failed")}),
+    ("clipfilter_decisions", "Rows decided, by decision.", "decision",
+     lambda s: {name: s.counts[name] for name in DECISIONS}),
+    ("clipfilter_failed_rows", "Rows that failed, by class of error.", "error_class", lambda s: dict(s.failed_by_class)),
+    ("clipfilter_shards", "Shards, by state: done now, reused from an earlier start, or failed for good.", "state",
+     lambda s: {"done": s.shards_done - s.shards_reused, "reused": s.shards_reused, "failed": s.shards_failed}),
+    ("clipfilter_worker_seconds", "Wall time of workers, by step of a shard.", "step", lambda s: dict(s.seconds)),
+    ("clipfilter_encoder_wait_seconds", "Time in which an encoder (a GPU) had its turn and no batch was ready.", "reason",
+     lambda s: {"no_batch": s.encoder_waited}),
+    ("clipfilter_failed_attempts", "Attempts at a shard that failed and were repeated or given up.", "reason",
+     lambda s: {"any": s.attempts_failed}),
+)  # fmt: skip
 
 
 def _rate(points: list[tuple[float, int]]) -> float:

@@ -9,21 +9,20 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import defaults
 from clipfilter.engine.decoding import DecodedBatch, StageTimes, image_columns
 from clipfilter.errors import ENCODE_ERROR, RowError
-from clipfilter.runs import FACTS, IDENTITY, annotate, embeddings_schema, failed_table, vector_column
+from clipfilter.runs import FACTS, IDENTITY, Account, Counts, annotate, embeddings_schema, failed_table, vector_column
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
     from clipfilter.policies import CompiledPolicy, LabelScorer
-
-Captions = Literal["first", "max", "mean", "none"]
 
 
 class Sink(Protocol):
@@ -35,14 +34,10 @@ class Sink(Protocol):
     def copy(self, what: Literal["kept", "review"], rows: list[int]) -> None: ...
 
 
-@dataclass
-class ShardReport:
-    """What happened to the rows of one shard; every row is in `decided` (or `embedded`) or in `failed`."""
+@dataclass(frozen=True)
+class ShardReport(Account):
+    """What became of the rows of one shard, and how the encoder fared: batches halved, seconds it waited, by step."""
 
-    counts: dict[str, int]
-    failed_by_class: dict[str, int]
-    rules: dict[str, dict[str, int]] = field(default_factory=dict)
-    captions_truncated: int = 0
     batch_halvings: int = 0
     encoder_waited: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -72,7 +67,7 @@ def process_shard(
     shard: str,
     source_schema: pa.Schema,
     text: bool,
-    captions: Captions = "first",
+    captions: defaults.Captions = defaults.CAPTIONS,
     turn: contextlib.AbstractContextManager[Any] | None = None,
     times: StageTimes | None = None,
     on_batch: Any = None,
@@ -106,11 +101,13 @@ def process_shard(
     if decides:
         copy_decided(table, sink)
     times.add("decide_and_write", started)
-    report.captions_truncated = embedded.captions_truncated
-    report.batch_halvings = embedded.batch_halvings
-    report.encoder_waited = embedded.encoder_waited
-    report.seconds = times.seconds
-    return report
+    return replace(
+        report,
+        captions_truncated=embedded.captions_truncated,
+        batch_halvings=embedded.batch_halvings,
+        encoder_waited=embedded.encoder_waited,
+        seconds=times.seconds,
+    )
 
 
 def decide_shard(
@@ -155,7 +152,7 @@ def embed_rows(
     shard: str,
     source_schema: pa.Schema,
     text: bool,
-    captions: Captions,
+    captions: defaults.Captions,
     times: StageTimes,
     on_batch: Any = None,
 ) -> EmbeddedShard:
@@ -238,7 +235,7 @@ class _BatchRunner:
                 _empty_cuda_cache()
 
     def captions(
-        self, lists: list[list[str]], image_emb: np.ndarray, mode: Captions
+        self, lists: list[list[str]], image_emb: np.ndarray, mode: defaults.Captions
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """One text embedding per row: float32 [n, dim], which rows have one bool [n], captions truncated."""
         n, dim = image_emb.shape
@@ -291,7 +288,7 @@ def shard_report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardRepor
     """The counts of a shard's annotated and failed rows."""
     from clipfilter.policies import escalated
 
-    counts = {"rows": table.num_rows + failed.num_rows, "failed": failed.num_rows, "embedded": table.num_rows}
+    counts = Counts(rows=table.num_rows + failed.num_rows, failed=failed.num_rows, embedded=table.num_rows)
     rules: dict[str, Counter[str]] = {}
     if decided:
         decisions = Counter(table["cf_decision"].to_pylist())

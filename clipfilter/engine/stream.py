@@ -8,27 +8,25 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from clipfilter import storage
+from clipfilter import defaults, storage
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
-    DEFAULT_MAX_PIXELS,
     refuse_other_weights,
     stored_model,
 )
 from clipfilter.engine.shard import EmbeddedShard, embed_rows
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.images import Mode
-from clipfilter.models import DEFAULT_MODEL, load_encoder
-from clipfilter.runs import FAILED, IDENTITY, embeddings_schema, is_run, ledger, local_files, open_run, read_stored
+from clipfilter.models import load_encoder
+from clipfilter.runs import IDENTITY, Run, embeddings_schema, is_run
 from clipfilter.sources import (
     COLUMN_PREFIX,
     PARQUET_SUFFIXES,
@@ -43,9 +41,7 @@ from clipfilter.sources import (
 )
 
 if TYPE_CHECKING:
-    from clipfilter.engine.job import Dtype
     from clipfilter.models import Encoder
-    from clipfilter.runs import Plan
 
 _FETCHED_BYTES = 64 << 20
 _READ_AT_ONCE = 64
@@ -62,21 +58,11 @@ class StreamOptions:
     """
 
     batch_size: int = 64
-    decode: Mode = "fast"
-    max_pixels: int = DEFAULT_MAX_PIXELS
+    decode: Mode = defaults.DECODE
+    max_pixels: int = defaults.MAX_PIXELS
     threads: int | None = None
     decode_ahead: int = 0
     text: bool = False
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A finished run, whose embeddings are taken as they are."""
-
-    given: str
-    directory: storage.Directory
-    version: dict[str, Any]
-    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -88,7 +74,7 @@ class Dataset:
 
 
 Named = list[Any]  # consecutive single images
-Input = Named | Dataset | StoredRun
+Input = Named | Dataset | Run
 
 
 def open_inputs(given: Sequence[Any], options: SourceOptions | None = None) -> list[Input]:
@@ -117,16 +103,16 @@ def load_for(
     model: str | None,
     *,
     device: str = "cpu",
-    dtype: Dtype = "fp32",
+    dtype: defaults.Dtype = "fp32",
     threads: int | None = None,
 ) -> Encoder:
     """The model asked for (nano where none is); of a run, the one that embedded it and no other.
 
     Raises RefusedError where two runs, or a run and `model`, are of different weights.
     """
-    runs = [item for item in inputs if isinstance(item, StoredRun)]
+    runs = [item for item in inputs if isinstance(item, Run)]
     if not runs:
-        return load_encoder(model or DEFAULT_MODEL, device=device, dtype=dtype, threads=threads)
+        return load_encoder(model or defaults.MODEL, device=device, dtype=dtype, threads=threads)
     plan = runs[0].plan
     encoder = load_encoder(
         model or stored_model(plan), device=device, dtype=plan.model.get("dtype", "fp32"), threads=threads
@@ -140,23 +126,45 @@ def stream_options(
     inputs: Sequence[Input],
     model: str | None = None,
     *,
-    device: str = "auto",
-    dtype: Dtype | None = None,
+    device: str = defaults.DEVICE,
+    dtype: defaults.Dtype | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
-    decode: str = "fast",
+    decode: str = defaults.DECODE,
     text: bool = False,
 ) -> tuple[Encoder, StreamOptions]:
     """The model and the options for some inputs, with the defaults of a job on this device where None is given."""
-    wanted = "cuda" if device == "auto" and gpu_count() else "cpu" if device == "auto" else device
-    kind = wanted.split(":")[0]
-    encoder = load_for(inputs, model, device=wanted, dtype=dtype or DEFAULT_DTYPE.get(kind, "fp32"), threads=threads)
+    at = on_device(device, dtype, batch_size)
+    encoder = load_for(inputs, model, device=at.device, dtype=at.dtype, threads=threads)
     return encoder, StreamOptions(
-        batch_size=batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
+        batch_size=at.batch_size,
         decode="exact" if decode == "exact" else "fast",
         threads=threads,
-        decode_ahead=0 if kind == "cpu" else 2,
+        decode_ahead=at.decode_ahead,
         text=text,
+    )
+
+
+class OnDevice(NamedTuple):
+    """How a model is run on a device. decode_ahead: batches decoded while the model works."""
+
+    device: str
+    dtype: defaults.Dtype
+    batch_size: int
+    decode_ahead: int
+
+
+def on_device(
+    device: str = defaults.DEVICE, dtype: defaults.Dtype | None = None, batch_size: int | None = None
+) -> OnDevice:
+    """What is asked for, with the defaults of the device for None; "auto" takes a GPU where there is one."""
+    wanted = device if device != "auto" else "cuda" if gpu_count() else "cpu"
+    kind = wanted.split(":")[0]
+    return OnDevice(
+        wanted,
+        dtype or DEFAULT_DTYPE.get(kind, "fp32"),
+        batch_size or DEFAULT_BATCH_SIZE.get(kind, 64),
+        0 if kind == "cpu" else 2,
     )
 
 
@@ -181,7 +189,7 @@ def embed_stream(
     decoder = ThreadDecoder(settings, options.threads or min(MAX_THREADS, cpu_count()))
     lost: list[dict[str, str]] = [] if failed_shards is None else failed_shards
     for item in inputs:
-        if isinstance(item, StoredRun):
+        if isinstance(item, Run):
             yield from _stored(item, encoder, told, lost)
         elif isinstance(item, Dataset):
             yield from _dataset(item, encoder, decoder, options, told, lost)
@@ -236,8 +244,7 @@ def _open(item: Any, options: SourceOptions) -> Input:
     if _is_image(name):
         return [name]
     if is_run(name):
-        directory, _, version, plan = open_run(name)
-        return StoredRun(name, directory, version, plan)
+        return Run(name).origin()
     source = open_source(name, options)
     pattern = source.to_plan()["pattern"]
     folder = ""
@@ -331,23 +338,19 @@ def _embed(
 
 
 def _stored(
-    run: StoredRun, encoder: Encoder, told: Callable[[int], None], lost: list[dict[str, str]]
+    run: Run, encoder: Encoder, told: Callable[[int], None], lost: list[dict[str, str]]
 ) -> Iterator[EmbeddedShard]:
-    lost += [{"path": item["shard"]["path"], "error": item["error"]} for item in run.version["failed_shards"]]
-    scratch = run.directory.scratch()
-    try:
-        for _, commit in ledger.iter_commits(run.directory, run.version["commits"]):
-            with local_files(run.directory, commit["files"], scratch) as local:
-                failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
-                if "annotated" in local:
-                    rows, embeddings = read_stored(local["annotated"], local["embeddings"])
-                else:
-                    rows = IDENTITY.empty_table()
-                    embeddings = embeddings_schema(encoder.dim, run.plan.text_column).empty_table()
-                told(rows.num_rows)
-                yield EmbeddedShard(rows, embeddings, failed, commit["captions_truncated"], 0)
-    finally:
-        run.directory.clean_scratch(stale_only=False)
+    lost += [{"path": item.shard.path, "error": item.error} for item in run.version.failed_shards]
+    with run.directory:
+        for commit in run.commits():
+            stored = run.read(commit)
+            if stored is None:
+                rows = IDENTITY.empty_table()
+                embeddings = embeddings_schema(encoder.dim, run.plan.text_column).empty_table()
+            else:
+                rows, embeddings = stored.rows, stored.embeddings
+            told(rows.num_rows)
+            yield EmbeddedShard(rows, embeddings, run.failed(commit), commit.captions_truncated, 0)
 
 
 def _placed(table: pa.Table, folder: str) -> pa.Table:

@@ -5,28 +5,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from clipfilter import defaults
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
 from clipfilter.runs import (
     FAILED,
     FINAL_STAGE,
-    CommitName,
+    Base,
+    Commit,
+    Counts,
     ShardWriter,
+    Thresholds,
+    WorkerDetails,
     decision_inputs,
-    local_files,
-    machine,
+    embeddings_of,
     of_run,
-    read_stored,
-    write_commit,
+    read_table,
+    read_tables,
 )
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
@@ -50,7 +52,7 @@ class JobSpec:
     policy: dict[str, Any] | None
     model: str
     device: str
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: defaults.Dtype
     compile_model: bool
     threads: int
     options: dict[str, Any]
@@ -61,25 +63,57 @@ class JobSpec:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """The commit whose rows and embeddings are decided (again), and the URL of its run."""
+
+    run: str
+    commit: Commit
+
+
+@dataclass(frozen=True)
 class Task:
     """One shard to process, or to decide again.
 
-    op: "embed" (images in), "score" or "decide" (stored embeddings in). inputs: for the latter, the run directory and
-    the commit that hold rows and embeddings. isolated: decode in a child process, after the shard killed a worker.
+    op: "embed" (images in), "score" or "decide" (stored embeddings in). inputs: for the latter. isolated: decode in a
+    child process, after the shard killed a worker.
     """
 
     op: str
-    shard: dict[str, Any]
+    shard: Shard
     generation: int
     plan_sha256: str
     isolated: bool = False
     row_cap: int | None = None
-    inputs: dict[str, Any] | None = None
-    thresholds: dict[str, float | None] | None = None
+    inputs: Inputs | None = None
+    thresholds: Thresholds | None = None
     attempt: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it travels to workers."""
+        inputs = self.inputs and {"run": self.inputs.run, "commit": self.inputs.commit.to_json()}
+        return {**vars(self), "shard": self.shard.to_json(), "inputs": inputs}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Task:
+        given = value["inputs"]
+        inputs = given and Inputs(given["run"], Commit.from_json(given["commit"], "a task"))
+        return cls(**{**value, "shard": Shard.from_json(value["shard"]), "inputs": inputs})
+
+
+@dataclass(frozen=True)
+class Done:
+    """The commit that a task came to. created: by this attempt; else an earlier one was first, and its commit stands."""
+
+    commit: Commit
+    created: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As it travels to the driver."""
+        return {"commit": self.commit.to_json(), "created": self.created}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Done:
+        return cls(Commit.from_json(value["commit"], "a worker's answer"), value["created"])
 
 
 class Worker:
@@ -137,44 +171,24 @@ class Worker:
             warnings.append(f"{self.labels.truncated} prompts are longer than {self.encoder.name} reads and were cut")
         return {"fingerprint": self.encoder.fingerprint, "warnings": warnings}
 
-    def process(self, task: Task) -> dict[str, Any]:
+    def process(self, task: Task) -> Done:
         """Do the task and commit it; the commit of an earlier attempt wins and is returned in its place."""
-        shard = Shard.from_json(task.shard)
-        started = time.time()
         copies = self.source if self.spec.options["copy"] else None
-        writer = ShardWriter(self.directory, shard, copies, score_columns_only=self.source is None)
-        try:
-            report, extra = (
-                self._embed(task, shard, writer) if task.op == "embed" else self._decide(task, shard, writer)
+        with ShardWriter(self.directory, task.shard, copies, score_columns_only=self.source is None) as writer:
+            report, more = self._embed(task, writer) if task.op == "embed" else self._decide(task, writer)
+            of_worker = WorkerDetails(
+                seconds={name: round(value, 4) for name, value in report.seconds.items()},
+                attempt=task.attempt,
+                isolated=task.isolated,
+                batch_halvings=report.batch_halvings,
+                encoder_waited=round(report.encoder_waited, 4),
+                backend=self.encoder.fingerprint.get("backend"),
             )
-            stage = self._stage(task)
-            commit = {
-                "shard": task.shard,
-                "stage": stage,
-                "generation": task.generation,
-                "plan": task.plan_sha256,
-                "counts": report.counts | extra.pop("counts"),
-                "failed_by_class": report.failed_by_class,
-                "rules": report.rules,
-                "captions_truncated": report.captions_truncated,
-                **extra,
-                "files": {**extra.get("files", {}), **writer.files},
-                "work": {
-                    "seconds": {name: round(value, 4) for name, value in report.seconds.items()},
-                    "started": round(started, 3),
-                    "finished": round(time.time(), 3),
-                    "attempt": task.attempt,
-                    "isolated": task.isolated,
-                    "batch_halvings": report.batch_halvings,
-                    "encoder_waited": round(report.encoder_waited, 4),
-                    "machine": machine(),
-                    "backend": self.encoder.fingerprint.get("backend"),
-                },
-            }
-            commit, created = write_commit(self.directory, CommitName(shard.id, stage, task.generation), commit)
-        finally:
-            writer.close()
-        return {"commit": commit, "created": created}
+            stage, generation = self._stage(task), task.generation
+            commit, created = writer.commit(
+                report, stage=stage, plan=task.plan_sha256, generation=generation, of_worker=of_worker, **more
+            )
+        return Done(commit, created)
 
     def close(self) -> None:
         self.directory.clean_scratch(stale_only=False)
@@ -187,11 +201,12 @@ class Worker:
             return "scored"
         return FINAL_STAGE[self.spec.job]
 
-    def _embed(self, task: Task, shard: Shard, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
+    def _embed(self, task: Task, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
+        """The report, and what else the commit says: nothing."""
         assert self.source is not None
         options = self.spec.options
         times = StageTimes()
-        reader = self.source.read(shard)
+        reader = self.source.read(task.shard)
         with contextlib.ExitStack() as stack:
             decoder: Any = self._threads
             if task.isolated:
@@ -217,7 +232,7 @@ class Worker:
                 self.encoder,
                 self.policy,
                 writer,
-                shard=shard.id,
+                shard=task.shard.id,
                 source_schema=self.source.schema,
                 text=self.spec.text,
                 captions=options["captions"],
@@ -227,59 +242,52 @@ class Worker:
                 labels=self.labels,
             )
         stats = reader.stats
-        extra = {
-            "counts": {
-                "not_downloaded": stats.not_downloaded,
-                "duplicate_keys": stats.duplicate_keys,
-                "clashes": stats.clashes,
-                "misfits": stats.misfits,
-            },
-            "damaged": stats.damaged,
-            "bytes_unread": stats.bytes_unread,
-            "files": {},
-        }
-        return report, extra
+        counts = Counts(
+            **report.counts,
+            not_downloaded=stats.not_downloaded,
+            duplicate_keys=stats.duplicate_keys,
+            clashes=stats.clashes,
+            misfits=stats.misfits,
+        )
+        return replace(report, counts=counts, damaged=stats.damaged, bytes_unread=stats.bytes_unread), {}
 
-    def _decide(self, task: Task, shard: Shard, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
+    def _decide(self, task: Task, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
+        """The report, and what else the commit says: what was decided with which thresholds, and files it names again."""
         assert task.inputs is not None
-        origin = Directory(task.inputs["run"])
-        commit = task.inputs["commit"]
-        files = commit["files"]
+        origin, commit = Directory(task.inputs.run), task.inputs.commit
         same_run = origin.url == self.directory.url
-        with local_files(origin, files, self.directory.scratch()) as local:
-            rows_file = local.get("scored") if same_run else local.get("annotated")
-            failed = pq.read_table(local["failed"]) if "failed" in local else FAILED.empty_table()
+        failed_file, rows_file = commit.files.failed, commit.files.scored if same_run else commit.files.annotated
+        try:
+            failed = read_table(origin, failed_file) if failed_file else FAILED.empty_table()
             if rows_file is None:
-                report = ShardReport({"rows": failed.num_rows, "failed": failed.num_rows, "embedded": 0}, {})
-                report.counts |= {"decided": 0, "keep": 0, "review": 0, "reject": 0}
-                report.failed_by_class = commit["failed_by_class"]
+                none = dict.fromkeys(("embedded", "decided", "keep", "review", "reject"), 0)
+                counts = Counts(rows=failed.num_rows, failed=failed.num_rows, **none)
+                report = ShardReport(counts, commit.failed_by_class)
             else:
-                rows, embeddings = read_stored(rows_file, local["embeddings"])
+                rows, embeddings = read_tables((origin, rows_file), (origin, embeddings_of(commit, origin.url)))
                 scored_only = task.op == "score" or self.spec.job == "score"
-                thresholds = None if scored_only else task.thresholds or {}
                 report = decide_shard(
-                    rows, embeddings, failed, self.encoder, self.policy, thresholds, writer,
-                    copy=same_run and self.spec.options["copy"], final=task.op == "decide", labels=self.labels,
+                    rows, embeddings, failed, self.encoder, self.policy, None if scored_only else task.thresholds or {},
+                    writer, copy=same_run and self.spec.options["copy"], final=task.op == "decide", labels=self.labels,
                 )  # fmt: skip
-            if not same_run and task.op == "decide":
-                writer.failed(failed)
-        self._count(report.counts["rows"])
-        carried = {name: files[name] for name in ("embeddings", "failed") if same_run and name in files}
-        extra: dict[str, Any] = {
-            "counts": {
-                n: commit["counts"].get(n, 0) for n in ("not_downloaded", "duplicate_keys", "clashes", "misfits")
-            },
-            "damaged": commit.get("damaged", False),
-            "bytes_unread": commit.get("bytes_unread", 0),
-            "captions_truncated": commit.get("captions_truncated", 0),
-            "files": carried,
-            "base_generation": task.inputs["generation"],
+        finally:
+            origin.clean_scratch(stale_only=False)
+        if not same_run and task.op == "decide":
+            writer.failed(failed)
+        self._count(report.counts.rows)
+        report = replace(
+            report,
+            counts=Counts(report.counts | commit.counts.of_source()),
+            captions_truncated=commit.captions_truncated,
+            damaged=commit.damaged,
+            bytes_unread=commit.bytes_unread,
+        )
+        return report, {
+            "carried": commit.files.only("embeddings", "failed") if same_run else None,
+            "base_generation": commit.generation,
+            "thresholds": task.thresholds or None,
+            "base": None if same_run else Base(origin.url, commit.name),
         }
-        if task.thresholds:
-            extra["thresholds"] = task.thresholds
-        if not same_run:
-            extra["base"] = {"run": origin.url, "commit": task.inputs["name"]}
-        return report, extra
 
     def _count(self, rows: int) -> None:
         with self._progress:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
+from clipfilter import defaults
 from clipfilter.engine import (
-    DEFAULT_MAX_PIXELS,
     MAX_THREADS,
     DecodedBatch,
     DecodeSettings,
@@ -51,7 +52,7 @@ class Sample:
 
     def captions(self) -> list[str]:
         """The first caption of every row that has one."""
-        lists = [item for batch in self.batches for item in batch.rows["cf_captions"].to_pylist()]
+        lists = [item for batch in self.batches for item in batch.rows[cf.CAPTIONS].to_pylist()]
         return [item[0] for item in lists if item and item[0] and item[0].strip()]
 
     def split(self, first: int) -> tuple[Sample, Sample]:
@@ -61,7 +62,7 @@ class Sample:
 
 def read_sample(source: Source, preprocess: PreprocessConfig, limit: int) -> Sample:
     """The first `limit` rows of `source`, decoded for a model; RefusedError when no image among them can be read."""
-    decoder = ThreadDecoder(DecodeSettings(preprocess, _DECODE, DEFAULT_MAX_PIXELS), min(MAX_THREADS, cpu_count()))
+    decoder = ThreadDecoder(DecodeSettings(preprocess, _DECODE, defaults.MAX_PIXELS), min(MAX_THREADS, cpu_count()))
     batches: list[DecodedBatch] = []
     left = limit
     for shard in source.iter_shards():
@@ -133,8 +134,8 @@ def _decisions(embedded: EmbeddedShard, encoder: Encoder, policy: Policy) -> np.
     if compiled.dataset_thresholds:
         scored = annotate(embedded.rows, embedded.embeddings, encoder, compiled, None)
         for item in compiled.dataset_thresholds:
-            scores = np.asarray(scored[f"cf_score.{item.of}"].to_numpy(), np.float32)
+            scores = np.asarray(scored[cf.score(item.of)].to_numpy(), np.float32)
             threshold = fraction_thresholds(lambda scores=scores: [scores], [(item.fraction, item.tail)])[0]  # type: ignore[misc]
             thresholds[item.key] = threshold.value
     decided = annotate(embedded.rows, embedded.embeddings, encoder, compiled, thresholds)
-    return np.asarray(decided["cf_decision"].to_pylist(), object)
+    return np.asarray(decided[cf.DECISION].to_pylist(), object)

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
+from clipfilter import defaults
 from clipfilter.engine import (
-    DEFAULT_MAX_PIXELS,
     MAX_THREADS,
     DecodeSettings,
     StageTimes,
@@ -30,7 +31,7 @@ from clipfilter.engine import (
 )
 from clipfilter.errors import ClipfilterError, RefusedError, ShardError
 from clipfilter.images import Mode
-from clipfilter.runs import Run, as_matrix, is_run
+from clipfilter.runs import Run, as_matrix, is_run, read_table
 from clipfilter.sources import COLUMN_PREFIX, Shard, Source, SourceOptions, is_binary, open_source
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class DataRequest:
     where: tuple[tuple[str, str], ...] = ()
     captions: Literal["first", "all"] = "first"
     limit: int | None = None
-    decode: Mode = "fast"
+    decode: Mode = defaults.DECODE
     batch_size: int = 64
     threads: int | None = None
     decode_ahead: int = 0
@@ -246,12 +247,10 @@ class _Collected:
         self.images += len(image_emb)
 
     def fail(self, table: pa.Table) -> None:
-        self.failed.update(table["cf_error_class"].to_pylist())
+        self.failed.update(table[cf.ERROR_CLASS].to_pylist())
         room = _LISTED_FAILURES - len(self.failures)
         for row in table.slice(0, room).to_pylist():
-            self.failures.append(
-                {"key": row["cf_key"], "class": row["cf_error_class"], "message": row["cf_error"] or ""}
-            )
+            self.failures.append({"key": row[cf.KEY], "class": row[cf.ERROR_CLASS], "message": row[cf.ERROR] or ""})
 
     def finish(self) -> EvaluationData:
         if not self.rows:
@@ -292,7 +291,7 @@ class _Collected:
 
 def _read_source(dataset: Dataset, collected: _Collected) -> None:
     request = dataset.request
-    settings = DecodeSettings(collected.encoder.preprocess, request.decode, DEFAULT_MAX_PIXELS)
+    settings = DecodeSettings(collected.encoder.preprocess, request.decode, defaults.MAX_PIXELS)
     decoder = ThreadDecoder(settings, request.threads or min(MAX_THREADS, cpu_count()))
     for shard in dataset.source.iter_shards():
         if collected.left == 0:
@@ -305,7 +304,7 @@ def _read_source(dataset: Dataset, collected: _Collected) -> None:
 
 def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collected: _Collected) -> None:
     request, column = dataset.request, dataset.label_column
-    carried = [COLUMN_PREFIX.field("cf_captions")]
+    carried = [COLUMN_PREFIX.field(cf.CAPTIONS)]
     if column in dataset.source.schema.names:
         carried.append(dataset.source.schema.field(column))
     first = request.captions == "first"
@@ -333,7 +332,7 @@ def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collect
     collected.fail(embedded.failed)
     if reader.stats.damaged:
         collected.damaged.append(shard.path)
-    lists = rows["cf_captions"].to_pylist() if dataset.captions else [None] * rows.num_rows
+    lists = rows[cf.CAPTIONS].to_pylist() if dataset.captions else [None] * rows.num_rows
     collected.add(
         as_matrix(embedded.embeddings["image_emb"], dim), _labels(rows, column), [_usable(c) for c in lists], text_emb
     )
@@ -360,7 +359,7 @@ def _labels(rows: pa.Table, column: str | None) -> list[str | int | None] | None
     if column in rows.column_names:
         found: list[str | int | None] = rows[column].to_pylist()
         return [None if value == "" else value for value in found]
-    folders = (key.rpartition("/")[0].rpartition("/")[2] for key in rows["cf_key"].to_pylist())
+    folders = (key.rpartition("/")[0].rpartition("/")[2] for key in rows[cf.KEY].to_pylist())
     return [folder or None for folder in folders]
 
 
@@ -374,9 +373,9 @@ def _usable(captions: str | list[str | None] | None) -> list[str]:
 
 def _read_run(dataset: Dataset, run: Run, collected: _Collected) -> None:
     request = dataset.request
-    captions = request.options.caption_column or "cf_caption"
-    stored = captions == "cf_caption" and run.plan.options["captions"] == "first" and run.plan.text_column
-    wanted = {"cf_key", captions, dataset.label_column, *(name for name, _ in request.where)}
+    captions = request.options.caption_column or cf.CAPTION
+    stored = captions == cf.CAPTION and run.plan.options["captions"] == "first" and run.plan.text_column
+    wanted = {cf.KEY, captions, dataset.label_column, *(name for name, _ in request.where)}
     whole = not request.where and request.limit is None
     for lost in run.version.failed_shards:
         collected.failed_shards.append({"path": lost.shard.path, "error": lost.error})
@@ -393,7 +392,7 @@ def _read_run(dataset: Dataset, run: Run, collected: _Collected) -> None:
         if commit.files.annotated is None:
             continue
         rows = run.table(commit.files.annotated, wanted.__contains__)
-        embeddings = run.table(commit.files.embeddings)
+        embeddings = read_table(*run.embeddings_at(commit))
         chosen = np.arange(rows.num_rows) if not request.where else np.flatnonzero(_mask(rows, request.where))
         chosen = chosen[: collected.left]
         rows = rows.take(pa.array(chosen))

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipfilter import defaults
 from clipfilter.errors import RefusedError
 from clipfilter.evaluation.dataset import DataRequest, Dataset, EvaluationData, open_dataset
 from clipfilter.evaluation.labels import LabelNames, Style, name_classes, read_labels, read_templates
 from clipfilter.evaluation.measures import Retrieval, ZeroShot, caption_match_auc, retrieval, shuffled_auc, zero_shot
-from clipfilter.models import DEFAULT_MODEL, load_encoder
+from clipfilter.models import load_encoder
 from clipfilter.policies import DEFAULT_TEMPLATES, class_vectors, fill
 
 if TYPE_CHECKING:
-    from clipfilter.engine import Dtype
     from clipfilter.models import Encoder
 
 #: Of the one wrong caption per image; the same in every evaluation, so that two models meet the same pairs.
@@ -33,7 +33,7 @@ class EvaluateRequest:
     data: DataRequest
     model: str | None = None
     device: str = "cpu"
-    dtype: Dtype = "fp32"
+    dtype: defaults.Dtype = "fp32"
     labels: str | None = None
     label_style: Style = "as-is"
     templates: str = DEFAULT_TEMPLATES
@@ -189,7 +189,7 @@ def _load(request: EvaluateRequest, dataset: Dataset) -> Encoder:
     """The model asked for; of a run, the one that embedded it, and no other."""
     if dataset.base is None:
         return load_encoder(
-            request.model or DEFAULT_MODEL, device=request.device, dtype=request.dtype, threads=request.data.threads
+            request.model or defaults.MODEL, device=request.device, dtype=request.dtype, threads=request.data.threads
         )
     recorded = dataset.base.plan.model
     encoder = load_encoder(

@@ -9,14 +9,10 @@ finite raise ValueError: nothing compares with NaN, and a broken model would loo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clipfilter.policies import COSINE_BLOCK, cosine_blocks, padded_blocks
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from clipfilter.images.decode import Mode, decode
 from clipfilter.images.facts import ImageFacts
-from clipfilter.images.header import DEFAULT_MAX_PIXELS, read_header
+from clipfilter.images.header import read_header
 from clipfilter.images.load import OVERSAMPLING, LoadedImage, load_image
 from clipfilter.images.preprocess import PreprocessConfig, prepare_fast
 from clipfilter.images.resize import resize
 
 __all__ = [
-    "DEFAULT_MAX_PIXELS",
     "OVERSAMPLING",
     "ImageFacts",
     "LoadedImage",

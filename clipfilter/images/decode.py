@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -20,10 +19,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from clipfilter import defaults
 from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE, RowError
-from clipfilter.images.header import DEFAULT_MAX_PIXELS, Header, png_chunks, read_header
+from clipfilter.images.header import Header, png_chunks, read_header
 
-Mode = Literal["fast", "exact"]
+Mode = defaults.Decode
 
 # The plugin classes rather than Image.open: only the format that was sniffed can be tried, and our own limit, not a
 # process-wide one, decides what is too large.
@@ -55,9 +55,9 @@ class Decoded:
 def decode(
     data: bytes | memoryview,
     *,
-    mode: Mode = "fast",
+    mode: Mode = defaults.DECODE,
     min_side: int | None = None,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_pixels: int = defaults.MAX_PIXELS,
 ) -> Decoded:
     """Decode `data`; EXIF orientation applied, alpha on white, first frame of an animation.
 

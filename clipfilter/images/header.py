@@ -6,10 +6,10 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+from clipfilter import defaults
 from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE, RowError
 from clipfilter.images.sniff import sniff
 
-DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
 MAX_SIDE = 65_535  # JPEG's; a longer side in any format is a broken or hostile header
 _MAX_PARTS = 20_000  # segments, chunks or boxes walked before a header counts as hostile
 _MAX_SCANS = 500  # of a progressive JPEG; real ones have about 10 (libjpeg-turbo's fuzzers use the same bound)
@@ -24,7 +24,6 @@ class Header:
     height: int
     orientation: int = 1
     channels: int = 0  # of a JPEG: 1 gray, 3 colour, 4 CMYK or YCCK
-    clean: bool = True  # of a PNG: nothing but the chunks that make up the picture
     depth: int = 8  # of a PNG: bits per sample
 
     @property
@@ -35,7 +34,7 @@ class Header:
         return self.width, self.height
 
 
-def read_header(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Header:
+def read_header(data: bytes, max_pixels: int = defaults.MAX_PIXELS) -> Header:
     """The header of an encoded image; no pixel is decoded and no memory allocated for one.
 
     Raises RowError: decode_error for anything that is no readable image, image_too_large above `max_pixels` pixels or

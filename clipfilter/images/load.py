@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clipfilter import defaults
 from clipfilter.images.decode import Mode, decode
 from clipfilter.images.facts import CANONICAL_SIDE, ImageFacts, image_facts
-from clipfilter.images.header import DEFAULT_MAX_PIXELS
 from clipfilter.images.preprocess import PreprocessConfig, crop, resized
 
 # Scaled decoding keeps the shorter side at least this many times the model's. A JPEG decoded at half its size is the
@@ -36,8 +36,8 @@ class LoadedImage:
 def load_image(
     data: bytes | memoryview,
     cfg: PreprocessConfig,
-    mode: Mode = "fast",
-    max_pixels: int = DEFAULT_MAX_PIXELS,
+    mode: Mode = defaults.DECODE,
+    max_pixels: int = defaults.MAX_PIXELS,
 ) -> LoadedImage:
     """Decode, prepare and measure one image; pure, thread-safe, and without the GIL in the heavy parts.
 

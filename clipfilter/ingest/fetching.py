@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 LARGEST = 256 << 20  # bytes of one image
@@ -70,26 +71,22 @@ def _public_connection(
     raise problem
 
 
-class _Http(http.client.HTTPConnection):
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self._create_connection = _public_connection
-
-
-class _Https(http.client.HTTPSConnection):
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self._create_connection = _public_connection
+def _guarded(kind: type[http.client.HTTPConnection], *given: Any, **named: Any) -> http.client.HTTPConnection:
+    """A connection of this kind that goes to public addresses only."""
+    connection = kind(*given, **named)
+    connection._create_connection = _public_connection  # type: ignore[attr-defined]
+    return connection
 
 
 class _HttpHandler(urllib.request.HTTPHandler):
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Http, req)
+        return self.do_open(partial(_guarded, http.client.HTTPConnection), req)
 
 
 class _HttpsHandler(urllib.request.HTTPSHandler):
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Https, req, context=self._context)  # type: ignore[attr-defined]
+        connect = partial(_guarded, http.client.HTTPSConnection)
+        return self.do_open(connect, req, context=self._context)  # type: ignore[attr-defined]
 
 
 def _opener(limits: Limits) -> urllib.request.OpenerDirector:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import defaults
 from clipfilter.errors import RefusedError
 from clipfilter.ingest import states
 from clipfilter.ingest.fetching import Limits
@@ -45,7 +46,7 @@ class IngestRequest:
     url_column: str | None = None
     caption_column: str | None = None
     image_size: int | None = None
-    rows_per_shard: int = 10_000
+    rows_per_shard: int = defaults.ROWS_PER_SHARD
     processes: int = 1
     threads: int = 64
     timeout: float = 10.0

@@ -109,24 +109,21 @@ def sweep(directory: Directory) -> None:
 
 def closed(directory: Directory, retry: str, *, private: bool) -> np.ndarray:
     """uint64 ids of rows that are not to be fetched (again)."""
-    ids, _, codes, passing = _latest(directory)
-    keep = np.zeros(len(ids), bool)
-    keep |= (codes == STATES.index(SUCCESS)) | (codes == STATES.index(OUT))
-    if not private:
-        keep |= codes == STATES.index(NO)
-    failed = (codes == STATES.index(DOWNLOAD)) | (codes == STATES.index(RESIZE))
+    latest = _latest(directory)
+    keep = latest.are(SUCCESS, OUT, *([] if private else [NO]))
+    failed = latest.are(DOWNLOAD, RESIZE)
     if retry == "none":
         keep |= failed
     elif retry == "transient":
-        keep |= failed & ~passing
-    return ids[keep]
+        keep |= failed & ~latest.passing
+    return np.asarray(latest.ids[keep])
 
 
 def write_status(directory: Directory) -> dict[str, int]:
     """Write `status.parquet`, one row per row of all lists with its newest state; rows by state."""
-    _, places, codes, _ = _latest(directory)
-    counts = np.bincount(codes, minlength=len(STATES))
-    order = np.sort(places)
+    latest = _latest(directory)
+    counts = np.bincount(latest.codes, minlength=len(STATES))
+    order = np.sort(latest.places)
     path = directory.scratch() / "status.parquet"
     schema = pa.schema([item for item in OUTCOMES if item.name != "id"])
     seen = 0
@@ -146,16 +143,28 @@ def write_status(directory: Directory) -> dict[str, int]:
 
 def attempts(directory: Directory) -> dict[int, int]:
     """How often each row that is not settled has been tried, by its id."""
-    ids, _, codes, _ = _latest(directory)
-    open_ids = {int(i) for i in ids[np.isin(codes, [STATES.index(DOWNLOAD), STATES.index(RESIZE), STATES.index(NO)])]}
+    latest = _latest(directory)
+    open_ids = set(latest.ids[latest.are(DOWNLOAD, RESIZE, NO)].tolist())
     tried: Counter[int] = Counter()
     for table in _tables(directory) if open_ids else ():
         tried.update(i for i in table["id"].to_pylist() if i in open_ids)
     return dict(tried)
 
 
-def _latest(directory: Directory) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For every row its id, the place of its newest outcome, that state's number, and whether the failure may pass."""
+@dataclass(frozen=True)
+class _Latest:
+    """Of every row: its id, the place of its newest outcome, that state's number in STATES, whether the failure may pass."""
+
+    ids: np.ndarray
+    places: np.ndarray
+    codes: np.ndarray
+    passing: np.ndarray
+
+    def are(self, *states: str) -> np.ndarray:
+        return np.isin(self.codes, [STATES.index(state) for state in states])
+
+
+def _latest(directory: Directory) -> _Latest:
     ids, codes, passing = [np.empty(0, np.uint64)], [np.empty(0, np.int8)], [np.empty(0, bool)]
     for table in _tables(directory):
         ids.append(np.asarray(table["id"]))
@@ -165,7 +174,7 @@ def _latest(directory: Directory) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     every = np.concatenate(ids)
     unique, last = np.unique(every[::-1], return_index=True)
     places = len(every) - 1 - last
-    return unique, places, np.concatenate(codes)[places], np.concatenate(passing)[places]
+    return _Latest(unique, places, np.concatenate(codes)[places], np.concatenate(passing)[places])
 
 
 def _tables(directory: Directory) -> Iterator[pa.Table]:

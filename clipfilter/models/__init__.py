@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from clipfilter.faces import lazily
 from clipfilter.models.catalog import OTHER_NAMES, download_model, find_model, list_models
 from clipfilter.models.interface import Encoder
-from clipfilter.models.load import DEFAULT_MODEL, load_encoder
+from clipfilter.models.load import load_encoder
 
 if TYPE_CHECKING:
     from clipfilter.models._torch import torch_with_torchvision
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from clipfilter.models.onnx_export import Calibration, export_onnx, weight_size
 
 __all__ = [
-    "DEFAULT_MODEL",
     "NANO_CONFIG",
     "ONNX_PREFIX",
     "OTHER_NAMES",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,13 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 @cache
 def torch_with_torchvision() -> None:
-    """Make `import torchvision` work beside a CPU-only torch; call it before open_clip or timm is imported.
+    """Make torchvision and timm work beside this torch; call it before open_clip or timm is imported."""
+    _declare_operators()
+    _import_timm()
+
+
+def _declare_operators() -> None:
+    """Make `import torchvision` work beside a CPU-only torch.
 
     The published torchvision is built against the CUDA torch: with a CPU-only torch its operator library cannot
     be loaded, and its import fails on the missing operators `nms` and `qnms`. Declaring them is enough for
@@ -37,15 +44,35 @@ def torch_with_torchvision() -> None:
             continue
         return
     fragment = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        fragment.define(schema)  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     _declared.append(fragment)  # the operators live as long as this object
 
 
 _declared: list[object] = []
+
+
+def _import_timm() -> None:
+    """Import timm without wandb: where that is installed, timm imports it (most of a second) for logs nobody writes."""
+    held = sys.modules.get("wandb")
+    if held is None:
+        sys.modules["wandb"] = None  # type: ignore[assignment]  # Python's way to say that an import fails
+    try:
+        import timm  # noqa: F401
+    finally:
+        if held is None:
+            del sys.modules["wandb"]
+
+
+def set_up_torch(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
+    """torch ready for a model: torchvision beside it, so many threads, and what the names of device and dtype mean.
+
+    Raises RefusedError for names that are unknown, and for a device that is not there.
+    """
+    torch_with_torchvision()
+    found = resolve_device(device), resolve_dtype(dtype)
+    use_threads(threads)
+    return found
 
 
 def resolve_device(device: str) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,33 +65,6 @@ def find_model(pattern: str) -> list[ModelEntry]:
     ]
 
 
-def count_parameters(name: str) -> int:
-    """Numbers in the weights of `ARCH/TAG` or `ARCH`, from the architecture alone (about a second; no weights are read).
-
-    Raises RefusedError for other names, and for towers whose size only their hub repository knows.
-    """
-    import torch
-
-    from clipfilter.models._torch import torch_with_torchvision
-
-    torch_with_torchvision()
-    import open_clip
-
-    from clipfilter.models.openclip import architecture_config, quiet
-
-    architecture = name.partition("/")[0]
-    config = architecture_config(architecture)
-    if config["text_cfg"].get("hf_model_name"):
-        raise RefusedError(
-            f"the size of {architecture}'s text tower is in {config['text_cfg']['hf_model_name']}, not in open_clip"
-        )
-    with quiet(), torch.device("meta"):
-        model = open_clip.create_model(
-            architecture.removesuffix("-quickgelu"), device="meta", load_weights=False, pretrained_text=False
-        )
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def download_model(name: str) -> Path:
     """Fetch everything `load_encoder(name)` reads into the caches; returns the weights (for `hf:`, their folder).
 
@@ -105,9 +77,7 @@ def download_model(name: str) -> Path:
     from clipfilter.models.tokenizer import open_clip_tokenizer
 
     if name == "nano" or name.startswith("nano@"):
-        edition = f"nano@{json.loads(nano.NANO_CONFIG.read_text(encoding='utf-8'))['edition']}"
-        if name not in ("nano", edition):
-            raise RefusedError(f"this version of clipfilter bundles {edition}, not {name}: use nano or {edition}")
+        nano.check_edition(name)
         return nano.WEIGHTS
     if name.startswith(huggingface.PREFIX) and not hub.is_folder(name.removeprefix(huggingface.PREFIX)):
         folder = huggingface.fetch_repository(name.removeprefix(huggingface.PREFIX))
@@ -127,10 +97,10 @@ def download_model(name: str) -> Path:
 
 
 def _nano() -> ModelEntry:
-    from clipfilter.models.nano import NANO_CONFIG
+    from clipfilter.models.nano import bundled_config
     from clipfilter.models.nano.network import class_dim
 
-    config = json.loads(NANO_CONFIG.read_text(encoding="utf-8"))
+    config = bundled_config()
     size, length = int(config["preprocess"]["size"]), int(config["context_length"])
     dim = int(config["network"]["caption_dim"]) + class_dim(config["network"])
     return ModelEntry("nano", dim, size, length, None, "softmax", "bundled", None, True)

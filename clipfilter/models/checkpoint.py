@@ -1,8 +1,7 @@
-"""Read a checkpoint file without running anything it contains, and name its bytes."""
+"""Read a checkpoint file without running anything it contains."""
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -10,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipfilter.errors import RefusedError
+from clipfilter.errors import RefusedError, reason
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -49,8 +48,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             "state dict to .safetensors on a machine where you trust it"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RefusedError(f"the checkpoint {path} is damaged or no torch checkpoint ({reason})") from None
+        raise RefusedError(f"the checkpoint {path} is damaged or no torch checkpoint ({reason(error)})") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     tensors = isinstance(loaded, dict) and all(isinstance(v, torch.Tensor) for v in loaded.values())
@@ -59,10 +57,20 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of the file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_strictly(module: nn.Module, state: dict[str, Tensor], refusal: str) -> None:
+    """Copy `state` into `module`, every tensor of the same name and shape; RefusedError, `refusal: why`, otherwise.
+
+    Temperature and bias may be written as a scalar or as one element.
+    """
+    expected = module.state_dict()
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and name in expected and state[name].numel() == expected[name].numel():
+            state[name] = state[name].reshape(expected[name].shape)
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        details = [line.strip() for line in str(error).splitlines()[1:]]
+        raise RefusedError(f"{refusal}: {(details[0] if details else str(error))[:200]}") from None
 
 
 # --- TorchScript ------------------------------------------------------------------------------------------------------
@@ -149,9 +157,8 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
             loaded = _Tensors(archive, data.removesuffix("/data.pkl")).load()
         state = dict(_named_tensors(loaded, ""))
     except Exception as error:  # a damaged pickle raises anything at all
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise RefusedError(
-            f"the TorchScript archive {path} cannot be read without running its code ({reason}): on a machine where you "
+            f"the TorchScript archive {path} cannot be read without running its code ({reason(error)}): on a machine where you "
             "trust it, save `torch.jit.load(FILE).state_dict()` with safetensors.torch.save_file"
         ) from None
     if not state:

@@ -5,76 +5,57 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from clipfilter.errors import RefusedError
+from clipfilter.errors import RefusedError, reason
 from clipfilter.images import PreprocessConfig
+from clipfilter.models.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Tower = Callable[[Tensor], Tensor]
-    Tokenizer = Callable[[Sequence[str]], list[list[int]]]
 
 
+@dataclass(eq=False, repr=False)
 class TorchEncoder:
     """Two towers, a tokenizer and the facts about them; implements `clipfilter.models.Encoder`.
 
     image_tower: normalised pixels [n, 3, S, S] in `dtype` -> [n, dim].
-    text_tower: token ids int64 [n, length], padded with `pad_id` -> [n, dim].
-    tokenize: texts -> untruncated id lists, special tokens included; a truncated text ends with `end_id`.
+    text_tower: token ids int64 [n, length], padded by the tokenizer's rules -> [n, dim].
     cut_to_longest: whether the text tower gives the same vectors when padding is cut off: causal towers, and
     towers that mask their padding. Otherwise every text is padded to the context.
-    pad_left: whether padding goes before a text instead of after it (SigLIP 2 of transformers).
-    image_chunk: images per forward pass; small chunks keep the activations in the CPU's cache.
+    image_chunk: images per forward pass on a CPU; small chunks keep the activations in its cache.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        dim: int,
-        preprocess: PreprocessConfig,
-        logit_scale: float,
-        logit_bias: float | None,
-        fingerprint: dict[str, Any],
-        image_tower: Tower,
-        text_tower: Tower,
-        tokenize: Tokenizer,
-        context_length: int,
-        pad_id: int,
-        end_id: int,
-        cut_to_longest: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-        pad_left: bool = False,
-        image_chunk: int | None = None,
-    ) -> None:
-        self.name = name
-        self.dim = dim
-        self.preprocess = preprocess
-        self.logit_scale = logit_scale
-        self.logit_bias = logit_bias
-        self.score_kind: Literal["softmax", "sigmoid"] = "softmax" if logit_bias is None else "sigmoid"
-        self.fingerprint = fingerprint
-        self.context_length = context_length
-        self.device = device
-        self.dtype = dtype
-        self.image_tower = image_tower
-        self.text_tower = text_tower
-        self.tokenize = tokenize
-        self.pad_id = pad_id
-        self.end_id = end_id
-        self.cut_to_longest = cut_to_longest
-        self.pad_left = pad_left
-        self.image_chunk = image_chunk if device.type == "cpu" else None
-        self._text_chunk = 32 if device.type == "cpu" else 256
-        shape = (1, 3, 1, 1)
-        self._mean = torch.tensor(preprocess.mean, device=device).view(shape)
-        self._std = torch.tensor(preprocess.std, device=device).view(shape)
+    name: str
+    dim: int
+    preprocess: PreprocessConfig
+    logit_scale: float
+    logit_bias: float | None
+    fingerprint: dict[str, Any]
+    image_tower: Tower
+    text_tower: Tower
+    tokenizer: TextTokenizer
+    cut_to_longest: bool
+    device: torch.device
+    dtype: torch.dtype
+    image_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        self.score_kind: Literal["softmax", "sigmoid"] = "softmax" if self.logit_bias is None else "sigmoid"
+        self.context_length = self.tokenizer.context_length
+        on_cpu = self.device.type == "cpu"
+        self.image_chunk = self.image_chunk if on_cpu else None
+        self._text_chunk = 32 if on_cpu else 256
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            for values in (self.preprocess.mean, self.preprocess.std)
+        )
         self._last_tokens: tuple[tuple[str, ...], list[list[int]]] = ((), [])
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
@@ -131,8 +112,9 @@ class TorchEncoder:
             self.encode_texts(["a photo", "a longer sentence about a photo"])
         except Exception as error:  # the compiler's own classes, or those of the compilers that it calls
             self.image_tower, self.text_tower = before
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise RefusedError(f"{self.name} cannot be compiled here ({reason}): load it without compile") from None
+            raise RefusedError(
+                f"{self.name} cannot be compiled here ({reason(error)}): load it without compile"
+            ) from None
         self.fingerprint["compiled"] = True
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -140,7 +122,7 @@ class TorchEncoder:
         # A batch is usually asked for twice, once to encode and once to count; tokenizing is plain Python.
         key = tuple(texts)
         if self._last_tokens[0] != key:
-            self._last_tokens = (key, self.tokenize(key))
+            self._last_tokens = (key, self.tokenizer.encode(key))
         return self._last_tokens[1]
 
     def pad(self, tokens: Sequence[list[int]]) -> Tensor:
@@ -148,17 +130,17 @@ class TorchEncoder:
         longest of them or to the context."""
         cut = [self.truncate(ids) for ids in tokens]
         width = max(map(len, cut)) if self.cut_to_longest else self.context_length
-        batch = torch.full((len(cut), width), self.pad_id, dtype=torch.long)
+        batch = torch.full((len(cut), width), self.tokenizer.pad_id, dtype=torch.long)
         for row, ids in zip(batch, cut, strict=True):
-            start = width - len(ids) if self.pad_left else 0
+            start = width - len(ids) if self.tokenizer.pad_left else 0
             row[start : start + len(ids)] = torch.tensor(ids)
         return batch
 
     def truncate(self, ids: list[int]) -> list[int]:
-        """At most a context of ids; a text that is cut ends with `end_id`."""
+        """At most a context of ids; a text that is cut ends with the tokenizer's `end_id`."""
         if len(ids) <= self.context_length:
             return ids
-        return [*ids[: self.context_length - 1], self.end_id]
+        return [*ids[: self.context_length - 1], self.tokenizer.end_id]
 
 
 def _unit(features: Tensor) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from clipfilter.errors import reason
 from clipfilter.storage import local_path
 
 #: Seconds to wait for a connection to the hub, and for how long the answer is believed.
@@ -80,12 +81,6 @@ def fetch_optional(repo: str, file: str, revision: str | None = None) -> None:
     """Fetch a file that may be missing: a cache filled by another program, without a network, has what it needed."""
     with suppress(Unavailable):
         fetch(repo, file, revision)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error, for use inside a sentence."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 @contextmanager

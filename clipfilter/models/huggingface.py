@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from clipfilter.errors import RefusedError
+from clipfilter.errors import RefusedError, reason
 from clipfilter.images import PreprocessConfig
 from clipfilter.models import hub
-from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
-from clipfilter.models.checkpoint import file_sha256, read_state_dict
+from clipfilter.models._torch import set_up_torch
+from clipfilter.models.checkpoint import load_strictly, read_state_dict
 from clipfilter.models.encoder import TorchEncoder
 from clipfilter.models.tokenizer import (
     COMPANIONS,
@@ -20,7 +21,7 @@ from clipfilter.models.tokenizer import (
     refuse_remote_code,
     transformers_tokenizer,
 )
-from clipfilter.storage import local_path
+from clipfilter.storage import file_sha256, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,46 +43,19 @@ def load_huggingface(name: str, *, device: str, dtype: str, threads: int | None)
     Takes CLIPModel, and SiglipModel with fixed resolution (SigLIP 2's fixed-resolution checkpoints are SiglipModels).
     Raises RefusedError as `models.load_encoder` says.
     """
-    torch_with_torchvision()
-    torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
-    use_threads(threads)
-    try:
-        import transformers
-    except ImportError:
-        raise RefusedError(f"{name} needs the package transformers: {hub.INSTALL}") from None
-    place = name.removeprefix(PREFIX)
-    if not place:
-        raise RefusedError(f"{name} names no model: use {PREFIX}ORG/NAME or {PREFIX}/folder")
-    folder, local = local_path(place), hub.is_folder(place)
-    if not local:
-        folder = fetch_repository(place)
-    shown = PREFIX + (folder.name if local else place)
+    torch_device, torch_dtype = set_up_torch(device, dtype, threads)
+    folder, shown = _find_folder(name)
     config = _read_config(folder, shown)
     kind = str(config["model_type"])
     activation = _activation(config, folder, shown)
     files = weight_files(folder)
     if not files:
         raise RefusedError(f"{folder} has no weights: copy {WEIGHTS[0]} there from the repository")
-
-    with quiet_transformers():
-        try:
-            settings = getattr(transformers, _MODELS[kind].replace("Model", "Config")).from_dict(config)
-            model = getattr(transformers, _MODELS[kind])(settings)
-        except Exception as error:  # a config of the wrong types fails anywhere inside
-            raise RefusedError(
-                f"transformers cannot build the model that {folder / CONFIG} describes: {hub.reason(error)}"
-            ) from None
+    settings, model = _build(config, folder)
     text, vision = settings.text_config, settings.vision_config
-    if kind == "siglip" and not (vision.vision_use_head and text.projection_size == vision.hidden_size):
-        raise RefusedError(
-            f"the towers that {folder / CONFIG} describes do not meet in one space: use a complete SiglipModel"
-        )
-    try:
-        preprocess = _preprocess_config(folder, kind, int(vision.image_size))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise RefusedError(f"the preprocessing in {folder} is not what it should be ({hub.reason(error)})") from None
+    preprocess = _preprocess_config(folder, kind, int(vision.image_size))
     tokenizer = transformers_tokenizer(folder, int(text.max_position_embeddings), int(text.vocab_size), shown)
-    _load_strictly(model, files, kind, folder)
+    _load_weights(model, files, kind, folder)
     # Read before the model is cast: half precision rounds them.
     logit_scale = float(model.logit_scale.detach().float().exp())
     logit_bias = float(model.logit_bias.detach().float()) if kind == "siglip" else None
@@ -106,16 +80,33 @@ def load_huggingface(name: str, *, device: str, dtype: str, threads: int | None)
         },
         image_tower=image_tower,
         text_tower=text_tower,
-        tokenize=tokenizer.encode,
-        context_length=tokenizer.context_length,
-        pad_id=tokenizer.pad_id,
-        end_id=tokenizer.end_id,
-        pad_left=tokenizer.pad_left,
+        tokenizer=tokenizer,
         # CLIP's text tower is causal and read at the end token; SigLIP's attends to its padding, as it was trained.
         cut_to_longest=kind == "clip" and not tokenizer.pad_left,
         device=torch_device,
         dtype=torch_dtype,
     )
+
+
+def _build(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
+    """(transformers' settings, the network they describe, its weights random); RefusedError where there is none."""
+    import transformers
+
+    kind = config["model_type"]
+    with quiet_transformers():
+        try:
+            settings = getattr(transformers, _MODELS[kind].replace("Model", "Config")).from_dict(config)
+            model = getattr(transformers, _MODELS[kind])(settings)
+        except Exception as error:  # a config of the wrong types fails anywhere inside
+            raise RefusedError(
+                f"transformers cannot build the model that {folder / CONFIG} describes: {reason(error)}"
+            ) from None
+    text, vision = settings.text_config, settings.vision_config
+    if kind == "siglip" and not (vision.vision_use_head and text.projection_size == vision.hidden_size):
+        raise RefusedError(
+            f"the towers that {folder / CONFIG} describes do not meet in one space: use a complete SiglipModel"
+        )
+    return settings, model
 
 
 def _towers(model: Any, kind: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -131,6 +122,19 @@ def _towers(model: Any, kind: str) -> tuple[Callable[[Tensor], Tensor], Callable
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _find_folder(name: str) -> tuple[Path, str]:
+    """(the folder with the model's files, downloaded unless cached; how the model is called); RefusedError."""
+    if importlib.util.find_spec("transformers") is None:
+        raise RefusedError(f"{name} needs the package transformers: {hub.INSTALL}")
+    place = name.removeprefix(PREFIX)
+    if not place:
+        raise RefusedError(f"{name} names no model: use {PREFIX}ORG/NAME or {PREFIX}/folder")
+    if hub.is_folder(place):
+        folder = local_path(place)
+        return folder, PREFIX + folder.name
+    return fetch_repository(place), PREFIX + place
 
 
 def fetch_repository(repo: str) -> Path:
@@ -232,7 +236,7 @@ def _activation(config: dict[str, Any], folder: Path, shown: str) -> str:
     return found["vision"] if found["vision"] == found["text"] else f"{found['vision']}, text {found['text']}"
 
 
-def _load_strictly(model: Any, files: list[Path], kind: str, folder: Path) -> None:
+def _load_weights(model: Any, files: list[Path], kind: str, folder: Path) -> None:
     state: dict[str, Tensor] = {}
     for path in files:
         state |= read_state_dict(path)
@@ -242,16 +246,7 @@ def _load_strictly(model: Any, files: list[Path], kind: str, folder: Path) -> No
         )
     for name in [name for name in state if name.endswith(".position_ids")]:  # older versions saved these constants
         del state[name]
-    expected = model.state_dict()
-    for name in ("logit_scale", "logit_bias"):
-        if name in state and name in expected and state[name].numel() == expected[name].numel():
-            state[name] = state[name].reshape(expected[name].shape)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        details = [line.strip() for line in str(error).splitlines()[1:]]
-        reason = details[0][:200] if details else str(error)[:200]
-        raise RefusedError(f"the weights in {folder} do not fit its {CONFIG} ({_MODELS[kind]}): {reason}") from None
+    load_strictly(model, state, f"the weights in {folder} do not fit its {CONFIG} ({_MODELS[kind]})")
 
 
 # --- preprocessing ----------------------------------------------------------------------------------------------------
@@ -266,45 +261,41 @@ def _preprocess_config(folder: Path, kind: str, image_size: int) -> PreprocessCo
     path = next((folder / file for file in PREPROCESSING if (folder / file).is_file()), None)
     if path is None:
         raise RefusedError(f"{folder} does not say how its images are prepared: copy {PREPROCESSING[0]} there")
-    content = refuse_remote_code(path)
-    content = content.get("image_processor", content)
+    try:
+        content = refuse_remote_code(path)
+        return _exactly(content.get("image_processor", content), kind == "clip", image_size)
+    except _InexactError as error:
+        raise RefusedError(f"the preprocessing in {path} cannot be done exactly: {error}") from None
+    except _WrongSizeError as error:
+        raise RefusedError(
+            f"{path} makes images of {error} pixels and the model in {folder / CONFIG} takes {image_size}: correct the size"
+        ) from None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise RefusedError(f"the preprocessing in {folder} is not what it should be ({reason(error)})") from None
 
-    def refuse(reason: str) -> RefusedError:
-        return RefusedError(f"the preprocessing in {path} cannot be done exactly: {reason}")
 
-    clip = kind == "clip"
+class _InexactError(Exception):
+    """A step that PreprocessConfig does not have."""
+
+
+class _WrongSizeError(Exception):
+    """The side of the processor's images, in pixels, where it is not the model's."""
+
+
+def _exactly(content: dict[str, Any], clip: bool, image_size: int) -> PreprocessConfig:
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not content.get(step, True):
-            raise refuse(f"{step} is off")
+            raise _InexactError(f"{step} is off")
     if content.get("do_pad"):
-        raise refuse("it pads images")
+        raise _InexactError("it pads images")
     if abs(float(content.get("rescale_factor", 1 / 255)) - 1 / 255) > 1e-9:
-        raise refuse(f"pixels are multiplied by {content['rescale_factor']}, not by 1/255")
+        raise _InexactError(f"pixels are multiplied by {content['rescale_factor']}, not by 1/255")
     resample = content.get("resample", 3)
     if resample not in _RESAMPLE:
-        raise refuse(f"resample {resample} is neither 2 (bilinear) nor 3 (bicubic)")
-    size = content.get("size", {"shortest_edge": 224} if clip else {"height": 224, "width": 224})
-    if isinstance(size, int):
-        size = {"shortest_edge": size} if clip else {"height": size, "width": size}
-    if set(size) == {"shortest_edge"}:
-        mode, resized = "shortest", int(size["shortest_edge"])
-        crop = _crop_size(content, image_size) if content.get("do_center_crop", clip) else None
-        if crop is None:
-            raise refuse("without a centre crop images would not be square")
-        if crop != (resized, resized):
-            raise refuse(
-                f"it resizes to {resized} and crops to {crop[0]} x {crop[1]}, and only equal sizes are supported"
-            )
-    elif set(size) == {"height", "width"} and size["height"] == size["width"]:
-        mode, resized = "squash", int(size["height"])
-        if content.get("do_center_crop", clip) and _crop_size(content, image_size) != (resized, resized):
-            raise refuse("it crops after resizing to a fixed size")
-    else:
-        raise refuse(f"its size is {size}, not a shortest_edge or a square of height and width")
+        raise _InexactError(f"resample {resample} is neither 2 (bilinear) nor 3 (bicubic)")
+    mode, resized = _resizing(content, clip, image_size)
     if resized != image_size:
-        raise RefusedError(
-            f"{path} makes images of {resized} pixels and the model in {folder / CONFIG} takes {image_size}: correct the size"
-        )
+        raise _WrongSizeError(resized)
     usual = (_CLIP_MEAN, _CLIP_STD) if clip else ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     try:
         return PreprocessConfig(
@@ -315,7 +306,30 @@ def _preprocess_config(folder: Path, kind: str, image_size: int) -> PreprocessCo
             resize_mode=mode,
         )
     except (ValueError, TypeError) as error:
-        raise refuse(str(error)) from None
+        raise _InexactError(str(error)) from None
+
+
+def _resizing(content: dict[str, Any], clip: bool, image_size: int) -> tuple[str, int]:
+    """(resize mode, side in pixels) of the processor's images."""
+    size = content.get("size", 224)
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if clip else {"height": size, "width": size}
+    crop = _crop_size(content, image_size) if content.get("do_center_crop", clip) else None
+    if set(size) == {"shortest_edge"}:
+        resized = int(size["shortest_edge"])
+        if crop is None:
+            raise _InexactError("without a centre crop images would not be square")
+        if crop != (resized, resized):
+            raise _InexactError(
+                f"it resizes to {resized} and crops to {crop[0]} x {crop[1]}, and only equal sizes are supported"
+            )
+        return "shortest", resized
+    if set(size) == {"height", "width"} and size["height"] == size["width"]:
+        resized = int(size["height"])
+        if crop is not None and crop != (resized, resized):
+            raise _InexactError("it crops after resizing to a fixed size")
+        return "squash", resized
+    raise _InexactError(f"its size is {size}, not a shortest_edge or a square of height and width")
 
 
 def _crop_size(content: dict[str, Any], image_size: int) -> tuple[int, int]:

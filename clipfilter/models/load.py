@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
 
+from clipfilter import defaults
 from clipfilter.errors import RefusedError
 from clipfilter.models.interface import Encoder
-
-DEFAULT_MODEL = "nano"
 
 # libgomp reads this once, when torch is imported. Its threads spin between parallel regions for milliseconds by default;
 # on a machine that does other work too they then spin while the one they wait for has no core. A tenth of a millisecond
@@ -20,7 +18,7 @@ def load_encoder(
     name: str,
     *,
     device: str = "cpu",
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    dtype: defaults.Dtype = "fp32",
     threads: int | None = None,
     compile: bool = False,
 ) -> Encoder:

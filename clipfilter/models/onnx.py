@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipfilter.errors import RefusedError
+from clipfilter.errors import RefusedError, reason
 from clipfilter.images import PreprocessConfig
-from clipfilter.models.checkpoint import file_sha256
-from clipfilter.storage import local_path
+from clipfilter.models.tokenizer import TextTokenizer
+from clipfilter.storage import file_sha256, local_path
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,27 +59,23 @@ def load_onnx(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
     from clipfilter.models.encoder import TorchEncoder
 
     use_threads(threads)
-    note = loss_note(config)
-    if note:
+    if note := loss_note(config):
         log.warning("%s: %s", name, note)
-    preprocess = PreprocessConfig.from_json(config["preprocess"])
-    tokenizer = config["tokenizer"]
+    ids = config["tokenizer"]
     on_cpu = providers == _CPU
     return TorchEncoder(
         name=name,
         dim=config["dim"],
-        preprocess=preprocess,
+        preprocess=PreprocessConfig.from_json(config["preprocess"]),
         logit_scale=config["logit_scale"],
         logit_bias=config["logit_bias"],
         fingerprint=config["fingerprint"]
         | {"model": f"onnx:{folder.name}", "backend": "onnxruntime-cpu" if on_cpu else "onnxruntime-cuda"},
         image_tower=_tower(folder / IMAGE, providers, threads),
         text_tower=_tower(folder / TEXT, providers, threads),
-        tokenize=load_tokenizer(folder, tokenizer),
-        context_length=config["context_length"],
-        pad_id=tokenizer["pad_id"],
-        end_id=tokenizer["end_id"],
-        pad_left=tokenizer["pad_left"],
+        tokenizer=TextTokenizer(
+            load_tokenizer(folder, ids), config["context_length"], ids["pad_id"], ids["end_id"], ids["pad_left"]
+        ),
         cut_to_longest=config["cut_to_longest"],
         device=torch.device("cpu"),  # where tensors are handed over; ONNX Runtime moves them to its own device
         dtype=torch.float32,
@@ -156,15 +152,15 @@ def load_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> Callable[[Sequenc
     torch_with_torchvision()
     from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 
-    from clipfilter.models.tokenizer import _from_folder, _hf_tokenizer, encode_with
+    from clipfilter.models.tokenizer import encode_with, hf_tokenizer, tokenizer_from_folder
 
     cleaning = tokenizer["clean"]
     clean = get_clean_fn(cleaning) if cleaning else str
     if tokenizer["kind"] == "clip-bpe":
         return encode_with(SimpleTokenizer(bpe_path=str(folder / tokenizer["file"]), clean=cleaning))
     if tokenizer["kind"] == "transformers":
-        slow = _from_folder(folder, None, {})
-        return _hf_tokenizer(slow, 0, 0, clean=clean, zero_id=tokenizer["zero_id"]).encode
+        slow = tokenizer_from_folder(folder, None, {})
+        return hf_tokenizer(slow, 0, 0, clean=clean, zero_id=tokenizer["zero_id"]).encode
     from tokenizers import Tokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are the engine's to give
@@ -193,9 +189,8 @@ def open_session(path: Path, threads: int, providers: Providers = _CPU) -> onnxr
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # the runtime has a dozen classes; all mean that this file cannot be run here
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise RefusedError(
-            f"ONNX Runtime cannot load {path} ({reason}): update onnxruntime, or export the model again"
+            f"ONNX Runtime cannot load {path} ({reason(error)}): update onnxruntime, or export the model again"
         ) from None
     if providers != _CPU and session.get_providers() == list(_CPU):
         raise RefusedError("ONNX Runtime found no usable GPU (its CUDA libraries do not load): use --device cpu")

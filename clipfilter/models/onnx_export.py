@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from clipfilter.errors import RefusedError
-from clipfilter.models.checkpoint import file_sha256
+from clipfilter.errors import RefusedError, reason
 from clipfilter.models.encoder import TorchEncoder
 from clipfilter.models.onnx import (
     CONFIG,
@@ -34,6 +33,7 @@ from clipfilter.models.onnx import (
     load_onnx,
     load_tokenizer,
 )
+from clipfilter.storage import file_sha256
 from clipfilter.version import __version__
 
 if TYPE_CHECKING:
@@ -229,8 +229,9 @@ def _export_tower(encoder: TorchEncoder, name: str, tower: Callable[[Tensor], Te
                 input_names=[_INPUTS[name]], output_names=["features"], verbose=False,
             )  # fmt: skip
         except Exception as error:  # the exporter has a dozen classes, and shows whole programs in their text
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise RefusedError(f"torch cannot export the {name} tower of {encoder.name} to ONNX: {reason}") from None
+            raise RefusedError(
+                f"torch cannot export the {name} tower of {encoder.name} to ONNX: {reason(error)}"
+            ) from None
     assert program is not None
     from clipfilter.models import onnx_int8
 
@@ -276,9 +277,10 @@ def _quiet() -> Iterator[None]:
 
 def _write_tokenizer(encoder: TorchEncoder, work: Path, texts: Sequence[str]) -> dict[str, Any]:
     """Copy the tokenizer's file; its entry in config.json. RefusedError where the copy does not give the same ids."""
-    ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id, "pad_left": encoder.pad_left}
-    entry = ids | _tokenizer_file(encoder, work)
-    if load_tokenizer(work, entry)(texts) != encoder.tokenize(texts):
+    known = encoder.tokenizer
+    entry = {"pad_id": known.pad_id, "end_id": known.end_id, "pad_left": known.pad_left}
+    entry |= _tokenizer_file(encoder, work)
+    if load_tokenizer(work, entry)(texts) != known.encode(texts):
         raise RefusedError(f"the tokenizer of {encoder.name} cannot be exported: its copy gives other tokens")
     return entry
 
@@ -288,7 +290,7 @@ def _tokenizer_file(encoder: TorchEncoder, work: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer
     from tokenizers.implementations import BaseTokenizer
 
-    held = inspect.getclosurevars(encoder.tokenize).nonlocals
+    held = inspect.getclosurevars(encoder.tokenizer.encode).nonlocals
 
     def cleaning(function: Any) -> str | None:
         return next((name for name in ("lower", "whitespace", "canonicalize") if get_clean_fn(name) is function), None)
@@ -319,51 +321,29 @@ def _to_int8(
     judge: Callable[[Encoder, Encoder], dict[str, Any]],
 ) -> None:
     """Replace each tower by its int8 form where that is faithful enough; measure what it costs."""
-    import onnx
-
     from clipfilter.models import onnx_int8
 
-    step = _CALIBRATION_BATCH
+    pixels, texts = calibration.pixels, calibration.texts
     batches = {
-        "image": [
-            encoder.normalise(calibration.pixels[at : at + step]).numpy()
-            for at in range(0, len(calibration.pixels), step)
-        ],
-        "text": [
-            token_batch(encoder, calibration.texts[at : at + step]) for at in range(0, len(calibration.texts), step)
-        ],
+        "image": [encoder.normalise(pixels[part]).numpy() for part in _parts(len(pixels))],
+        "text": [token_batch(encoder, texts[part]) for part in _parts(len(texts))],
     }
-    done, reasons = {}, {}
-    threads = len(os.sched_getaffinity(0))
+    reasons = {}
     for name in _TOWERS:
-        path = work / _FILES[name]
-        model = onnx.load(path)
-        if onnx_int8.mostly_convolutions(model):
-            reasons[name] = "it is mostly convolutions, which lose too much"
-            continue
-        if not batches[name]:
-            reasons[name] = "there were no captions to calibrate on"
-            continue
-        sizes = onnx_int8.activation_sizes(path, batches[name], threads)
-        candidate = work / f"int8-{path.name}"
-        onnx_int8.save(onnx_int8.quantise(model, sizes), candidate)
-        cosine = _mean_cosine(path, candidate, batches[name], threads)
-        if cosine < INT8_COSINE:
-            reasons[name] = f"its mean cosine to float32 would be {cosine:.4f}"
-            onnx_int8.remove(candidate)
+        found = _quantised(work / _FILES[name], batches[name])
+        if isinstance(found, str):
+            reasons[name] = found
         else:
-            done[name] = candidate
-    if not done:
-        why = "; ".join(f"{name} tower: {reason}" for name, reason in reasons.items())
+            onnx_int8.remove(work / _FILES[name])
+            onnx_int8.move(found, work / _FILES[name])
+    if len(reasons) == len(_TOWERS):
+        why = "; ".join(f"{name} tower: {why_not}" for name, why_not in reasons.items())
         raise RefusedError(f"no tower of {encoder.name} can be int8 ({why}): export it without --int8")
-    for name, candidate in done.items():
-        onnx_int8.remove(work / _FILES[name])
-        onnx_int8.move(candidate, work / _FILES[name])
     weights = "".join(f"{name} {file_sha256(work / _FILES[name])}\n" for name in _TOWERS)
     config["fingerprint"] |= {"weights_sha256": hashlib.sha256(weights.encode()).hexdigest(), "quantisation": "int8"}
     config["quantisation"] = {
         "scheme": "7-bit weights per channel, 8-bit activations per row, smoothed",
-        "towers": {name: "int8" if name in done else "float32" for name in _TOWERS},
+        "towers": {name: "float32" if name in reasons else "int8" for name in _TOWERS},
         "reasons": reasons,
         "source_weights_sha256": encoder.fingerprint["weights_sha256"],
         "loss": None,
@@ -371,6 +351,31 @@ def _to_int8(
     _write_config(work, config)
     config["quantisation"]["loss"] = judge(encoder, _load(work))
     _write_config(work, config)
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(at, at + _CALIBRATION_BATCH) for at in range(0, count, _CALIBRATION_BATCH)]
+
+
+def _quantised(path: Path, batches: Sequence[np.ndarray]) -> Path | str:
+    """The int8 form of the graph at `path`, in a file beside it; or why the graph stays as it is."""
+    import onnx
+
+    from clipfilter.models import onnx_int8
+
+    model = onnx.load(path)
+    if onnx_int8.mostly_convolutions(model):
+        return "it is mostly convolutions, which lose too much"
+    if not batches:
+        return "there were no captions to calibrate on"
+    threads = len(os.sched_getaffinity(0))
+    candidate = path.with_name(f"int8-{path.name}")
+    onnx_int8.save(onnx_int8.quantise(model, onnx_int8.activation_sizes(path, batches, threads)), candidate)
+    cosine = _mean_cosine(path, candidate, batches, threads)
+    if cosine < INT8_COSINE:
+        onnx_int8.remove(candidate)
+        return f"its mean cosine to float32 would be {cosine:.4f}"
+    return candidate
 
 
 def _mean_cosine(path: Path, other: Path, batches: Sequence[np.ndarray], threads: int) -> float:

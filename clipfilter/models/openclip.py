@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from clipfilter.errors import RefusedError
+from clipfilter.errors import RefusedError, reason
 from clipfilter.images import PreprocessConfig
 from clipfilter.models import hub
-from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
-from clipfilter.models.checkpoint import file_sha256, read_state_dict
+from clipfilter.models._torch import resolve_dtype, set_up_torch
+from clipfilter.models.checkpoint import load_strictly, read_state_dict
 from clipfilter.models.encoder import TorchEncoder
 from clipfilter.models.tokenizer import TextTokenizer, open_clip_tokenizer, refuse_remote_code
-from clipfilter.storage import local_path
+from clipfilter.storage import file_sha256, local_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,11 +67,9 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
 
     Raises RefusedError as `models.load_encoder` says.
     """
-    torch_with_torchvision()
+    torch_device, torch_dtype = set_up_torch(device, dtype, threads)
     from open_clip.hf_model import HFTextEncoder
 
-    torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
-    use_threads(threads)
     source = find_source(name)
     tokenizer = open_clip_tokenizer(source.config["text_cfg"], source.folder)
     state = read_state_dict(source.weights)
@@ -79,7 +77,7 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
     quick_gelu = _activation(source, state, sha256)
     model = _build(source, quick_gelu, dtype)
     preprocess = _preprocess_config(source, model.visual.image_size)
-    _load_strictly(model, state, source)
+    _load_weights(model, state, source)
     model = model.to(torch_device).eval().requires_grad_(False)
     text_tower = _causal_text_tower(model)
     masks_padding = isinstance(getattr(model, "text", None), HFTextEncoder)
@@ -102,11 +100,7 @@ def load_openclip(name: str, *, device: str, dtype: str, threads: int | None) ->
         },
         image_tower=model.encode_image,
         text_tower=text_tower or model.encode_text,
-        tokenize=tokenizer.encode,
-        context_length=tokenizer.context_length,
-        pad_id=tokenizer.pad_id,
-        end_id=tokenizer.end_id,
-        pad_left=tokenizer.pad_left,
+        tokenizer=tokenizer,
         cut_to_longest=text_tower is not None or masks_padding,
         device=torch_device,
         dtype=torch_dtype,
@@ -123,9 +117,7 @@ def _refuse_unless_it_computes(encoder: TorchEncoder, dtype: str) -> None:
         encoder.encode_images(np.zeros((1, 3, size, size), np.uint8))
         encoder.encode_texts(["a photo"])
     except RuntimeError as error:
-        raise RefusedError(
-            f"{encoder.name} cannot compute in {dtype} ({hub.reason(error)}): use --dtype fp32"
-        ) from None
+        raise RefusedError(f"{encoder.name} cannot compute in {dtype} ({reason(error)}): use --dtype fp32") from None
 
 
 def _further_facts(source: Source, tokenizer: TextTokenizer) -> dict[str, str]:
@@ -298,9 +290,9 @@ def _download(architecture: str, tag: str, tag_config: dict[str, Any]) -> Path:
         with quiet(), hub.offline_if_unreachable():
             return Path(download_pretrained(tag_config))
     except Exception as error:  # every client library has its own; all mean that the file could not be had
-        reason = hub.reason(error)
+        why = reason(error)
         if isinstance(error, FileNotFoundError) and not hub.is_reachable():
-            reason = "the hub cannot be reached"
+            why = "the hub cannot be reached"
         repo, _, file = str(tag_config.get("hf_hub", "")).rpartition("/")
         source = f"https://huggingface.co/{repo}" if repo else tag_config.get("url", "its publisher")
         files = f"{file or f'{WEIGHTS[0]} and {CONFIG}'} from {source}" if repo else f"the file {source}"
@@ -308,7 +300,7 @@ def _download(architecture: str, tag: str, tag_config: dict[str, Any]) -> Path:
         if tokenizer:
             files += f", and tokenizer.json and tokenizer_config.json from https://huggingface.co/{tokenizer}"
         raise RefusedError(
-            f"the weights of {architecture}/{tag} are not in the cache and cannot be downloaded ({reason}). On a machine "
+            f"the weights of {architecture}/{tag} are not in the cache and cannot be downloaded ({why}). On a machine "
             f"with a network, download {files}, copy them here into one folder and use --model "
             f"{architecture}=/path/to/{file or WEIGHTS[0] if repo else 'that file'}"
         ) from None
@@ -443,7 +435,7 @@ def _build(source: Source, quick_gelu: bool, dtype: str) -> Any:
                 )
         except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
             raise RefusedError(
-                f"open_clip cannot build {source.shown} ({hub.reason(error)}): is its config complete?"
+                f"open_clip cannot build {source.shown} ({reason(error)}): is its config complete?"
             ) from None
     if dtype != "fp32" and isinstance(getattr(model, "text", None), HFTextEncoder):
         # open_clip leaves parts of transformers' towers in float32, which only autocast would bridge.
@@ -501,7 +493,7 @@ def _preprocess_config(source: Source, image_size: int | tuple[int, int]) -> Pre
         raise RefusedError(f"the preprocessing of {source.shown} cannot be done exactly: {error}") from None
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Source) -> None:
+def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Source) -> None:
     """Copy `state` into `model`, every tensor of the same name and shape; RefusedError otherwise.
 
     open_clip's own loader would silently interpolate position embeddings of another image size.
@@ -510,6 +502,7 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Source) -
     from open_clip.model import convert_to_custom_text_state_dict
 
     path = source.weights
+    refusal = f"the checkpoint {path} does not fit the architecture {source.architecture}"
     if any(name.startswith(("vision_model.", "text_model.")) for name in state):
         raise RefusedError(
             f"the checkpoint {path} is a transformers model: use hf:{path.parent}, with its config.json beside it"
@@ -517,9 +510,7 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Source) -
     try:
         state = convert_state_dict(model, state)  # Apple's own MobileCLIP files
     except (KeyError, AttributeError, RuntimeError, ValueError) as error:
-        raise RefusedError(
-            f"the checkpoint {path} does not fit the architecture {source.architecture}: {hub.reason(error)}"
-        ) from None
+        raise RefusedError(f"{refusal}: {reason(error)}") from None
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     expected = model.state_dict()
@@ -528,18 +519,7 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Source) -
             state.pop(name, None)
     for name in [name for name in state if name.endswith("attn_mask") and name not in expected]:
         del state[name]  # a scripted model keeps its causal mask among its tensors
-    for name in ("logit_scale", "logit_bias"):  # written as a scalar or as one element
-        mine = getattr(model, name, None)
-        if name in state and mine is not None and state[name].numel() == mine.numel():
-            state[name] = state[name].reshape(mine.shape)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        details = [line.strip() for line in str(error).splitlines()[1:]]
-        reason = details[0][:200] if details else str(error)[:200]
-        raise RefusedError(
-            f"the checkpoint {path} does not fit the architecture {source.architecture}: {reason}"
-        ) from None
+    load_strictly(model, state, refusal)
 
 
 def _causal_text_tower(model: Any) -> Callable[[Tensor], Tensor] | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipfilter.errors import RefusedError
+from clipfilter.errors import RefusedError, reason
 from clipfilter.models import hub
 
 # CLIP's tokenizer is plain Python and quadratic in the length of a word. Nothing beyond these bounds can reach
@@ -87,7 +87,7 @@ def open_clip_tokenizer(text_config: dict[str, Any], beside: Path | None) -> Tex
     tokenizer = _load(_family(repo), repo, beside, options)
     if language is not None:
         tokenizer.set_src_lang_special_tokens(language)
-    return _hf_tokenizer(
+    return hf_tokenizer(
         tokenizer,
         context_length,
         int(text_config.get("vocab_size") or 0),
@@ -100,7 +100,7 @@ def transformers_tokenizer(folder: Path, context_length: int, vocabulary: int, s
     """The tokenizer of a transformers model from the files in `folder`; RefusedError where they are missing."""
     if not any((folder / file).is_file() for file in FILES):
         raise RefusedError(f"{shown} has no tokenizer: put its {', '.join(FILES[:3])} (what it has) beside config.json")
-    return _hf_tokenizer(_from_folder(folder, None, {}), context_length, vocabulary)
+    return hf_tokenizer(tokenizer_from_folder(folder, None, {}), context_length, vocabulary)
 
 
 #: What `tokenizer_kwargs` may hold. Configs are written by strangers, and transformers takes paths and more as options.
@@ -160,7 +160,7 @@ def fetch_tokenizer(repo: str, family_file: str | None = None, revision: str | N
 def _load(family: _Family | None, repo: str, beside: Path | None, options: dict[str, Any]) -> Any:
     """transformers' tokenizer of `repo` from the first place that has its files."""
     if beside is not None and any((beside / file).is_file() for file in FILES):
-        return _from_folder(beside, family, options)
+        return tokenizer_from_folder(beside, family, options)
     wanted = "tokenizer.json and tokenizer_config.json"
     where = (
         f"{beside}, beside the checkpoint" if beside else "one folder with the weights (--model ARCH=/folder/weights)"
@@ -174,10 +174,10 @@ def _load(family: _Family | None, repo: str, beside: Path | None, options: dict[
         ) from None
     if folder is None:
         raise RefusedError(f"https://huggingface.co/{repo} has no tokenizer: put its {wanted} into {where}")
-    return _from_folder(folder, family, options)
+    return tokenizer_from_folder(folder, family, options)
 
 
-def _from_folder(folder: Path, family: _Family | None, options: dict[str, Any]) -> Any:
+def tokenizer_from_folder(folder: Path, family: _Family | None, options: dict[str, Any]) -> Any:
     """The tokenizer in a local folder; nothing is downloaded and no code from the folder is run."""
     from clipfilter.models._torch import torch_with_torchvision
 
@@ -202,7 +202,7 @@ def _from_folder(folder: Path, family: _Family | None, options: dict[str, Any]) 
                 )
     except Exception as error:  # a damaged file raises anything from a KeyError to a Rust panic's text
         raise RefusedError(
-            f"the tokenizer in {folder} cannot be loaded ({hub.reason(error)}): put the repository's tokenizer.json and "
+            f"the tokenizer in {folder} cannot be loaded ({reason(error)}): put the repository's tokenizer.json and "
             "tokenizer_config.json there"
         ) from None
     if tokenizer.pad_token_id is None and family is not None and family.pad in tokenizer.get_vocab():
@@ -241,7 +241,7 @@ def quiet_transformers() -> Iterator[None]:
 # --- ids --------------------------------------------------------------------------------------------------------------
 
 
-def _hf_tokenizer(
+def hf_tokenizer(
     tokenizer: Any,
     context_length: int,
     vocabulary: int,
@@ -253,26 +253,7 @@ def _hf_tokenizer(
 
     vocabulary: ids the text tower knows, 0 where unknown. zero_id: the id that this model was trained to see as 0.
     """
-    shown = type(tokenizer).__name__
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if vocabulary and size > vocabulary:
-        raise RefusedError(
-            f"the tokenizer has {size:,} tokens and the model knows {vocabulary:,}: put this model's own tokenizer files there"
-        )
-    if getattr(tokenizer, "truncation_side", "right") != "right":
-        raise RefusedError("the tokenizer cuts long texts at their beginning, which is not supported")
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:
-        raise RefusedError(
-            f"the tokenizer ({shown}) names no padding token: put its tokenizer_config.json beside tokenizer.json"
-        )
-    ending = tokenizer("a", padding=False, truncation=False)["input_ids"]
-    end_id = int(ending[-1])
-    if len(tokenizer("", padding=False, truncation=False)["input_ids"]) == 0:
-        raise RefusedError(
-            f"the tokenizer ({shown}) adds no end token, so it is not set up for this model: put the repository's "
-            "tokenizer.json and tokenizer_config.json into the folder"
-        )
+    _check_tokenizer(tokenizer, vocabulary)
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -284,14 +265,35 @@ def _hf_tokenizer(
             ids = [[0 if token == zero_id else token for token in row] for row in ids]
         return [list(row) for row in ids]
 
+    end_id = int(tokenizer("a", padding=False, truncation=False)["input_ids"][-1])
     return TextTokenizer(
         encode,
         context_length,
-        int(pad_id),
+        int(tokenizer.pad_token_id),
         0 if zero_id is not None and end_id == zero_id else end_id,
         pad_left=tokenizer.padding_side == "left",
         sha256=_sha256(tokenizer, encode(_PROBES)),
     )
+
+
+def _check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
+    shown = type(tokenizer).__name__
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if vocabulary and size > vocabulary:
+        raise RefusedError(
+            f"the tokenizer has {size:,} tokens and the model knows {vocabulary:,}: put this model's own tokenizer files there"
+        )
+    if getattr(tokenizer, "truncation_side", "right") != "right":
+        raise RefusedError("the tokenizer cuts long texts at their beginning, which is not supported")
+    if tokenizer.pad_token_id is None:
+        raise RefusedError(
+            f"the tokenizer ({shown}) names no padding token: put its tokenizer_config.json beside tokenizer.json"
+        )
+    if len(tokenizer("", padding=False, truncation=False)["input_ids"]) == 0:
+        raise RefusedError(
+            f"the tokenizer ({shown}) adds no end token, so it is not set up for this model: put the repository's "
+            "tokenizer.json and tokenizer_config.json into the folder"
+        )
 
 
 #: Texts on which tokenizers with one vocabulary and different rules differ: case, spaces, punctuation, scripts.

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
-import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from clipfilter.errors import RefusedError
+from clipfilter.retry import retry
 
 _SECONDS = 10
-_ATTEMPTS = 3
 _WAIT_SECONDS = 1.0  # before the second attempt; three times as long before the third
 
 
@@ -40,22 +39,25 @@ def send(url: str, run: str, night: int | None, alerts: list[Alert], facts: dict
     """
     text = f"clipfilter nightly {run}: " + "; ".join(alert.message for alert in alerts)
     body = {"text": text, "run": run, "night": night, "alerts": [asdict(alert) for alert in alerts], **facts}
-    problem = "no attempt was made"
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(_WAIT_SECONDS * (2**attempt - 1))
-        try:
-            request = urllib.request.Request(  # noqa: S310 (check_webhook lets only HTTP pass)
-                url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "clipfilter"}
-            )
-            with urllib.request.urlopen(request, timeout=_SECONDS):  # noqa: S310
-                return None
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code}"
-            if error.code < 500 and error.code != 429:
-                break
-        except OSError as error:
-            problem = str(getattr(error, "reason", None) or error or type(error).__name__)
-        except (ValueError, http.client.HTTPException) as error:  # an address that cannot be one
-            return type(error).__name__
-    return problem
+
+    def post() -> None:
+        request = urllib.request.Request(  # noqa: S310 (check_webhook lets only HTTP pass)
+            url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "clipfilter"}
+        )
+        urllib.request.urlopen(request, timeout=_SECONDS).close()  # noqa: S310
+
+    try:
+        retry(post, (_WAIT_SECONDS, 3 * _WAIT_SECONDS), _may_pass)
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}"
+    except OSError as error:
+        return str(getattr(error, "reason", None) or error or type(error).__name__)
+    except (ValueError, http.client.HTTPException) as error:  # an address that cannot be one
+        return type(error).__name__
+    return None
+
+
+def _may_pass(error: Exception, attempt: int) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code == 429
+    return isinstance(error, OSError)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from clipfilter.engine import StageResult, Unit, fix_thresholds, run_units
 from clipfilter.errors import TRANSIENT, ClipfilterError, RefusedError
 from clipfilter.policies import Policy
-from clipfilter.runs import ledger
+from clipfilter.runs import Commit, FailedShard, Thresholds, Totals, Version, ledger
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory
 
@@ -21,8 +21,12 @@ def shard_of(commit_name: str) -> str:
     return commit_name.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
-def generation_of(commit_name: str) -> int:
-    return int(commit_name.rsplit(".", 2)[-2])
+State = tuple[str, int, str]
+
+
+def state_of(shard: Shard) -> State:
+    """(id, size, etag): the shard in one state of its file."""
+    return shard.id, shard.size, shard.etag
 
 
 @dataclass(frozen=True)
@@ -38,29 +42,26 @@ class Held:
 
 @dataclass
 class Base:
-    """The newest version: its name and content (None before the first night), and its shards by id.
+    """The newest version (None before the first night), and its shards by id.
 
-    set_aside: (shard id, size, etag) of file states that a rollback took out; they do not come back by themselves.
+    set_aside: file states that a rollback took out; they do not come back by themselves.
     """
 
-    name: str | None = None
-    content: dict[str, Any] | None = None
+    version: Version | None = None
     shards: dict[str, Held] = field(default_factory=dict)
-    set_aside: set[tuple[str, int, str]] = field(default_factory=set)
+    set_aside: set[State] = field(default_factory=set)
 
     @classmethod
     def read(cls, directory: Directory) -> Base:
-        newest = ledger.latest_version(directory)
+        newest = ledger.newest_version(directory)
         if newest is None:
             return cls()
-        base = cls(*newest)
-        for name, commit in ledger.iter_commits(directory, newest[1]["commits"]):
-            shard = commit["shard"]
-            again = bool(commit.get("damaged") or TRANSIENT & set(commit["failed_by_class"]))
-            base.shards[shard["id"]] = Held(name, shard["path"], shard["size"], shard["etag"], again)
-        for _, commit in ledger.iter_commits(directory, newest[1].get("set_aside", [])):
-            shard = commit["shard"]
-            base.set_aside.add((shard["id"], shard["size"], shard["etag"]))
+        base = cls(newest)
+        for commit in ledger.commits(directory, newest.commits):
+            shard = commit.shard
+            again = bool(commit.damaged or TRANSIENT & set(commit.failed_by_class))
+            base.shards[shard.id] = Held(commit.name, shard.path, shard.size, shard.etag, again)
+        base.set_aside = {state_of(commit.shard) for commit in ledger.commits(directory, newest.set_aside or [])}
         return base
 
 
@@ -108,7 +109,7 @@ def find_arrivals(base: Base, listing: Iterable[Shard], *, retry_failed: bool) -
         same = held is not None and (held.size, held.etag) == (shard.size, shard.etag)
         if same and not (retry_failed and held is not None and held.again):
             continue
-        if not same and (shard.id, shard.size, shard.etag) in base.set_aside:
+        if not same and state_of(shard) in base.set_aside:
             found.set_aside += 1
             passed_over.add(shard.path)
             continue
@@ -138,78 +139,68 @@ class Appending:
         self.missing = missing
         self.refit = refit
         self.added: list[str] = []  # commits of what is new or changed and in the version; not of second tries
-        self.failed: list[dict[str, Any]] = []
+        self.failed: list[FailedShard] = []
 
     def units(self, source: Source) -> Iterator[Unit]:
         """The shards that differ from the newest version."""
         return iter(self.arrivals.units)
 
-    def scored(self, policy: Policy, scored: StageResult) -> tuple[dict[str, float | None], Iterator[Unit]]:
+    def scored(self, policy: Policy, scored: StageResult) -> tuple[Thresholds, Iterator[Unit]]:
         """Frozen numbers of dataset-level rules, or with `refit` new ones from all rows, to decide all rows again."""
-        tonight = run_units(self.directory, scored.names, scored.commits)
-        if self.base.content is None:
+        tonight = run_units(self.directory.url, scored.commits)
+        if self.base.version is None:
             return fix_thresholds(self.directory, policy, scored.commits), tonight
         if not self.refit:
-            return dict(self.base.content["thresholds"]), tonight
-        done = {shard_of(name) for name in scored.names}
+            return dict(self.base.version.thresholds), tonight
+        done = {commit.shard.id for commit in scored.commits}
         dropped = set(self.arrivals.replaced) | (set(self.arrivals.vanished) if self.missing == "drop" else set())
         others = [
             self._scored_commit(held.commit)
             for identity, held in self.base.shards.items()
             if identity not in done and identity not in dropped
         ]
-        names = [*others, *scored.names]
         numbers = [int(name[:6]) for name in self.directory.names("thresholds") if name[:6].isdigit()]
-        commits = _Commits(self.directory, names)
+        commits = _Commits(self.directory, [*others, *(commit.name for commit in scored.commits)])
         thresholds = fix_thresholds(self.directory, policy, commits, max(numbers, default=0) + 1)
-        rest = (
-            Unit(Shard.from_json(commit["shard"]), _inputs(self.directory, name, commit))
-            for name, commit in ledger.iter_commits(self.directory, names)
-        )
-        return thresholds, rest
+        return thresholds, run_units(self.directory.url, commits)
 
     def _scored_commit(self, decided: str) -> str:
         """The commit of the scored stage that a decision was made from."""
-        generation = self.directory.read_json(decided)["base_generation"]
+        generation = ledger.read_commit(self.directory, decided).base_generation
+        assert generation is not None
         name = ledger.CommitName(shard_of(decided), "scored", generation).path
         if not self.directory.exists(name):
             raise ClipfilterError(f"a refit needs the scores of all rows, but {name} is gone; refit with a new --out.")
         return name
 
-    def version(self, content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def version(self, made: Version) -> Version:
         """Append the version: tonight's commits in the newest one's list. What another run changed meanwhile stands."""
-        self.failed = content["failed_shards"]
-        stale = [
-            entry["shard"]["path"] for entry in self.failed if self.refit and entry["shard"]["id"] in self.base.shards
-        ]
+        self.failed = made.failed_shards
+        stale = [item.shard.path for item in self.failed if self.refit and item.shard.id in self.base.shards]
         if stale:
             raise ClipfilterError(
                 f"{stale[0]} could not be decided with the new thresholds; the dataset stays as it was."
             )
-        spoilt = {entry["shard"]["path"] for entry in self.failed} & self.arrivals.changed_paths
+        spoilt = {item.shard.path for item in self.failed} & self.arrivals.changed_paths
         paths = {unit.shard.id: unit.shard.path for unit in self.arrivals.units}
-        names = {shard_of(name): name for name in content["commits"]}
+        names = {shard_of(name): name for name in made.commits}
         # A changed file that could not be read as a whole keeps its old rows: half a file would be neither.
         added = {identity: name for identity, name in names.items() if paths.get(identity) not in spoilt}
         gone = {identity for identity in self.arrivals.replaced if self.base.shards[identity].path not in spoilt}
         if self.missing == "drop":
             gone |= set(self.arrivals.vanished)
-        return ledger.update_version(
-            self.directory, lambda newest: self._merged(content, added, gone, newest[1] if newest else None)
-        )
+        return ledger.update_version(self.directory, lambda newest: self._merged(made, added, gone, newest))
 
-    def _merged(
-        self, content: dict[str, Any], added: dict[str, str], gone: set[str], newest: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        before = {shard_of(name): name for name in self.base.content["commits"]} if self.base.content else {}
-        now = {shard_of(name): name for name in newest["commits"]} if newest else {}
+    def _merged(self, made: Version, added: dict[str, str], gone: set[str], newest: Version | None) -> Version:
+        before = {shard_of(name): name for name in self.base.version.commits} if self.base.version else {}
+        now = {shard_of(name): name for name in newest.commits} if newest else {}
         theirs = [name for identity, name in now.items() if before.get(identity) != name]
         touched = {identity for identity in now if before.get(identity) != now[identity]} | (set(before) - set(now))
-        if touched and newest is not None and newest["thresholds"] != content["thresholds"]:
+        if touched and newest is not None and newest.thresholds != made.thresholds:
             raise ClipfilterError(
                 "another run changed the dataset and its thresholds meanwhile; run again, what is committed is not redone."
             )
-        taken = {commit["shard"]["path"] for _, commit in ledger.iter_commits(self.directory, theirs)}
+        taken = {commit.shard.path for commit in ledger.commits(self.directory, theirs)}
         paths = {unit.shard.id: unit.shard.path for unit in self.arrivals.units}
         for identity in gone:
             if identity not in touched and self.base.shards[identity].path not in taken:
@@ -221,27 +212,16 @@ class Appending:
             now[identity] = name
             if identity in paths and identity not in self.arrivals.retried:
                 self.added.append(name)
-        failed = {entry["shard"]["id"]: entry for entry in (newest["failed_shards"] if newest else [])}
         failed = {
-            identity: entry
-            for identity, entry in failed.items()
-            if identity not in now and entry["shard"]["path"] in self.arrivals.known_paths
+            item.shard.id: item
+            for item in (newest.failed_shards if newest else [])
+            if item.shard.id not in now and item.shard.path in self.arrivals.known_paths
         }
-        failed |= {entry["shard"]["id"]: entry for entry in self.failed}
+        failed |= {item.shard.id: item for item in self.failed}
         commits, failures = list(now.values()), list(failed.values())
-        everything = (commit for _, commit in ledger.iter_commits(self.directory, commits))
-        merged = {
-            **content,
-            "commits": commits,
-            "failed_shards": failures,
-            "totals": ledger.totals_of(everything, failures),
-        }
-        aside = [name for name in (newest or {}).get("set_aside", []) if name not in set(commits)]
-        return merged | ({"set_aside": aside} if aside else {})
-
-
-def _inputs(directory: Directory, name: str, commit: dict[str, Any]) -> dict[str, Any]:
-    return {"run": directory.url, "name": name, "generation": commit["generation"], "commit": commit}
+        totals = Totals.of(ledger.commits(self.directory, commits), len(failures))
+        aside = [name for name in (newest and newest.set_aside) or [] if name not in set(commits)]
+        return replace(made, commits=commits, failed_shards=failures, totals=totals, set_aside=aside or None)
 
 
 class _Commits:
@@ -250,15 +230,15 @@ class _Commits:
     def __init__(self, directory: Directory, names: list[str]) -> None:
         self._directory, self._names = directory, names
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (commit for _, commit in ledger.iter_commits(self._directory, self._names))
+    def __iter__(self) -> Iterator[Commit]:
+        return ledger.commits(self._directory, self._names)
 
 
 def refuse_refit(base: Base, arrivals: Arrivals, policy: Policy | None, *, copies: bool, missing: Missing) -> None:
     """Raise RefusedError where new thresholds cannot be applied to all rows."""
     if policy is None or not policy.dataset_thresholds:
         raise RefusedError("there is nothing to refit: the policy has no rule over the whole dataset (fraction).")
-    if base.content is not None and arrivals.vanished and copies and missing == "keep":
+    if base.version is not None and arrivals.vanished and copies and missing == "keep":
         raise RefusedError(
             f"a refit decides all rows again, but the images of {len(arrivals.vanished)} shard(s) are gone from the source and "
             "cannot be copied; use --missing drop, or --no-copy from the first night on."

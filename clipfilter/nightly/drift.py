@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from clipfilter.report import Histogram
+from clipfilter import columns as cf
+from clipfilter.charts import Histogram
+from clipfilter.decisions import DECISIONS
 from clipfilter.storage import Directory
 
 #: What a night may lie away from the others without any alarm, however many rows there are.
@@ -19,7 +21,7 @@ FLOOR = 0.2
 #: How often a night like all others may alarm when only chance moves it.
 FALSE_ALARM = 0.001
 BINS = 10
-DECISIONS = ("keep", "review", "reject", "failed")
+OUTCOMES = (*DECISIONS, "failed")
 
 _ROWS_PER_BIN = 5
 _STORED_BINS = 1024
@@ -52,7 +54,7 @@ def distributions(directory: Directory, files: Iterable[str]) -> dict[str, Distr
     for name in files:
         with directory.open(name) as handle:
             file = pq.ParquetFile(handle)
-            wanted = [c for c in file.schema_arrow.names if c == "cf_similarity" or c.startswith("cf_score.")]
+            wanted = [c for c in file.schema_arrow.names if c == cf.SIMILARITY or c.startswith(cf.SCORE)]
             for batch in file.iter_batches(_BATCH, columns=wanted):
                 for column in wanted:
                     values = np.asarray(batch.column(column).to_numpy(zero_copy_only=False), np.float64)
@@ -144,8 +146,8 @@ def compare_nights(before: Sequence[Mapping[str, Any]], tonight: Mapping[str, An
     if not before or not tonight["counts"].get("rows"):
         return []
     found = []
-    totals = [sum(record["counts"].get(name, 0) for record in before) for name in DECISIONS]
-    mine = [tonight["counts"].get(name, 0) for name in DECISIONS]
+    totals = [sum(record["counts"].get(name, 0) for record in before) for name in OUTCOMES]
+    mine = [tonight["counts"].get(name, 0) for name in OUTCOMES]
     if sum(totals[:3]):
         found.append(psi("decisions", totals, mine))
     for column, distribution in tonight["scores"].items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
+from dataclasses import replace
 from typing import Any
 
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
 from clipfilter.nightly import record
-from clipfilter.runs import ledger, read_plan
+from clipfilter.runs import Run, Version, ledger
 from clipfilter.storage import Directory
 
 
@@ -17,68 +18,63 @@ def history(url: str) -> dict[str, Any]:
 
     Raises RefusedError when `url` holds no run.
     """
-    directory = Directory(url)
-    plan = read_plan(directory)
-    if plan is None:
-        raise RefusedError(f"{url} is not a run directory (it has no plan.json); give the --out of a run.")
+    run = Run(url)
     versions = []
-    for name in _version_names(directory):
-        content = directory.read_json(f"versions/{name}.json")
-        totals = content["totals"]
+    for name in ledger.version_names(run.directory):
+        version = ledger.read_version(run.directory, name)
+        totals = version.totals
         versions.append(
             {
                 "version": name,
-                "rows": totals["rows"],
-                **{part: totals[part] for part in ("keep", "review", "reject", "failed", "shards", "failed_shards")},
-                "rolled_back_to": content.get("rolled_back_to"),
-                "set_aside": len(content.get("set_aside", [])),
+                "rows": totals.rows,
+                **{part: totals[part] for part in (*DECISIONS, "failed", "shards", "failed_shards")},
+                "rolled_back_to": version.rolled_back_to,
+                "set_aside": len(version.set_aside or []),
             }
         )
-    nights = [{key: value for key, value in night.items() if key != "scores"} for night in record.nights(directory)]
-    return {"run": directory.url, "plan": plan.sha256, "versions": versions, "nights": nights}
+    records = record.nights(run.directory)
+    nights = [{key: value for key, value in night.items() if key != "scores"} for night in records]
+    return {"run": run.url, "plan": run.plan.sha256, "versions": versions, "nights": nights}
 
 
 def accept_night(url: str, night: int) -> None:
     """Compare later nights with this one and its successors only. Raises RefusedError where there is no such night."""
     directory = Directory(url)
-    try:
+    with directory:
         record.accept(directory, night)
-    finally:
-        directory.clean_scratch(stale_only=False)
 
 
-def roll_back(url: str, version: str, now: float | None = None) -> tuple[str, dict[str, Any]]:
+def roll_back(url: str, version: str, now: float | None = None) -> Version:
     """Make an earlier version the dataset again: a new version with its list of commits; nothing is deleted.
 
     What the versions since then had added is set aside: later nights leave those files out until they change. Rolling
-    back to the version before the rollback brings it back. Returns the new version's name and content. Raises RefusedError
+    back to the version before the rollback brings it back. Returns the new version. Raises RefusedError
     when there is no such version, or when files of it are gone.
     """
-    directory = Directory(url)
-    if read_plan(directory) is None:
-        raise RefusedError(f"{url} is not a run directory (it has no plan.json); give the --out of a run.")
-    names = _version_names(directory)
+    directory = Run(url).directory
+    names = ledger.version_names(directory)
     wanted = version.zfill(6)
     if wanted not in names:
         raise RefusedError(f"{url} has no version {version!r}; it has {', '.join(names) or 'none'}.")
     if wanted == names[-1]:
         raise RefusedError(f"version {wanted} is the newest one already.")
-    target = directory.read_json(f"versions/{wanted}.json")
-    _refuse_incomplete(directory, wanted, target["commits"])
+    target = ledger.read_version(directory, wanted)
+    _refuse_incomplete(directory, wanted, target.commits)
     started = time.time() if now is None else now
     number = record.begin(directory, started)
     before: list[int] = []
 
-    def change(newest: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
+    def change(newest: Version | None) -> Version:
         assert newest is not None
-        before[:] = [int(newest[0])]
-        since = dict.fromkeys([*newest[1].get("set_aside", []), *newest[1]["commits"]])
-        held = set(target["commits"])
-        kept = {key: value for key, value in target.items() if key not in ("version", "set_aside", "rolled_back_to")}
-        return {**kept, "rolled_back_to": int(wanted), "set_aside": [name for name in since if name not in held]}
+        before[:] = [newest.number]
+        since = dict.fromkeys([*(newest.set_aside or []), *newest.commits])
+        held = set(target.commits)
+        order = tuple(key for key in target.order if key not in ("set_aside", "rolled_back_to"))
+        aside = [name for name in since if name not in held]
+        return replace(target, rolled_back_to=target.number, set_aside=aside, order=order)
 
-    try:
-        name, content = ledger.update_version(directory, change)
+    with directory:
+        made = ledger.update_version(directory, change)
         record.finish(
             directory,
             {
@@ -86,20 +82,14 @@ def roll_back(url: str, version: str, now: float | None = None) -> tuple[str, di
                 "started": record.stamp(started),
                 "seconds": 0.0,
                 "outcome": "rollback",
-                "version": name,
+                "version": made.name,
                 "from": before[0],
                 "to": int(wanted),
-                "totals": content["totals"],
+                "totals": made.totals,
                 "alerts": [],
             },
         )
-    finally:
-        directory.clean_scratch(stale_only=False)
-    return name, content
-
-
-def _version_names(directory: Directory) -> list[str]:
-    return [name[:6] for name in directory.names("versions") if re.fullmatch(r"\d{6}\.json", name)]
+    return made
 
 
 def _refuse_incomplete(directory: Directory, version: str, commits: list[str]) -> None:
@@ -108,12 +98,12 @@ def _refuse_incomplete(directory: Directory, version: str, commits: list[str]) -
     folders: dict[str, set[str]] = {}
     gone = [name for name in commits if name not in there]
     if not gone:
-        for _, commit in ledger.iter_commits(directory, commits):
-            for entry in commit["files"].values():
-                folder, _, base = entry["name"].partition("/")
+        for commit in ledger.commits(directory, commits):
+            for file in commit.files.values():
+                folder, _, base = file.name.partition("/")
                 if folder not in folders:
                     folders[folder] = set(directory.names(folder))
                 if base not in folders[folder]:
-                    gone.append(entry["name"])
+                    gone.append(file.name)
     if gone:
         raise RefusedError(f"version {version} cannot come back: {len(gone)} of its files are gone, such as {gone[0]}.")

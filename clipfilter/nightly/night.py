@@ -6,30 +6,32 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from clipfilter.engine import (
     EXIT_DONE,
     EXIT_FAILURES,
     Display,
+    JobPlan,
     JobRequest,
-    Preparation,
     plan_overview,
-    prepare,
-    refuse_other_work,
-    run_prepared,
+    refuse_foreign_directory,
+    resolve,
+    run_plan,
 )
 from clipfilter.errors import RefusedError
 from clipfilter.nightly import record
 from clipfilter.nightly.alerts import Alert, check_webhook, send
-from clipfilter.nightly.arrivals import Appending, Arrivals, Base, Missing, find_arrivals, refuse_refit
+from clipfilter.nightly.arrivals import Appending, Arrivals, Base, Missing, find_arrivals, refuse_refit, state_of
 from clipfilter.nightly.drift import Drift, compare_nights, distributions
-from clipfilter.runs import ledger
+from clipfilter.runs import COUNTS, Totals, ledger
 from clipfilter.storage import Directory
 
 log = logging.getLogger("clipfilter.nightly")
 
+#: The order of keys in a version that only drops rows.
+_DROPPED = ("version", "plan", "stage", "thresholds")
 _NAMED = 3  # how many rules, files or nights a message names
 
 
@@ -63,7 +65,7 @@ class NightResult:
     version: str
     shards: dict[str, int]
     counts: dict[str, Any]
-    totals: dict[str, Any]
+    totals: Totals
     drift: list[Drift]
     alerts: list[Alert]
     seconds: float
@@ -88,18 +90,16 @@ def run_night(
         raise RefusedError("silence and window are numbers of nights, 1 or more.")
     began = now()
     try:
-        prepared = prepare(request.job)
-        if prepared.source is None:
-            raise RefusedError(f"{request.job.source} is a run directory; a night needs the dataset that grows.")
-        refuse_other_work(prepared)
+        job = _resolve(request)
+        refuse_foreign_directory(job.directory)
     except Exception as error:
         _tell_of_failure(request, request.job.out, None, error)
         raise
-    directory = prepared.directory
+    directory = job.directory
     number = record.begin(directory, began)
     killed = record.close_killed(directory, number)
     try:
-        return _night(request, prepared, number, killed, began, now, display)
+        return _night(request, job, number, killed, began, now, display)
     except BaseException as error:
         _tell_of_failure(request, directory.url, number, error)
         failure = {"kind": "failure", "message": _reason(error), "details": {}}
@@ -121,13 +121,20 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")[:500]
 
 
-def find_tonight(request: NightRequest, prepared: Preparation) -> tuple[Base, Arrivals]:
+def _resolve(request: NightRequest) -> JobPlan:
+    """The job of the night. Raises RefusedError where it cannot be done, or does not read a dataset."""
+    job = resolve(request.job)
+    if job.source is None:
+        raise RefusedError(f"{request.job.source} is a run directory; a night needs the dataset that grows.")
+    return job
+
+
+def find_tonight(request: NightRequest, job: JobPlan) -> tuple[Base, Arrivals]:
     """The newest version, and how the source differs from it. Raises RefusedError where a refit is not possible."""
-    assert prepared.source is not None
-    base = Base.read(prepared.directory)
-    arrivals = find_arrivals(base, prepared.source.iter_shards(), retry_failed=request.job.retry_failed)
+    base = Base.read(job.directory)
+    arrivals = find_arrivals(base, job.dataset.iter_shards(), retry_failed=request.job.retry_failed)
     if request.refit:
-        refuse_refit(base, arrivals, prepared.policy, copies=request.job.copy, missing=request.missing)
+        refuse_refit(base, arrivals, job.policy, copies=request.job.copy, missing=request.missing)
     return base, arrivals
 
 
@@ -139,26 +146,23 @@ def night_overview(request: NightRequest) -> dict[str, Any]:
 def arrivals_overview(request: NightRequest) -> tuple[dict[str, Any], Arrivals]:
     """How the source differs from the newest version: shards by kind, and the version they would be added to."""
     check_webhook(request.webhook)
-    prepared = prepare(request.job)
-    if prepared.source is None:
-        raise RefusedError(f"{request.job.source} is a run directory; a night needs the dataset that grows.")
-    base, arrivals = find_tonight(request, prepared)
+    base, arrivals = find_tonight(request, _resolve(request))
     shown = {name: getattr(arrivals, name) for name in ("new", "changed", "again", "set_aside")}
     shown["vanished"] = len(arrivals.vanished)
-    return {"version": base.name, **shown}, arrivals
+    return {"version": base.version.name if base.version else None, **shown}, arrivals
 
 
 def _night(
     request: NightRequest,
-    prepared: Preparation,
+    job: JobPlan,
     number: int,
     killed: list[int],
     began: float,
     now: Callable[[], float],
     display: Display | None,
 ) -> NightResult:
-    directory = prepared.directory
-    base, arrivals = find_tonight(request, prepared)
+    directory = job.directory
+    base, arrivals = find_tonight(request, job)
     growth = Appending(directory, base, arrivals, request.missing, request.refit)
     alerts: list[Alert] = []
     if killed:
@@ -169,16 +173,14 @@ def _night(
         alerts.append(Alert("failure", "the source lists nothing at all; no rows were dropped from the dataset"))
         dropping = False
     messages: list[str] = []
-    if arrivals.units or request.refit or base.content is None:
-        prepared.growth = growth
-        result = run_prepared(prepared, display)
+    if arrivals.units or request.refit or base.version is None:
+        result = run_plan(job, display, growth=growth)
         version, messages = result.version, result.messages
     elif dropping:
-        kept = {name: base.content[name] for name in ("plan", "stage", "thresholds")}
-        version, _ = growth.version({**kept, "commits": [], "failed_shards": base.content["failed_shards"]})
+        version = growth.version(replace(base.version, commits=[], rolled_back_to=None, order=_DROPPED)).name
     else:
-        version = str(base.name)
-    totals = directory.read_json(f"versions/{version}.json")["totals"]
+        version = base.version.name
+    totals = ledger.read_version(directory, version).totals
 
     shards = {name: getattr(arrivals, name) for name in ("new", "changed", "again", "set_aside")}
     shards |= {"vanished": len(arrivals.vanished), "failed": len(growth.failed)}
@@ -189,7 +191,7 @@ def _night(
     alerts += _drifted(drift)
     alerts += _silence(directory, request, number, arrivals)
     seconds = now() - began
-    outcome = "done" if version != base.name else "unchanged"
+    outcome = "unchanged" if base.version and version == base.version.name else "done"
     told = _tell(request, directory, number, version, counts, alerts)
     record.finish(
         directory,
@@ -222,28 +224,28 @@ def _tonight(directory: Directory, added: list[str]) -> tuple[dict[str, Any], li
     classes: Counter[str] = Counter()
     files = []
     damaged = []
-    for _, commit in ledger.iter_commits(directory, added):
-        counts.update({name: commit["counts"].get(name, 0) for name in ledger.COUNTS})
-        classes.update(commit["failed_by_class"])
-        if commit.get("damaged"):
-            damaged.append(commit["shard"]["path"])
-        if "annotated" in commit["files"]:
-            files.append(commit["files"]["annotated"]["name"])
+    for commit in ledger.commits(directory, added):
+        counts.update({name: commit.counts.get(name, 0) for name in COUNTS})
+        classes.update(commit.failed_by_class)
+        if commit.damaged:
+            damaged.append(commit.shard.path)
+        if commit.files.annotated is not None:
+            files.append(commit.files.annotated.name)
     return {**counts, "failed_by_class": dict(sorted(classes.items())), "damaged": damaged}, files
 
 
 def _failures(request: NightRequest, base: Base, growth: Appending, counts: dict[str, Any]) -> list[Alert]:
     """New trouble only: a shard that failed last night in the same state has been told already."""
     alerts = []
-    known = {_state(entry) for entry in (base.content or {}).get("failed_shards", [])}
-    broken = [entry for entry in growth.failed if _state(entry) not in known]
+    known = {state_of(item.shard) for item in base.version.failed_shards} if base.version else set()
+    broken = [item for item in growth.failed if state_of(item.shard) not in known]
     if broken:
         first = broken[0]
         alerts.append(
             Alert(
                 "failure",
-                f"{len(broken)} shard(s) could not be processed; the first is {first['shard']['path']}: {first['error']}",
-                {"shards": [entry["shard"]["path"] for entry in broken]},
+                f"{len(broken)} shard(s) could not be processed; the first is {first.shard.path}: {first.error}",
+                {"shards": [item.shard.path for item in broken]},
             )
         )
     if counts["damaged"]:
@@ -262,11 +264,6 @@ def _failures(request: NightRequest, base: Base, growth: Appending, counts: dict
             )
         )
     return alerts
-
-
-def _state(entry: dict[str, Any]) -> tuple[str, int, str]:
-    shard = entry["shard"]
-    return shard["id"], shard["size"], shard["etag"]
 
 
 def _reference(directory: Directory, number: int, window: int) -> list[dict[str, Any]]:

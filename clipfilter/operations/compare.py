@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfilter.engine import compile_for, refuse_other_weights, stored_model
 from clipfilter.policies import Policy, dataset_thresholds, escalated
-from clipfilter.runs import annotate, ledger, local_files, open_run, read_plan, read_stored
-from clipfilter.sources import Source
-from clipfilter.storage import Directory
+from clipfilter.runs import Commit, Run, Thresholds, annotate, is_run
+from clipfilter.sources import Shard, Source
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
@@ -37,7 +35,7 @@ class Side:
     sha256: str
     decisions: Counter[str] = field(default_factory=Counter)
     rules: dict[str, Counter[str]] = field(default_factory=dict)
-    thresholds: dict[str, float | None] = field(default_factory=dict)
+    thresholds: Thresholds = field(default_factory=dict)
     uncalibrated: list[str] = field(default_factory=list)
 
 
@@ -63,7 +61,7 @@ class Flip:
 class Comparison:
     """changes: how many rows go from one decision to another; flips: a uniform sample of them, per kind of change.
 
-    shards: the shard of every commit that the sample touches, in JSON.
+    shards: the shard of every commit that the sample touches.
     """
 
     run: str
@@ -75,7 +73,7 @@ class Comparison:
     after: Side
     changes: dict[tuple[str, str], int]
     flips: list[Flip]
-    shards: dict[str, dict[str, Any]]
+    shards: dict[str, Shard]
 
     @property
     def flipped(self) -> int:
@@ -136,7 +134,8 @@ def compare_policies(
     """
     from clipfilter.models import load_encoder
 
-    origin, version, content, plan = open_run(run)
+    origin = Run(run).origin()
+    plan = origin.plan
     encoder = load_encoder(model or stored_model(plan))
     refuse_other_weights(plan, encoder.fingerprint)
     source = Source.from_plan(plan.source)
@@ -149,23 +148,21 @@ def compare_policies(
     sample = _Sample(examples)
     hidden = escalated_rows(run)
     rows = 0
-    try:
+    with origin.directory:
         for side, policy in zip(sides, compiled, strict=True):
-            side.thresholds = _dataset_thresholds(origin, content["commits"], encoder, policy)
-        for name, commit, stored, embeddings in _shards(origin, content["commits"]):
+            side.thresholds = _dataset_thresholds(origin, encoder, policy)
+        for shard in origin.shards():
             decided = [
-                annotate(stored, embeddings, encoder, policy, side.thresholds)
+                annotate(shard.rows, shard.embeddings, encoder, policy, side.thresholds)
                 for side, policy in zip(sides, compiled, strict=True)
             ]
-            rows += stored.num_rows
+            rows += shard.rows.num_rows
             for side, table in zip(sides, decided, strict=True):
                 _count(side, table)
-            _compare(name, commit, decided[0], decided[1], changes, sample, hidden)
-    finally:
-        origin.clean_scratch(stale_only=False)
+            _compare(shard.commit, decided[0], decided[1], changes, sample, hidden)
     return Comparison(
         run=origin.url,
-        dataset_version=version,
+        dataset_version=origin.version.name,
         source=plan.source,
         model=str(plan.model["model"]),
         rows=rows,
@@ -177,27 +174,15 @@ def compare_policies(
     )
 
 
-def _shards(origin: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any], pa.Table, pa.Table]]:
-    """(commit name, commit, rows, embeddings) of every shard that has rows."""
-    for name, commit in ledger.iter_commits(origin, names):
-        if "annotated" not in commit["files"]:
-            continue
-        with local_files(origin, commit["files"], origin.scratch()) as local:
-            rows, embeddings = read_stored(local["annotated"], local["embeddings"])
-            yield name, commit, rows, embeddings
-
-
-def _dataset_thresholds(
-    origin: Directory, names: list[str], encoder: Encoder, policy: CompiledPolicy
-) -> dict[str, float | None]:
+def _dataset_thresholds(origin: Run, encoder: Encoder, policy: CompiledPolicy) -> Thresholds:
     """The numbers of the policy's dataset-level rules for this dataset; the ranked scores wait in a temporary folder."""
     ranked = sorted({entry.of for entry in policy.dataset_thresholds})
     if not ranked:
         return {}
     with tempfile.TemporaryDirectory(prefix="clipfilter-") as folder:
         count = 0
-        for _, _, rows, embeddings in _shards(origin, names):
-            table = annotate(rows, embeddings, encoder, policy, None)
+        for shard in origin.shards():
+            table = annotate(shard.rows, shard.embeddings, encoder, policy, None)
             for number, rule in enumerate(ranked):
                 np.save(
                     Path(folder, f"{number}-{count}.npy"), np.asarray(table[f"cf_score.{rule}"].to_numpy(), np.float32)
@@ -213,17 +198,16 @@ def _dataset_thresholds(
 
 def escalated_rows(run: str) -> set[tuple[str, int]]:
     """(shard, row) of all rows that the run itself escalated; whatever is compared, they are never shown."""
-    directory = Directory(run)
-    plan, newest = read_plan(directory), ledger.latest_version(directory)
-    if plan is None or newest is None or plan.policy is None or not Policy.from_canonical(plan.policy).escalates:
+    if not is_run(run):
+        return set()
+    opened = Run(run)
+    policy = opened.plan.policy
+    if not opened.finished or policy is None or not Policy.from_canonical(policy).escalates:
         return set()
     found: set[tuple[str, int]] = set()
-    for _, commit in ledger.iter_commits(directory, newest[1]["commits"]):
-        if "annotated" in commit["files"]:
-            with directory.open(commit["files"]["annotated"]["name"]) as handle:
-                table = pq.read_table(handle, columns=["cf_row", "cf_reasons"])
-            rows = np.asarray(table["cf_row"])[escalated(table["cf_reasons"])]
-            found.update((commit["shard"]["id"], row) for row in rows.tolist())
+    for commit, batch in opened.batches("annotated", ["cf_row", "cf_reasons"]):
+        rows = np.asarray(batch["cf_row"])[escalated(batch["cf_reasons"])]
+        found.update((commit.shard.id, row) for row in rows.tolist())
     return found
 
 
@@ -235,8 +219,7 @@ def _count(side: Side, table: pa.Table) -> None:
 
 
 def _compare(
-    name: str,
-    commit: dict[str, Any],
+    commit: Commit,
     before: pa.Table,
     after: pa.Table,
     changes: Counter[tuple[str, str]],
@@ -256,8 +239,8 @@ def _compare(
             sample.add(
                 change,
                 Flip(
-                    commit=name,
-                    path=commit["shard"]["path"],
+                    commit=commit.name,
+                    path=commit.shard.path,
                     row=row["cf_row"],
                     uid=uid,
                     key=row["cf_key"] or "",
@@ -267,9 +250,9 @@ def _compare(
                     after=change[1],
                     reasons_before=before["cf_reasons"][place].as_py(),
                     reasons_after=after["cf_reasons"][place].as_py(),
-                    hidden=bool(never_shown[place]) or (commit["shard"]["id"], row["cf_row"]) in hidden,
+                    hidden=bool(never_shown[place]) or (commit.shard.id, row["cf_row"]) in hidden,
                 ),
-                commit["shard"],
+                commit.shard,
             )
 
 
@@ -278,13 +261,13 @@ class _Sample:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._heaps: dict[tuple[str, str], list[tuple[int, str, Flip, dict[str, Any]]]] = {}
+        self._heaps: dict[tuple[str, str], list[tuple[int, str, Flip, Shard]]] = {}
 
     def wants(self, change: tuple[str, str], uid: str) -> bool:
         heap = self._heaps.get(change, [])
         return self._size > 0 and (len(heap) < self._size or -_rank(uid) > heap[0][0])
 
-    def add(self, change: tuple[str, str], flip: Flip, shard: dict[str, Any]) -> None:
+    def add(self, change: tuple[str, str], flip: Flip, shard: Shard) -> None:
         heap = self._heaps.setdefault(change, [])
         item = (-_rank(flip.uid), f"{flip.path}:{flip.row}", flip, shard)
         if len(heap) < self._size:
@@ -298,7 +281,7 @@ class _Sample:
         kinds = sorted(self._heaps, key=lambda change: (-abs(order[change[1]] - order[change[0]]), change))
         return [item[2] for kind in kinds for item in sorted(self._heaps[kind], key=lambda item: (-item[0], item[1]))]
 
-    def shards(self) -> dict[str, dict[str, Any]]:
+    def shards(self) -> dict[str, Shard]:
         return {item[2].commit: item[3] for heap in self._heaps.values() for item in heap}
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel, Field
 
+from clipfilter import defaults
+
 if TYPE_CHECKING:
     from clipfilter.engine import JobRequest
     from clipfilter.models import Encoder
@@ -55,7 +57,7 @@ def estimate_job(request: JobRequest, cost: CostConfig, shards: Sequence[Shard] 
 
     Raises RefusedError where the source or the model cannot be had.
     """
-    from clipfilter.models import DEFAULT_MODEL, load_encoder
+    from clipfilter.models import load_encoder
     from clipfilter.sources import open_source
 
     source = open_source(request.source, request.source_options)
@@ -63,7 +65,7 @@ def estimate_job(request: JobRequest, cost: CostConfig, shards: Sequence[Shard] 
     images, exact = count_images(source, listed)
     size = sum({shard.path: shard.size for shard in listed}.values())
     device = "cpu" if request.device == "auto" else request.device
-    encoder = load_encoder(request.model or DEFAULT_MODEL, device=device)
+    encoder = load_encoder(request.model or defaults.MODEL, device=device)
     if cost.images_per_second is not None:
         rate, rate_from = cost.images_per_second, "given"
     else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from clipfilter import defaults
 from clipfilter.engine import (
     MAX_THREADS,
     DecodeSettings,
@@ -21,7 +22,6 @@ from clipfilter.engine import (
     embed_rows,
 )
 from clipfilter.errors import MISSING_IMAGE, RefusedError
-from clipfilter.images import DEFAULT_MAX_PIXELS
 from clipfilter.policies import BUILTINS, Expectation, Policy, RuleExpectation, compile_policy
 from clipfilter.runs import annotate, decision_inputs
 from clipfilter.sources import COLUMN_PREFIX, row_uid
@@ -91,7 +91,7 @@ class TestReport:
         }
 
 
-def run_tests(policy: Policy, folder: str | Path, encoder: Encoder, *, decode: Mode = "fast") -> TestReport:
+def run_tests(policy: Policy, folder: str | Path, encoder: Encoder, *, decode: Mode = defaults.DECODE) -> TestReport:
     """Decide every test of the policy with this model.
 
     folder: what the tests' image paths are relative to. Rules that rank a dataset say nothing here.
@@ -104,7 +104,7 @@ def run_tests(policy: Policy, folder: str | Path, encoder: Encoder, *, decode: M
     compiled = compile_policy(policy, encoder, decode=decode)
     columns = _own_columns(policy)
     compiled.check_columns(pa.schema([*((name, pa.float64()) for name in columns), *decision_inputs()]))
-    settings = DecodeSettings(encoder.preprocess, decode, DEFAULT_MAX_PIXELS)
+    settings = DecodeSettings(encoder.preprocess, decode, defaults.MAX_PIXELS)
     batches = decode_batches(
         _batches(policy.tests, Path(folder), columns),
         ThreadDecoder(settings, min(MAX_THREADS, cpu_count())),
@@ -136,7 +136,7 @@ def run_tests(policy: Policy, folder: str | Path, encoder: Encoder, *, decode: M
 
 def _own_columns(policy: Policy) -> list[str]:
     """Columns of a source that the policy's metadata rules read."""
-    named = [rule.metadata for rule in policy.rules if rule.metadata is not None]
+    named = [name for rule in policy.rules for name in rule.measure.numbers]
     given = [name for test in policy.tests for name in test.columns]
     return [name for name in dict.fromkeys([*named, *given]) if name not in BUILTINS and not name.startswith("cf_")]
 

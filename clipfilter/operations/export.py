@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from clipfilter.curation import HALVES, uid_halves
 from clipfilter.errors import RefusedError
 from clipfilter.operations.repack import rechunk, repack_source
-from clipfilter.runs import Plan, as_matrix, ledger, of_run, read_plan
-from clipfilter.sources import Shard, Source
+from clipfilter.runs import Commit, Run, as_matrix, read_table
+from clipfilter.sources import Source
 from clipfilter.storage import Directory
 
 What = Literal["kept", "review"]
@@ -43,12 +43,8 @@ def export_run(
     Repeating an interrupted export finishes it. Raises RefusedError when the run holds no decisions, when `to` holds
     something else, or when rows per shard mean nothing for the form.
     """
-    directory = Directory(run)
-    plan = read_plan(directory)
-    newest = ledger.latest_version(directory)
-    if plan is None or newest is None:
-        raise RefusedError(f"{run} holds no finished run; finish it by repeating its command, then export.")
-    if newest[1]["stage"] != "decided":
+    opened = Run.open(run)
+    if opened.version.stage != "decided":
         raise RefusedError(
             f"{run} holds no decisions; run `clipfilter filter {run} --policy ...` first, then export that."
         )
@@ -56,9 +52,9 @@ def export_run(
         raise RefusedError("--rows-per-shard is 1 or more, and a DataComp subset has no shards.")
     target = Directory(to)
     identity: dict[str, Any] = {
-        "run": directory.url,
-        "plan": plan.sha256,
-        "version": newest[0],
+        "run": opened.url,
+        "plan": opened.plan.sha256,
+        "version": opened.version.name,
         "what": what,
         "form": form,
     }
@@ -69,44 +65,31 @@ def export_run(
     elif target.walk("") != ["/" + MARKER]:
         target.fs.rm(target.path(MARKER))
         raise RefusedError(f"{to} is not empty; choose an empty directory.")
-    commits = ledger.read_commits(directory, newest[1]["commits"])
-    try:
+    with target:
         writer = {"source": _source_shards, "clip-retrieval": _clip_retrieval, "datacomp": _datacomp}[form]
-        rows, files = writer(directory, plan, commits, target, what, rows_per_shard)
-    finally:
-        target.clean_scratch(stale_only=False)
+        rows, files = writer(opened, target, what, rows_per_shard)
     return {"to": target.url, "what": what, "form": form, "rows": rows, "files": files}
 
 
-def _chosen(
-    directory: Directory, commits: list[dict[str, Any]], what: What
-) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+def _chosen(run: Run, what: What) -> Iterator[tuple[Commit, pa.Table]]:
     """Each commit with its annotated rows of the wanted decision; shards without any are left out."""
-    for commit in commits:
-        if "annotated" not in commit["files"] or not commit["counts"][_DECISION[what]]:
+    for commit in run.commits():
+        if commit.files.annotated is None or not (commit.counts.keep if what == "kept" else commit.counts.review):
             continue
-        with directory.open(commit["files"]["annotated"]["name"]) as handle:
-            table = pq.read_table(handle)
+        table = run.table(commit.files.annotated)
         yield commit, table.filter(pc.equal(table["cf_decision"], _DECISION[what]))
 
 
-def _source_shards(
-    directory: Directory,
-    plan: Plan,
-    commits: list[dict[str, Any]],
-    target: Directory,
-    what: What,
-    rows_per_shard: int | None,
-) -> tuple[int, int]:
-    source = Source.from_plan(plan.source["source"] if of_run(plan.source) else plan.source)
+def _source_shards(run: Run, target: Directory, what: What, rows_per_shard: int | None) -> tuple[int, int]:
+    source = Source.from_plan(run.dataset)
     if rows_per_shard is not None:
-        return repack_source(source, _chosen(directory, commits, what), target, rows_per_shard)
+        return repack_source(source, _chosen(run, what), target, rows_per_shard)
     if source.kind in ("folder", "img2dataset-files"):
-        return _source_folder(directory, source, commits, target, what)
+        return _source_folder(run, source, target, what)
     rows = files = 0
     sizes: dict[str, int] = {}
-    for number, (commit, table) in enumerate(_chosen(directory, commits, what)):
-        shard = Shard.from_json(commit["shard"])
+    for number, (commit, table) in enumerate(_chosen(run, what)):
+        shard = commit.shard
         name = f"{number:08d}"
         file = f"{name}.{shard.format}"
         sizes[file] = table.num_rows
@@ -116,11 +99,11 @@ def _source_shards(
         if target.exists(stats):  # written last, so its shard is whole
             continue
         path = target.scratch() / file
-        own = commit["files"].get(what)
-        if own is not None and own["rows"] == table.num_rows:
+        own = commit.files.get(what)
+        if own is not None and own.rows == table.num_rows:
             # The run's own copy has the same bytes, and is there when the source's file has changed or gone.
-            directory.fs.get_file(directory.path(own["name"]), str(path))
-            copied = int(own["rows"])
+            run.directory.fs.get_file(run.directory.path(own.name), str(path))
+            copied = own.rows
         else:
             copied = source.copy_rows(shard, table["cf_row"].to_pylist(), path)
         if copied != table.num_rows:
@@ -136,15 +119,13 @@ def _source_shards(
     return rows, files
 
 
-def _source_folder(
-    directory: Directory, source: Source, commits: list[dict[str, Any]], target: Directory, what: What
-) -> tuple[int, int]:
+def _source_folder(run: Run, source: Source, target: Directory, what: What) -> tuple[int, int]:
     """Images under their own relative paths; caption tables, which chunks share, are put together at the end."""
     rows = 0
     written: set[str] = set()
     tables = target.scratch() / "tables"
-    for commit, table in _chosen(directory, commits, what):
-        shard = Shard.from_json(commit["shard"])
+    for commit, table in _chosen(run, what):
+        shard = commit.shard
         part = target.scratch() / shard.id
         rows += source.copy_rows(shard, table["cf_row"].to_pylist(), part)
         for path in sorted(item for item in part.rglob("*") if item.is_file()):
@@ -170,19 +151,14 @@ def _append_table(part: Path, whole: Path) -> None:
         shutil.copyfileobj(source, output)
 
 
-def _clip_retrieval(
-    directory: Directory,
-    plan: Plan,
-    commits: list[dict[str, Any]],
-    target: Directory,
-    what: What,
-    rows_per_shard: int | None,
-) -> tuple[int, int]:
-    total = sum(commit["counts"][_DECISION[what]] for commit in commits)
-    parts: Iterable[tuple[pa.Table, ...]] = _with_embeddings(directory, commits, what)
+def _clip_retrieval(run: Run, target: Directory, what: What, rows_per_shard: int | None) -> tuple[int, int]:
+    totals = run.version.totals
+    parts: Iterable[tuple[pa.Table, ...]] = _with_embeddings(run, what)
     if rows_per_shard is not None:
         parts = rechunk(parts, rows_per_shard)
-    count = len(commits) if rows_per_shard is None else -(-total // rows_per_shard)
+    count = len(run.version.commits)
+    if rows_per_shard is not None:
+        count = -(-(totals.keep if what == "kept" else totals.review) // rows_per_shard)
     digits = len(str(max(count - 1, 0)))
     rows = files = 0
     for number, (table, chosen) in enumerate(parts):
@@ -204,12 +180,10 @@ def _clip_retrieval(
     return rows, files
 
 
-def _with_embeddings(
-    directory: Directory, commits: list[dict[str, Any]], what: What
-) -> Iterator[tuple[pa.Table, pa.Table]]:
+def _with_embeddings(run: Run, what: What) -> Iterator[tuple[pa.Table, pa.Table]]:
     """The chosen rows of each shard, and their embeddings in the same order."""
-    for commit, table in _chosen(directory, commits, what):
-        store = _embeddings(directory, commit)
+    for commit, table in _chosen(run, what):
+        store = read_table(*run.embeddings_at(commit))
         yield table, store.take(pc.index_in(table["cf_row"], value_set=store["cf_row"]))
 
 
@@ -217,30 +191,8 @@ def _with_embeddings(
 _METADATA_NAMES = {"cf_key": "image_path", "cf_caption": "caption"}
 
 
-def _embeddings(directory: Directory, commit: dict[str, Any]) -> pa.Table:
-    """The embeddings of a commit's rows; those of a `filter` lie in the run it decided."""
-    files = commit["files"]
-    if "embeddings" not in files:
-        directory = Directory(commit["base"]["run"])
-        try:
-            files = directory.read_json(commit["base"]["commit"])["files"]
-        except FileNotFoundError as error:
-            raise RefusedError(
-                f"the embeddings lie in the run that was decided, {directory.url}, and that is gone; restore it, then export."
-            ) from error
-    with directory.open(files["embeddings"]["name"]) as handle:
-        return pa.ipc.open_file(handle).read_all()
-
-
-def _datacomp(
-    directory: Directory,
-    plan: Plan,
-    commits: list[dict[str, Any]],
-    target: Directory,
-    what: What,
-    rows_per_shard: int | None,
-) -> tuple[int, int]:
-    halves = [uid_halves(table["cf_uid"]) for _, table in _chosen(directory, commits, what)]
+def _datacomp(run: Run, target: Directory, what: What, rows_per_shard: int | None) -> tuple[int, int]:
+    halves = [uid_halves(table["cf_uid"]) for _, table in _chosen(run, what)]
     subset = np.sort(np.concatenate(halves)) if halves else np.empty(0, HALVES)
     path = target.scratch() / "subset.npy"
     np.save(path, subset, allow_pickle=False)

@@ -14,9 +14,8 @@ import json
 import re
 import shutil
 import tarfile
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,30 @@ import pyarrow.parquet as pq
 from clipfilter.engine import shard_report
 from clipfilter.errors import RefusedError
 from clipfilter.operations.reshard import load_subset
-from clipfilter.operations.verify import DATA_FOLDERS
 from clipfilter.policies import ATTACHMENTS_FOLDER as ATTACHMENTS
-from clipfilter.runs import FAILED, ShardWriter, ledger, machine, read_plan
+from clipfilter.runs import (
+    FAILED,
+    FILE_KINDS,
+    Account,
+    Base,
+    Commit,
+    Counts,
+    DataFile,
+    FileKind,
+    Run,
+    ShardWriter,
+    Totals,
+    Version,
+    ledger,
+    read_table,
+)
 from clipfilter.sources import Shard
 from clipfilter.storage import Directory
 
 _TABLES = ("annotated", "failed", "scored", "embeddings")
 #: Where rows are looked for; embeddings are those of the annotated (or scored) rows of the same commit.
 _SEARCHED = ("annotated", "failed", "scored")
-_COPIES = {"kept": "keep", "review": "review"}
+_COPIES: dict[FileKind, str] = {"kept": "keep", "review": "review"}
 #: For people, or made of the data: written again by their own commands.
 _DERIVED = ("report.html", "run.json", "run.log")
 _INDEX = "index"
@@ -81,10 +94,8 @@ def forget_rows(run: str, uids_file: str) -> Forgotten:
     with curation columns) are not touched: forget there too. Memory: the uids and one shard. Raises RefusedError when
     there is no finished run, or the uids cannot be read.
     """
-    directory = Directory(run)
-    plan = read_plan(directory)
-    if plan is None or ledger.latest_version(directory) is None:
-        raise RefusedError(f"{run} holds no finished run; finish it by repeating its command, then forget.")
+    opened = Run.open(run)
+    directory = opened.directory
     uids = read_uids(uids_file)
     values = pa.array(sorted(uids), pa.string())
     result = Forgotten(directory.url)
@@ -102,7 +113,7 @@ def forget_rows(run: str, uids_file: str) -> Forgotten:
     finally:
         directory.clean_scratch(stale_only=False)
         directory.clean_scratch(stale_only=True)
-    _note_what_is_left(directory, plan.source, uids, result)
+    _note_what_is_left(opened, uids, result)
     return result
 
 
@@ -113,11 +124,11 @@ def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[le
     """Every commit, of any stage and generation, whose files hold one of the uids, with the numbers of those rows."""
     rows_of: dict[str, set[int]] = {}
     names: list[ledger.CommitName] = []
-    for _, commit in ledger.iter_commits(directory, [f"commits/{name}" for name in directory.names("commits")]):
-        names.append(ledger.CommitName(commit["shard"]["id"], commit["stage"], commit["generation"]))
-        for folder in _SEARCHED:
-            if folder in commit["files"]:
-                for uid, row in _matches(directory, commit["files"][folder]["name"], values):
+    for commit in ledger.commits(directory):
+        names.append(ledger.CommitName(commit.shard.id, commit.stage, commit.generation))
+        for folder, file in commit.files.items():
+            if folder in _SEARCHED:
+                for uid, row in _matches(directory, file, values):
                     found.add(uid)
                     rows_of.setdefault(names[-1].shard, set()).add(row)
     # The scores of a filter carry no uid: their rows are known from the other files of the shard.
@@ -128,7 +139,7 @@ def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[le
     }
 
 
-def _matches(directory: Directory, file: str, values: pa.Array) -> Iterator[tuple[str, int]]:
+def _matches(directory: Directory, file: DataFile, values: pa.Array) -> Iterator[tuple[str, int]]:
     try:
         table = _read(directory, file, ["cf_uid", "cf_row"])
     except FileNotFoundError:  # deleted by an interrupted call
@@ -141,15 +152,15 @@ def _matches(directory: Directory, file: str, values: pa.Array) -> Iterator[tupl
 
 def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> bool:
     """Whether a file of the commit still has one of the rows, or is gone already (deleted by an interrupted call)."""
-    commit = directory.read_json(name.path)
+    commit = ledger.read_commit(directory, name.path)
     wanted = pa.array(sorted(rows), pa.int64())
-    for folder, entry in commit["files"].items():
+    for folder, file in commit.files.items():
         if not rows or folder not in _SEARCHED:
-            if not directory.exists(entry["name"]):
+            if not directory.exists(file.name):
                 return True
             continue
         try:
-            table = _read(directory, entry["name"], ["cf_row"])
+            table = _read(directory, file, ["cf_row"])
         except FileNotFoundError:
             return True
         if table is not None and pc.any(pc.is_in(table["cf_row"], value_set=wanted)).as_py():
@@ -157,9 +168,9 @@ def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> boo
     return False
 
 
-def _read(directory: Directory, file: str, columns: list[str]) -> pa.Table | None:
+def _read(directory: Directory, file: DataFile, columns: list[str]) -> pa.Table | None:
     """These columns of a Parquet file, None where it lacks one."""
-    with directory.open(file) as handle:
+    with directory.open(file.name) as handle:
         parquet = pq.ParquetFile(handle)
         return parquet.read(columns=columns) if set(columns) <= set(parquet.schema_arrow.names) else None
 
@@ -169,16 +180,11 @@ def _read(directory: Directory, file: str, columns: list[str]) -> pa.Table | Non
 
 def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> int:
     """Write the next generation of a commit without these rows; how many rows it had of them."""
-    started = time.time()
-    commit = directory.read_json(name.path)
-    shard = Shard.from_json(commit["shard"])
+    commit = ledger.read_commit(directory, name.path)
     drop = pa.array(sorted(rows), pa.int64())
-    tables = {
-        folder: _whole(directory, commit["files"][folder]["name"]) for folder in _TABLES if folder in commit["files"]
-    }
+    tables = {folder: read_table(directory, file) for folder, file in commit.files.items() if folder in _TABLES}
     left = {f: table.filter(pc.invert(pc.is_in(table["cf_row"], value_set=drop))) for f, table in tables.items()}
-    writer = ShardWriter(directory, shard, None)
-    try:
+    with ShardWriter(directory, _without_names(commit.shard, rows), None) as writer:
         if "embeddings" in left:
             writer.embeddings(left["embeddings"].combine_chunks())
         if "failed" in left:
@@ -186,54 +192,50 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
         for folder in ("annotated", "scored"):
             if folder in left and left[folder].num_rows:
                 writer.annotated(left[folder], final=folder == "annotated")
-        for folder, decision in _COPIES.items():
-            if folder in commit["files"]:
+        for copies, decision in _COPIES.items():
+            file = commit.files.get(copies)
+            if file is not None:
                 old = tables["annotated"].filter(pc.equal(tables["annotated"]["cf_decision"], decision))
                 keep = ~np.isin(np.asarray(old["cf_row"]), np.asarray(drop))
                 if keep.all():
-                    writer.files[folder] = commit["files"][folder]
-                    continue
-                _copy(directory, commit["files"][folder]["name"], old, keep, shard, writer, folder)
-        failed = left.get("failed", FAILED.empty_table())
-        rows_table = left.get("annotated", left.get("scored", FAILED.empty_table()))
-        decided = "cf_reasons" in rows_table.column_names and commit["stage"] == "decided"
-        report = shard_report(rows_table, failed, decided)
-        counts = {key: value for key, value in commit["counts"].items() if key != "escalated"} | report.counts
-        after = {
-            **commit,
-            "shard": _without_names(shard, rows).to_json(),
-            "generation": name.generation + 1,
-            "counts": counts,
-            "failed_by_class": report.failed_by_class,
-            "rules": report.rules,
-            "files": writer.files,
-            "work": {"started": round(started, 3), "finished": round(time.time(), 3), "machine": machine()},
-        }
-        after |= _bases(directory, name, commit)
-        ledger.write_commit(directory, ledger.CommitName(name.shard, name.stage, name.generation + 1), after)
-    finally:
-        writer.close()
-    return 0 if commit["stage"] == "scored" else int(commit["counts"]["rows"] - counts["rows"])
+                    writer.files[copies] = file
+                else:
+                    _copy(directory, file.name, old, keep, commit.shard, writer, copies)
+        account = _account_after(commit, left)
+        writer.commit(
+            account,
+            stage=commit.stage,
+            plan=commit.plan,
+            generation=name.generation + 1,
+            thresholds=commit.thresholds,
+            **_bases(directory, commit),
+        )
+    return 0 if commit.stage == "scored" else commit.counts.rows - account.counts.rows
 
 
-def _bases(directory: Directory, name: ledger.CommitName, commit: dict[str, Any]) -> dict[str, Any]:
+def _account_after(commit: Commit, left: dict[FileKind, pa.Table]) -> Account:
+    """What became of the rows that are left."""
+    failed = left.get("failed", FAILED.empty_table())
+    rows = left.get("annotated", left.get("scored", FAILED.empty_table()))
+    report = shard_report(rows, failed, "cf_reasons" in rows.column_names and commit.stage == "decided")
+    before = {name: count for name, count in commit.counts.items() if name != "escalated"}
+    counts = Counts(before | report.counts)
+    return replace(commit.account, counts=counts, failed_by_class=report.failed_by_class, rules=report.rules)
+
+
+def _bases(directory: Directory, commit: Commit) -> dict[str, Any]:
     """Which commit the decision was made from, after that one got a new generation itself."""
-    if "base" in commit:
-        base = Directory(commit["base"]["run"])
-        stage = commit["base"]["commit"].split(".")[-3]
-        newest = ledger.list_commits(base).get((name.shard, stage))
+    same = {"base": commit.base, "base_generation": commit.base_generation}
+    if commit.base is not None:
+        stage = commit.base.commit.split(".")[-3]
+        newest = ledger.list_commits(Directory(commit.base.run)).get((commit.shard.id, stage))
         if newest is not None:
-            return {"base": {"run": commit["base"]["run"], "commit": newest.path}, "base_generation": newest.generation}
-        return {}
-    scored = ledger.list_commits(directory).get((name.shard, "scored"))
-    if "base_generation" in commit and scored is not None and name.stage != "scored":
+            return {"base": Base(commit.base.run, newest.path), "base_generation": newest.generation}
+        return same
+    scored = ledger.list_commits(directory).get((commit.shard.id, "scored"))
+    if commit.base_generation is not None and scored is not None and commit.stage != "scored":
         return {"base_generation": scored.generation}
-    return {}
-
-
-def _whole(directory: Directory, file: str) -> pa.Table:
-    with directory.open(file) as handle:
-        return pa.ipc.open_file(handle).read_all() if file.endswith(".arrow") else pq.read_table(handle)
+    return same
 
 
 def _without_names(shard: Shard, rows: set[int]) -> Shard:
@@ -243,7 +245,13 @@ def _without_names(shard: Shard, rows: set[int]) -> Shard:
 
 
 def _copy(
-    directory: Directory, name: str, old: pa.Table, keep: np.ndarray, shard: Shard, writer: ShardWriter, folder: str
+    directory: Directory,
+    name: str,
+    old: pa.Table,
+    keep: np.ndarray,
+    shard: Shard,
+    writer: ShardWriter,
+    folder: FileKind,
 ) -> None:
     """The kept or review images without the forgotten rows; `old` are the rows of the file, in its order."""
     if not keep.any():
@@ -323,38 +331,31 @@ def _new_version(directory: Directory) -> str:
     """The newest version with every commit replaced by its newest generation."""
     generations = ledger.list_commits(directory)
 
-    def change(newest: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
+    def change(newest: Version | None) -> Version:
         assert newest is not None
-        version = newest[1]
         names = []
-        for path in version["commits"]:
+        for path in newest.commits:
             shard, stage = path.removeprefix("commits/").split(".")[:2]
             names.append(generations[shard, stage].path)
-        commits = (commit for _, commit in ledger.iter_commits(directory, names))
-        totals = ledger.totals_of(commits, version["failed_shards"])
-        kept = {key: value for key, value in version.items() if key != "version"}
-        return {**kept, "commits": names, "totals": totals}
+        return replace(
+            newest, commits=names, totals=Totals.of(ledger.commits(directory, names), len(newest.failed_shards))
+        )
 
-    return ledger.update_version(directory, change)[0]
+    return ledger.update_version(directory, change).name
 
 
 def _delete(directory: Directory, touched: set[str], result: Forgotten) -> None:
-    newest = ledger.latest_version(directory)
-    assert newest is not None
     for name in (*_DERIVED, _INDEX) if touched else ():
         if directory.exists(name):
             _remove(directory, name, result)
             if name == _INDEX:
                 result.notes.append("the search index was deleted; make it anew with `clipfilter index`.")
-    for name in directory.names("versions"):
-        if name != f"{newest[0]}.json" and touched & set(directory.read_json(f"versions/{name}")["commits"]):
-            _remove(directory, f"versions/{name}", result)
-    needed: set[str] = set()
-    for path, commit in ledger.iter_commits(directory, [f"commits/{n}" for n in directory.names("commits")]):
-        if path not in touched:
-            needed |= {entry["name"] for entry in commit["files"].values()}
+    for version in ledger.version_names(directory)[:-1]:
+        if touched & set(ledger.read_version(directory, version).commits):
+            _remove(directory, f"versions/{version}.json", result)
+    needed = {file.name for c in ledger.commits(directory) if c.name not in touched for file in c.files.values()}
     # Files that no commit names are leftovers of killed attempts, and may hold anything.
-    for folder in DATA_FOLDERS:
+    for folder in FILE_KINDS:
         for file in directory.names(folder):
             if f"{folder}/{file}" not in needed:
                 _remove(directory, f"{folder}/{file}", result)
@@ -367,7 +368,8 @@ def _remove(directory: Directory, name: str, result: Forgotten) -> None:
     result.deleted.append(name)
 
 
-def _note_what_is_left(directory: Directory, source: dict[str, Any], uids: set[str], result: Forgotten) -> None:
+def _note_what_is_left(run: Run, uids: set[str], result: Forgotten) -> None:
+    directory = run.directory
     wanted = re.compile(rb"[^\s,;\"']+")
     names = {uid.encode() for uid in uids}
     for file in directory.names(ATTACHMENTS):
@@ -377,9 +379,9 @@ def _note_what_is_left(directory: Directory, source: dict[str, Any], uids: set[s
                 f"{ATTACHMENTS}/{file[:12]}... is a list of the policy that names such a uid; take it out of the list, decide "
                 "into another directory and delete this run."
             )
-    url = source["source"]["url"] if "run" in source else source["url"]
     result.notes.append(
-        f"the source {url} was not touched: remove the rows there too, or processing a changed shard brings them back."
+        f"the source {run.dataset['url']} was not touched: remove the rows there too, or processing a changed shard brings "
+        "them back."
     )
     if directory.fs.exists(directory.path(".tmp")) and directory.fs.ls(directory.path(".tmp")):
         result.notes.append("unfinished files of running processes or other machines remain in .tmp/.")

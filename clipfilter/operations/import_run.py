@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,20 +14,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import defaults
 from clipfilter.errors import ENCODE_ERROR, RefusedError, RowError
 from clipfilter.runs import (
     FACTS,
     IDENTITY,
+    Account,
+    Counts,
     Plan,
     ShardWriter,
+    Version,
     annotate,
-    embedded_version,
     embeddings_schema,
     failed_table,
     ledger,
-    machine,
     settle_plan,
     vector_column,
+    write_summary,
 )
 from clipfilter.sources import (
     IMPORTED_KIND,
@@ -63,7 +64,7 @@ class ImportOptions:
     caption_column: str | None = None
     uid_column: str | None = None
     key_column: str | None = None
-    rows_per_shard: int = 10_000
+    rows_per_shard: int = defaults.ROWS_PER_SHARD
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
     writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
     committed: list[str] = []
-    try:
+    with target:
         for part in parts:
             with _opened(directory, part, target) as (image, text_emb):
                 for shard, rows in _shards(directory, part, schema, options.rows_per_shard):
@@ -126,13 +127,10 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
                     if (shard.id, "embedded") not in done:
                         here = slice(shard.start, shard.stop)
                         texts = None if text_emb is None else text_emb[here]
-                        writer.write(name, shard, rows, image[here], texts)
-        version, written = ledger.write_version(target, embedded_version(plan, committed, [], target))
-    finally:
-        target.clean_scratch(stale_only=False)
-    summary = {"out": target.url, "version": version, "totals": written["totals"]}
-    target.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
-    return summary
+                        writer.write(shard, rows, image[here], texts)
+        made = Version.of(plan.sha256, "embedded", ledger.commits(target, committed), [])
+        version = ledger.write_version(target, made)
+    return write_summary(target, version)
 
 
 def _format(names: dict[str, str | None], text: bool) -> dict[str, Any]:
@@ -352,35 +350,17 @@ class _Writer:
     source: Source
     text: bool
 
-    def write(
-        self, name: ledger.CommitName, shard: Shard, metadata: pa.Table, image: np.ndarray, text: np.ndarray | None
-    ) -> None:
+    def write(self, shard: Shard, metadata: pa.Table, image: np.ndarray, text: np.ndarray | None) -> None:
         """Write and commit one shard: aligned metadata, image vectors [n, d] and text vectors (None: not in this part)."""
-        started = time.time()
         rows, store, failed = self._tables(shard, metadata, image, text)
-        writer = ShardWriter(self.target, shard, None)
-        try:
+        with ShardWriter(self.target, shard, None) as writer:
             writer.embeddings(store)
             writer.failed(failed)
             writer.annotated(annotate(rows, store, self.encoder, None, None), final=True)
             count = failed.num_rows
-            commit = {
-                "shard": shard.to_json(),
-                "stage": "embedded",
-                "generation": name.generation,
-                "plan": self.plan.sha256,
-                "counts": {"rows": metadata.num_rows, "failed": count, "embedded": rows.num_rows},
-                "failed_by_class": {ENCODE_ERROR: count} if count else {},
-                "rules": {},
-                "captions_truncated": 0,
-                "damaged": False,
-                "bytes_unread": 0,
-                "files": writer.files,
-                "work": {"started": round(started, 3), "finished": round(time.time(), 3), "machine": machine()},
-            }
-            ledger.write_commit(self.target, name, commit)
-        finally:
-            writer.close()
+            counts = Counts(rows=metadata.num_rows, failed=count, embedded=rows.num_rows)
+            account = Account(counts, {ENCODE_ERROR: count} if count else {})
+            writer.commit(account, stage="embedded", plan=self.plan.sha256)
 
     def _tables(
         self, shard: Shard, metadata: pa.Table, image: np.ndarray, text: np.ndarray | None

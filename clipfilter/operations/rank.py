@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import defaults
 from clipfilter.engine import StreamOptions, embed_stream, open_inputs, stream_options
 from clipfilter.errors import RefusedError
 from clipfilter.policies import REASONS, Policy, compile_policy, load_policy, named_scores
@@ -135,7 +136,7 @@ def rank(
     policy: Policy | str | None = None,
     model: str | None = None,
     encoder: Encoder | None = None,
-    device: str = "auto",
+    device: str = defaults.DEVICE,
 ) -> pa.Table:
     """Order images for a prompt: one row per image, the schema is `RANKED`.
 
@@ -178,7 +179,7 @@ def best_of(
     policy: Policy | str | None = None,
     model: str | None = None,
     encoder: Encoder | None = None,
-    device: str = "auto",
+    device: str = defaults.DEVICE,
     seed: int | None = None,
     batch_size: int = 1,
     **options: Any,

@@ -6,18 +6,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter.errors import RefusedError
-from clipfilter.sources import Shard, Source, TarFile, TarShards, row_members, safe_key
+from clipfilter.runs import Commit
+from clipfilter.sources import Source, TarFile, TarShards, row_members, safe_key
 from clipfilter.storage import Directory
 
 _BATCH = 256
 
-Chosen = Iterable[tuple[dict[str, Any], pa.Table]]
+Chosen = Iterable[tuple[Commit, pa.Table]]
 
 
 def repack_source(source: Source, chosen: Chosen, target: Directory, rows_per_shard: int) -> tuple[int, int]:
@@ -48,8 +48,8 @@ def rechunk(tables: Iterable[tuple[pa.Table, ...]], rows: int) -> Iterator[tuple
         yield tuple(pa.concat_tables(parts) for parts in zip(*pending, strict=True))
 
 
-def _copied(source: Source, commit: dict[str, Any], table: pa.Table, target: Directory) -> Path:
-    shard = Shard.from_json(commit["shard"])
+def _copied(source: Source, commit: Commit, table: pa.Table, target: Directory) -> Path:
+    shard = commit.shard
     path = target.scratch() / f"part.{shard.format}"
     if source.copy_rows(shard, table["cf_row"].to_pylist(), path) != table.num_rows:
         raise RefusedError(f"{shard.path} is not what it was when it was decided; run again, then export.")

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter import defaults
 from clipfilter.curation import HALVES
 from clipfilter.errors import RefusedError
 from clipfilter.sources import TarFile, TarShards, row_members
-from clipfilter.storage import Directory
+from clipfilter.storage import Directory, directory_of
 
 MARKER = "reshard.json"
 _UID = re.compile(r"[0-9a-fA-F]{1,32}")
@@ -34,8 +35,7 @@ class Resharded:
 
 def load_subset(url: str) -> np.ndarray:
     """A subset file: .npy of `HALVES`, sorted; memory-mapped where it is local. Raises RefusedError for another file."""
-    folder, _, name = url.rpartition("/")
-    directory = Directory(folder or ("/" if url.startswith("/") else "."))
+    directory, name = directory_of(url)
     try:
         if directory.local:
             subset = np.load(directory.path(name), mmap_mode="r", allow_pickle=False)
@@ -51,7 +51,7 @@ def load_subset(url: str) -> np.ndarray:
     return np.asarray(subset)
 
 
-def reshard(source: str, subset: str, out: str, rows_per_shard: int = 10_000) -> Resharded:
+def reshard(source: str, subset: str, out: str, rows_per_shard: int = defaults.ROWS_PER_SHARD) -> Resharded:
     """Copy the rows whose `uid` (a field of the json member) is in the subset, in input order, to new tars in `out`.
 
     source: folder of `{:08d}.tar`; how many rows each should have is read from `sizes.json` or `{:08d}_stats.json`. A row
@@ -72,15 +72,13 @@ def reshard(source: str, subset: str, out: str, rows_per_shard: int = 10_000) ->
     expected = _expected(directory, tars)
     result = Resharded()
     shards = TarShards(target, rows_per_shard)
-    try:
+    with target:
         for name in tars:
             with _open_tar(directory, name, target) as tar:
                 _copy(tar, name, (first, second), shards, result)
                 if name in expected and expected[name] != len(tar.index):
                     result.problems.append(f"{name} should have {expected[name]:,} rows, {len(tar.index):,} were found")
         result.tars = shards.close()
-    finally:
-        target.clean_scratch(stale_only=False)
     return result
 
 

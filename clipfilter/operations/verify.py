@@ -13,12 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter.errors import RefusedError
-from clipfilter.runs import Plan, as_matrix, ledger, read_plan
+from clipfilter.runs import FILE_KINDS, PLAN_FILE, Commit, DataFile, Run, Totals, Version, as_matrix, ledger
 from clipfilter.storage import Directory, read_chunks
 
-DATA_FOLDERS = ("annotated", "failed", "embeddings", "kept", "review", "scored")
-_DECISION_FILES = {"kept": "keep", "review": "review"}
 _THREADS = 8
 
 
@@ -39,23 +36,19 @@ def verify_run(url: str) -> Proof:
 
     Raises RefusedError when there is no finished run at `url`.
     """
-    directory = Directory(url)
-    plan = read_plan(directory)
-    newest = ledger.latest_version(directory)
-    if plan is None or newest is None:
-        raise RefusedError(f"{url} holds no finished run; repeat its command to finish it, then verify.")
-    name, version = newest
+    run = Run.open(url)
+    directory, plan, version = run.directory, run.plan, run.version
     proof = Proof()
-    _check_plan(directory, plan, version, proof)
-    missing = [commit for commit in version["commits"] if not directory.exists(commit)]
-    proof.problems += [f"{commit} is named by version {name} but is not there" for commit in missing]
-    commits = ledger.read_commits(directory, [commit for commit in version["commits"] if commit not in missing])
+    _check_plan(run, proof)
+    missing = [name for name in version.commits if not directory.exists(name)]
+    proof.problems += [f"{name} is named by version {version.name} but is not there" for name in missing]
+    commits = list(ledger.commits(directory, [name for name in version.commits if name not in missing]))
     for commit in commits:
-        if commit["plan"] != plan.sha256:
-            proof.problems.append(f"the commit of {commit['shard']['path']} belongs to another plan")
+        if commit.plan != plan.sha256:
+            proof.problems.append(f"the commit of {commit.shard.path} belongs to another plan")
     _check_files(directory, commits, proof)
     with ThreadPoolExecutor(_THREADS) as pool:
-        for problems in pool.map(lambda commit: list(_check_shard(directory, commit)), commits):
+        for problems in pool.map(lambda commit: list(_check_shard(run, commit)), commits):
             proof.problems += problems
     _check_totals(version, commits, proof)
     _note_strangers(directory, proof)
@@ -64,32 +57,31 @@ def verify_run(url: str) -> Proof:
     return proof
 
 
-def _check_plan(directory: Directory, plan: Plan, version: dict[str, Any], proof: Proof) -> None:
-    written = directory.read_json("plan.json").get("sha256")
-    if written != plan.sha256:
+def _check_plan(run: Run, proof: Proof) -> None:
+    if run.directory.read_json(PLAN_FILE)["sha256"] != run.plan.sha256:
         proof.problems.append("plan.json does not match its own hash: it was edited")
-    if version["plan"] != plan.sha256:
+    if run.version.plan != run.plan.sha256:
         proof.problems.append("the version belongs to another plan")
 
 
-def _check_files(directory: Directory, commits: list[dict[str, Any]], proof: Proof) -> None:
+def _check_files(directory: Directory, commits: list[Commit], proof: Proof) -> None:
     """Every data file is there, has the size and the sha256 that its commit says."""
-    entries = {entry["name"]: entry for commit in commits for entry in commit["files"].values()}
+    entries = {file.name: file for commit in commits for file in commit.files.values()}
 
-    def check(entry: dict[str, Any]) -> str | None:
+    def check(file: DataFile) -> str | None:
         try:
-            digest, size = _hash(directory, entry["name"])
+            digest, size = _hash(directory, file.name)
         except FileNotFoundError:
-            return f"{entry['name']} is missing"
-        if digest != entry["sha256"] or size != entry["bytes"]:
-            return f"{entry['name']} was changed: its content is not what its commit says"
+            return f"{file.name} is missing"
+        if digest != file.sha256 or size != file.bytes:
+            return f"{file.name} was changed: its content is not what its commit says"
         return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = [problem for problem in pool.map(check, entries.values()) if problem]
     proof.problems += problems
     if not problems:
-        total = sum(entry["bytes"] for entry in entries.values())
+        total = sum(file.bytes for file in entries.values())
         proof.proved.append(f"{len(entries):,} data files ({total:,} bytes) have the size and sha256 their commits say")
 
 
@@ -116,63 +108,62 @@ def _folder_order(file: str, folder: str) -> list[str]:
     return file[len(folder) + 1 :].split("/")
 
 
-def _check_shard(directory: Directory, commit: dict[str, Any]) -> Iterator[str]:
+def _check_shard(run: Run, commit: Commit) -> Iterator[str]:
     """Row accounting of one shard: rows in = decided + failed, no row twice, kept files hold the kept rows."""
-    path, counts, files = commit["shard"]["path"], commit["counts"], commit["files"]
+    path, counts, files = commit.shard.path, commit.counts, commit.files
     try:
-        annotated = _table(directory, files.get("annotated"), ["cf_shard", "cf_row", "cf_decision"])
-        failed = _table(directory, files.get("failed"), ["cf_shard", "cf_row", "cf_error_class"])
+        annotated = _table(run, files.annotated, ["cf_shard", "cf_row", "cf_decision"])
+        failed = _table(run, files.failed, ["cf_shard", "cf_row", "cf_error_class"])
     except (OSError, pa.ArrowException, KeyError) as error:
         yield f"{path}: a table cannot be read ({error})"
         return
     rows = annotated.num_rows + failed.num_rows
-    if rows != counts["rows"] or failed.num_rows != counts["failed"]:
+    if rows != counts.rows or failed.num_rows != counts.failed:
         yield (
-            f"{path}: the commit counts {counts['rows']} rows and {counts['failed']} failed, "
+            f"{path}: the commit counts {counts.rows} rows and {counts.failed} failed, "
             f"the files hold {rows} and {failed.num_rows}"
         )
     numbers = np.concatenate([np.asarray(annotated["cf_row"]), np.asarray(failed["cf_row"])])
     if len(np.unique(numbers)) != len(numbers):
         yield f"{path}: a row is in the result twice"
     shards = set(annotated["cf_shard"].unique().to_pylist()) | set(failed["cf_shard"].unique().to_pylist())
-    if shards - {commit["shard"]["id"]}:
+    if shards - {commit.shard.id}:
         yield f"{path}: rows of another shard are among its own"
     decisions = annotated["cf_decision"].value_counts().to_pylist()
     found = {item["values"]: item["counts"] for item in decisions}
-    if commit["stage"] == "decided":
+    if commit.stage == "decided":
         if found.pop(None, 0) or set(found) - {"keep", "review", "reject"}:
             yield f"{path}: a row has no valid decision"
-        for name in ("keep", "review", "reject"):
-            if found.get(name, 0) != counts[name]:
-                yield f"{path}: the commit counts {counts[name]} {name}, the rows say {found.get(name, 0)}"
-        parts = counts["keep"] + counts["review"] + counts["reject"]
-        if not parts == counts["decided"] == counts["rows"] - counts["failed"]:
+        said = {"keep": counts.keep, "review": counts.review, "reject": counts.reject}
+        for name, count in said.items():
+            if found.get(name, 0) != count:
+                yield f"{path}: the commit counts {count} {name}, the rows say {found.get(name, 0)}"
+        if not sum(said.values()) == counts.decided == counts.rows - counts.failed:
             yield f"{path}: decided is not kept + review + rejected"
     elif set(found) - {None}:
         yield f"{path}: rows have decisions, but nothing was to be decided"
-    yield from _check_copies(directory, commit, counts)
-    if "embeddings" in files:
-        yield from _check_embeddings(directory, files["embeddings"], np.asarray(annotated["cf_row"]), path)
+    yield from _check_copies(run.directory, commit)
+    if files.embeddings is not None:
+        yield from _check_embeddings(run, files.embeddings, np.asarray(annotated["cf_row"]), path)
 
 
-def _check_copies(directory: Directory, commit: dict[str, Any], counts: dict[str, int]) -> Iterator[str]:
+def _check_copies(directory: Directory, commit: Commit) -> Iterator[str]:
     """Kept and review files hold as many rows as were decided so, in the source's own format."""
-    files, path = commit["files"], commit["shard"]["path"]
-    for folder, decision in _DECISION_FILES.items():
-        entry = files.get(folder)
-        if entry is None:
+    decided = {"keep": (commit.files.kept, commit.counts.keep), "review": (commit.files.review, commit.counts.review)}
+    for decision, (file, count) in decided.items():
+        if file is None:
             continue
-        count = entry["rows"]
-        if entry["name"].endswith(".tar"):
-            with directory.open(entry["name"]) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
-                if len({_tar_key(member.name) for member in tar}) != count:
-                    yield f"{entry['name']} does not hold {count} samples"
-        elif entry["name"].endswith(".parquet"):
-            with directory.open(entry["name"]) as handle:
-                if pq.ParquetFile(handle).metadata.num_rows != count:
-                    yield f"{entry['name']} does not hold {count} rows"
-        if count != counts[decision]:
-            yield f"{path}: {counts[decision]} rows were decided {decision}, {count} are in {folder}/"
+        if file.name.endswith(".tar"):
+            with directory.open(file.name) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
+                if len({_tar_key(member.name) for member in tar}) != file.rows:
+                    yield f"{file.name} does not hold {file.rows} samples"
+        elif file.name.endswith(".parquet"):
+            with directory.open(file.name) as handle:
+                if pq.ParquetFile(handle).metadata.num_rows != file.rows:
+                    yield f"{file.name} does not hold {file.rows} rows"
+        if file.rows != count:
+            folder = file.name.split("/")[0]
+            yield f"{commit.shard.path}: {count} rows were decided {decision}, {file.rows} are in {folder}/"
 
 
 def _tar_key(name: str) -> str:
@@ -180,9 +171,8 @@ def _tar_key(name: str) -> str:
     return f"{folder}/{base.split('.', 1)[0]}"
 
 
-def _check_embeddings(directory: Directory, entry: dict[str, Any], rows: np.ndarray, path: str) -> Iterator[str]:
-    with directory.open(entry["name"]) as handle:
-        table = pa.ipc.open_file(handle).read_all()
+def _check_embeddings(run: Run, file: DataFile, rows: np.ndarray, path: str) -> Iterator[str]:
+    table = run.table(file)
     if not np.array_equal(np.asarray(table["cf_row"]), rows):
         yield f"{path}: the embeddings are not those of the annotated rows, in their order"
         return
@@ -192,31 +182,27 @@ def _check_embeddings(directory: Directory, entry: dict[str, Any], rows: np.ndar
         yield f"{path}: an image embedding does not have unit norm"
 
 
-def _table(directory: Directory, entry: dict[str, Any] | None, columns: list[str]) -> pa.Table:
-    if entry is None:
+def _table(run: Run, file: DataFile | None, columns: list[str]) -> pa.Table:
+    if file is None:
         types = {"cf_row": pa.int64()}
         return pa.schema([(name, types.get(name, pa.string())) for name in columns]).empty_table()
-    with directory.open(entry["name"]) as handle:
-        return pq.read_table(handle, columns=columns)
+    return run.table(file, columns)
 
 
-def _check_totals(version: dict[str, Any], commits: list[dict[str, Any]], proof: Proof) -> None:
-    if ledger.totals_of(commits, version["failed_shards"]) != version["totals"]:
+def _check_totals(version: Version, commits: list[Commit], proof: Proof) -> None:
+    if Totals.of(commits, len(version.failed_shards)) != version.totals:
         proof.problems.append("the totals of the version are not the sums of its commits")
-    shards = [commit["shard"]["id"] for commit in commits]
+    shards = [commit.shard.id for commit in commits]
     if len(set(shards)) != len(shards):
         proof.problems.append("a shard is in the version twice")
 
 
 def _note_strangers(directory: Directory, proof: Proof) -> None:
     """Data files no commit names: attempts that were killed or came late. Harmless, since readers trust commits."""
-    named = set()
-    paths = [f"commits/{file}" for file in directory.names("commits")]
-    for commit in ledger.read_commits(directory, paths):
-        named |= {entry["name"] for entry in commit["files"].values()}
+    named = {file.name for commit in ledger.commits(directory) for file in commit.files.values()}
     strangers = [
         f"{folder}/{file}"
-        for folder in DATA_FOLDERS
+        for folder in FILE_KINDS
         for file in directory.names(folder)
         if f"{folder}/{file}" not in named
     ]
@@ -225,27 +211,21 @@ def _note_strangers(directory: Directory, proof: Proof) -> None:
         proof.notes.append(f"{len(strangers)} data files belong to no commit (left by a killed attempt): {shown}")
 
 
-def _say_what_holds(version: dict[str, Any], commits: list[dict[str, Any]], proof: Proof) -> None:
-    totals = version["totals"]
-    if version["stage"] == "decided":
+def _say_what_holds(version: Version, commits: list[Commit], proof: Proof) -> None:
+    totals = version.totals
+    if version.stage == "decided":
         proof.proved.append(
-            f"{totals['rows']:,} rows in = {totals['decided']:,} decided + {totals['failed']:,} failed, and "
-            f"{totals['decided']:,} decided = {totals['keep']:,} keep + {totals['review']:,} review + {totals['reject']:,} reject"
+            f"{totals.rows:,} rows in = {totals.decided:,} decided + {totals.failed:,} failed, and "
+            f"{totals.decided:,} decided = {totals.keep:,} keep + {totals.review:,} review + {totals.reject:,} reject"
         )
     else:
-        proof.proved.append(
-            f"{totals['rows']:,} rows in = {totals['embedded']:,} embedded + {totals['failed']:,} failed"
-        )
+        proof.proved.append(f"{totals.rows:,} rows in = {totals.embedded:,} embedded + {totals.failed:,} failed")
     proof.proved.append(
         f"no row is there twice, in {len(commits):,} shard{'' if len(commits) == 1 else 's'}; totals are the sums of the commits"
     )
-    if totals["failed_shards"]:
-        proof.notes.append(f"{totals['failed_shards']} shard(s) failed as a whole; their row count is unknown")
-    if totals["damaged_shards"]:
-        proof.notes.append(
-            f"{totals['damaged_shards']} shard(s) are damaged; {totals['bytes_unread']:,} bytes were not read"
-        )
-    if totals["not_downloaded"]:
-        proof.notes.append(
-            f"{totals['not_downloaded']:,} rows of the source were never downloaded; they are not rows in"
-        )
+    if totals.failed_shards:
+        proof.notes.append(f"{totals.failed_shards} shard(s) failed as a whole; their row count is unknown")
+    if totals.damaged_shards:
+        proof.notes.append(f"{totals.damaged_shards} shard(s) are damaged; {totals.bytes_unread:,} bytes were not read")
+    if totals.not_downloaded:
+        proof.notes.append(f"{totals.not_downloaded:,} rows of the source were never downloaded; they are not rows in")

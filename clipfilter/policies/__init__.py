@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from clipfilter.policies.blocks import similarity
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 from clipfilter.policies.columns import BUILTINS, check_metadata, metadata_values
-from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration, rule_prompts_sha256
-from clipfilter.policies.deciding import ESCALATE, TIGHTEN, escalated
-from clipfilter.policies.evaluate import REASONS, RECHECK, Decisions, Scores
+from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
+from clipfilter.policies.curves import bent, sigmoid
+from clipfilter.policies.deciding import REASONS, Decisions, escalated
 from clipfilter.policies.fraction import (
     BUCKETS,
     Threshold,
@@ -19,21 +20,27 @@ from clipfilter.policies.fraction import (
     low_histogram,
     wanted_rank,
 )
-from clipfilter.policies.kinds import PIXELS
+from clipfilter.policies.kinds.base import Measure
+from clipfilter.policies.kinds.registry import KINDS, measure_in, measure_of
+from clipfilter.policies.kinds.words import Words, Written, joined
 from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
 from clipfilter.policies.language import attachments
 from clipfilter.policies.language.about import Expectation, RuleExpectation
 from clipfilter.policies.language.attachments import ATTACHMENTS_FOLDER, Attachments
-from clipfilter.policies.language.bands import bent
+from clipfilter.policies.language.bands import Band
 from clipfilter.policies.language.conditions import in_words
 from clipfilter.policies.language.extends import read_document, resolve
+from clipfilter.policies.language.fields import suggest
 from clipfilter.policies.language.json_schema import policy_schema
 from clipfilter.policies.language.load import load_policy, pack_names, packs_folder, parse_policy, policy_file
 from clipfilter.policies.language.overrides import OVERRIDE_RULE
-from clipfilter.policies.language.schema import KINDS, MODEL_KINDS, Band, Policy, Rule, check_band, json_sha256, suggest
+from clipfilter.policies.language.rule import Rule
+from clipfilter.policies.language.schema import Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.language.scores import ScorePolicy, named_scores, scores_of
 from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, scalar
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
+from clipfilter.policies.recheck import RECHECK
+from clipfilter.policies.scoring import Scores
 
 __all__ = [
     "ATTACHMENTS_FOLDER",
@@ -41,17 +48,13 @@ __all__ = [
     "BUILTINS",
     "COSINE_BLOCK",
     "DEFAULT_TEMPLATES",
-    "ESCALATE",
     "KINDS",
     "LABEL_COLUMNS",
     "MAX_YAML_BYTES",
-    "MODEL_KINDS",
     "OVERRIDE_RULE",
-    "PIXELS",
     "REASONS",
     "RECHECK",
     "TEMPLATES",
-    "TIGHTEN",
     "Attachments",
     "Band",
     "CompiledPolicy",
@@ -59,6 +62,7 @@ __all__ = [
     "Expectation",
     "LabelScorer",
     "LabelSet",
+    "Measure",
     "Node",
     "Policy",
     "Rule",
@@ -66,10 +70,11 @@ __all__ = [
     "ScorePolicy",
     "Scores",
     "Threshold",
+    "Words",
+    "Written",
     "YamlRefusedError",
     "attachments",
     "bent",
-    "check_band",
     "check_metadata",
     "class_vectors",
     "compile_policy",
@@ -81,6 +86,7 @@ __all__ = [
     "fraction_thresholds",
     "high_histogram",
     "in_words",
+    "joined",
     "json_sha256",
     "key_score",
     "label_names",
@@ -88,6 +94,8 @@ __all__ = [
     "locate",
     "low_histogram",
     "matching_calibration",
+    "measure_in",
+    "measure_of",
     "metadata_values",
     "named_scores",
     "pack_names",
@@ -103,6 +111,8 @@ __all__ = [
     "rule_prompts_sha256",
     "scalar",
     "scores_of",
+    "sigmoid",
+    "similarity",
     "suggest",
     "wanted_rank",
 ]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.schema import suggest
+from clipfilter.policies.language.fields import suggest
 
 Floats = np.ndarray  # float64 [n], NaN where the row has no value
 
@@ -73,6 +73,13 @@ def is_numeric(kind: pa.DataType) -> bool:
     """Whether a metadata rule can compare values of this type."""
     tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
     return any(test(kind) for test in tests)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _column(name: str, table: pa.Table) -> Floats:

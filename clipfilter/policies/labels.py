@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies.class_vectors import class_vectors, cosine_blocks
+from clipfilter.policies.curves import sigmoid
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES, fill
 
 if TYPE_CHECKING:
@@ -148,12 +149,12 @@ class LabelScorer:
             np.exp(logits, out=logits)
             return np.asarray(logits / logits.sum(axis=1, keepdims=True))
         if self._generics is None:
-            return _sigmoid(logits + self._bias)
+            return sigmoid(logits + self._bias)
         generic = self._scale * (image_emb.astype(np.float64) @ self._generics.astype(np.float64).T)
         top = generic.max(axis=1, keepdims=True)
         spread = np.exp(generic - top)
         against = spread @ ~self._own.T / (~self._own).sum(axis=1)
-        return _sigmoid(logits - top - np.log(against))
+        return sigmoid(logits - top - np.log(against))
 
 
 def _largest(values: np.ndarray, k: int) -> np.ndarray:
@@ -167,10 +168,6 @@ def _largest(values: np.ndarray, k: int) -> np.ndarray:
         order[:, place] = left.argmax(axis=1)
         left[rows, order[:, place]] = -np.inf
     return order
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
 
 
 def _plain(phrase: str) -> str:

@@ -11,15 +11,13 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from clipfilter.policies.compile import TextEncoder
+from clipfilter.policies.encoder import TextEncoder
+from clipfilter.storage import replacing
 
 #: A folder to keep vectors in, or "off".
 VARIABLE = "CLIPFILTER_TEXT_CACHE"
@@ -79,11 +77,5 @@ def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 def _write(path: Path, values: np.ndarray) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".texts-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, values, allow_pickle=False)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path, shared=True) as unfinished, open(unfinished, "wb") as file:
+        np.save(file, values, allow_pickle=False)

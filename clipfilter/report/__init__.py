@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
+from clipfilter import defaults
 from clipfilter.faces import lazily
-from clipfilter.report import text
 
 if TYPE_CHECKING:
     from clipfilter.report.audit import export_decisions
-    from clipfilter.report.charts import bars
     from clipfilter.report.data import RuleData, floats, rules_of
     from clipfilter.report.diff import diff_page
     from clipfilter.report.explain import Explanation, explain_row, sentence, verdict
-    from clipfilter.report.histogram import Histogram
     from clipfilter.report.reproduce import policy_yaml
     from clipfilter.report.sheet import contact_sheet
     from clipfilter.report.thumbnails import jpeg_of
 
-Thumbnails = Literal["none", "blur", "show"]
 
-
-def write_report(run_url: str, thumbnails: str = "blur") -> str:
+def write_report(run_url: str, thumbnails: str = defaults.THUMBNAILS) -> str:
     """Write OUT/report.html for the newest version of a run; returns its path or URL.
 
     thumbnails: "none" shows no picture and does not touch the source; "blur" shows kept rows clearly and blurs all
@@ -36,25 +32,20 @@ def write_report(run_url: str, thumbnails: str = "blur") -> str:
     from clipfilter.runs import Run
     from clipfilter.storage import join
 
-    if thumbnails not in ("none", "blur", "show"):
+    if thumbnails not in get_args(defaults.Thumbnails):
         raise RefusedError(f"thumbnails are none, blur or show, not {thumbnails!r}.")
     run = Run.open(run_url)
-    try:
+    with run.directory:
         data = gather(run)
         examples = choose_examples(data)
         problem = None if thumbnails == "none" else add_thumbnails(examples, data.plan.dataset, thumbnails)
         run.directory.replace("report.html", render(data, examples, thumbnails, problem).encode())
-    finally:
-        run.directory.clean_scratch(stale_only=False)
     return join(run.url, "report.html")
 
 
 __all__ = [
     "Explanation",
-    "Histogram",
     "RuleData",
-    "Thumbnails",
-    "bars",
     "contact_sheet",
     "diff_page",
     "explain_row",
@@ -64,7 +55,6 @@ __all__ = [
     "policy_yaml",
     "rules_of",
     "sentence",
-    "text",
     "verdict",
     "write_report",
 ]
@@ -73,9 +63,7 @@ __getattr__ = lazily(
     __name__,
     {
         "Explanation": "explain",
-        "Histogram": "histogram",
         "RuleData": "data",
-        "bars": "charts",
         "contact_sheet": "sheet",
         "diff_page": "diff",
         "explain_row": "explain",

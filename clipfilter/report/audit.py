@@ -50,7 +50,7 @@ def export_decisions(run: str, out: str, *, kind: str = AUDIT, mapping: str | No
     if not name or name in (".", "..") or target.exists(name):
         raise RefusedError(f"--out {out} exists; name a new file.")
     decisions: Counter[str] = Counter()
-    try:
+    with target:
         temporary = target.scratch() / PurePosixPath(name).name
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for commit, failed, row in _rows(opened):
@@ -58,8 +58,6 @@ def export_decisions(run: str, out: str, *, kind: str = AUDIT, mapping: str | No
                 decisions[_decision(row, failed)] += 1
                 file.write(json.dumps(made, allow_nan=False, separators=(",", ":")) + "\n")
         target.publish(temporary, name)
-    finally:
-        target.clean_scratch(stale_only=False)
     return Exported(out, sum(decisions.values()), dict(decisions))
 
 

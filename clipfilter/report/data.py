@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipfilter.policies import KINDS, MODEL_KINDS, bent
-from clipfilter.report.histogram import Histogram
+from clipfilter.charts import Histogram
+from clipfilter.policies import Measure, bent, measure_in, measure_of
 from clipfilter.runs import Commit, Plan, Run, Totals, Version, Work
 
 BANDS = ("review", "reject", "missing", "escalate")
@@ -60,6 +60,16 @@ class RuleData:
     unscored: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     alone: int = 0
+
+    @property
+    def measure(self) -> type[Measure]:
+        """Its kind, which knows its words."""
+        return measure_of(self.kind)
+
+    @property
+    def measured(self) -> Any:
+        """What the policy says below the kind's name."""
+        return self.spec[self.kind]
 
     def band(self, name: str) -> Band | None:
         return next((band for band in self.bands if band.name == name), None)
@@ -164,17 +174,17 @@ def rules_of(plan: Plan, version: Version) -> list[RuleData]:
     own = next((entry for entry in entries if entry.get("weights_sha256") == weights), {})
     rules = []
     for spec in policy["rules"]:
-        kind = next(kind for kind in KINDS if kind in spec)
-        depends = kind in MODEL_KINDS
+        measure = measure_in(spec)
+        depends = measure.needs_model
         calibrated = own.get("rules", {}).get(spec["id"], {}) if depends else {}
         named = [name for name in ("review", "reject") if name in spec or name in calibrated]
         # Where the score is the calibrated probability, calibrated thresholds (raw scores) are carried over to it.
-        bends = spec.get("concept", {}).get("score") == "calibrated"
+        bends = measure.is_calibrated(spec[measure.kind])
         curve = calibrated.get("probability", {}).get("platt") if bends else None
         bands = [_band(name, spec, calibrated.get(name), version, curve) for name in named]
-        if kind == "known":
+        if measure.actions:
             bands = [Band(spec["action"], "above", 0.0, "written", {})]
-        rules.append(RuleData(spec["id"], kind, spec, bool(calibrated) if depends else None, bands))
+        rules.append(RuleData(spec["id"], measure.kind, spec, bool(calibrated) if depends else None, bands))
     return rules
 
 

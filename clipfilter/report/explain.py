@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import text
+from clipfilter.decisions import ESCALATE, TIGHTEN
 from clipfilter.errors import RefusedError
-from clipfilter.policies import ESCALATE, PIXELS, TIGHTEN, Attachments, Policy, in_words
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
-from clipfilter.report import text
+from clipfilter.policies import Attachments, Policy, in_words, joined, measure_of
 from clipfilter.report.data import RuleData, rules_of
 from clipfilter.runs import Commit, DataFile, Run
 
@@ -178,7 +179,7 @@ def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
     return RuleVerdict(
         id=rule.id,
         kind=rule.kind,
-        measures=_measures(rule),
+        measures=joined(rule.measure.measured(rule.measured), lambda said: text.clean(said.text, said.limit)),
         score=value,
         result=fired["band"] if fired else unscored if value is None else "keep",
         thresholds=[
@@ -204,7 +205,7 @@ def sentence(rule: RuleVerdict) -> str:
         said += "; so it moved the thresholds of other rules"
     if rule.severity and rule.result in ("review", "reject", ESCALATE):
         said += f"; severity {rule.severity}"
-    if rule.action and rule.kind != "known" and rule.result in ("review", "reject"):
+    if rule.action and not measure_of(rule.kind).actions and rule.result in ("review", "reject"):
         said += f"; action {text.clean(rule.action, 64)}"
     return said
 
@@ -214,8 +215,9 @@ def _sentence(rule: RuleVerdict) -> str:
         return f"does not apply to this row (only when {text.clean(rule.when, 300)})"
     if rule.score is None and rule.when is not None and rule.on_missing == "keep":
         return f"does not apply to this row, or could not be evaluated (only when {text.clean(rule.when, 300)})"
-    if rule.kind == "known" and rule.score is not None:
-        return _known(rule, rule.score)
+    said = None if rule.score is None else measure_of(rule.kind).verdict(rule.measures, rule.score, rule.result)
+    if said is not None:
+        return said
     if rule.score is None:
         does = {"review": "sends the row to review", "reject": "rejects the row", "keep": "lets the row pass"}
         return f"could not be evaluated, which {does.get(rule.on_missing, 'sends the row to review')}"
@@ -231,57 +233,11 @@ def _sentence(rule: RuleVerdict) -> str:
             f"{rule.measures} {text.score(rule.score, rule.limit)} is {limit['direction']} "
             f"{text.score(rule.limit, rule.score)}, to which another rule moved the threshold {limit['threshold']:g}"
         )
-    if rule.nearest and rule.kind in ("text", "safety"):
-        said += f"; {'found' if rule.kind == 'text' else 'by'} “{text.clean(rule.nearest, 120)}”"
-    elif rule.nearest:
-        said += f"; nearest to “{text.clean(rule.nearest, 120)}”"
+    if rule.nearest:
+        said += f"; {measure_of(rule.kind).found_as} “{text.clean(rule.nearest, 120)}”"
         said += f", told apart from “{text.clean(rule.contrast, 120)}”" if rule.contrast else ""
     return said
 
 
-def _known(rule: RuleVerdict, score: float) -> str:
-    if score == 0.0:
-        return "is on no list of this rule"
-    bits = round((1.0 - score) * 64)
-    how = "the very file" if "sha256" in rule.measures else f"{bits} of 64 bits differ"
-    does = {ESCALATE: "is escalated", "reject": "is rejected", "review": "goes to review"}
-    return f"is on the list of known pictures ({how}), so it {does.get(rule.result, 'is on record')}"
-
-
 def _limit(limit: dict[str, Any], score: float) -> str:
     return f"{limit['direction']} {text.score(limit['threshold'], score)}"
-
-
-def _measures(rule: RuleData) -> str:
-    """What the rule's score is, in a word or two."""
-    if rule.kind == "metadata":
-        return str(rule.spec["metadata"])
-    if rule.kind == "fraction":
-        return f"the score of {rule.spec['fraction']['of']}"
-    if rule.kind == "concept":
-        return str(rule.spec["concept"].get("score", "probability"))
-    if rule.kind == "safety":
-        return "the highest similarity to a concept above its threshold"
-    if rule.kind == "pixels":
-        return PIXELS[rule.spec["pixels"]].metadata
-    if rule.kind == "text":
-        return _text_measure(rule.spec["text"])
-    if rule.kind == "known":
-        return f"known {'sha256' if 'sha256' in rule.spec['known'] else 'phash'}"
-    if rule.kind == "combine":
-        parts = rule.spec["combine"]["weighted"].items()
-        return "the sum of " + " + ".join(f"{weight:g} {name}" for name, weight in parts)
-    if rule.kind == "head":
-        head = rule.spec["head"]
-        return f"the score of {head if isinstance(head, str) else head['name']}"
-    return "similarity to the caption"
-
-
-def _text_measure(spec: dict[str, Any]) -> str:
-    where = text.clean(spec.get("column") or "the caption", 60)
-    if "language" in spec:
-        wanted = " or ".join(spec["language"][:6]) + (" and others" if len(spec["language"]) > 6 else "")
-        if "language_column" in spec:
-            return f"{text.clean(spec['language_column'], 60)} says {wanted}:"
-        return f"confidence that {where} is in {wanted}:"
-    return f"number of {'patterns' if 'matches' in spec else 'listed words'} in {where}:"

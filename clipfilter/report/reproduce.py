@@ -7,16 +7,16 @@ import re
 import shlex
 from typing import Any
 
-from clipfilter.report import text
+from clipfilter import defaults, text
 from clipfilter.report.data import RunData
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_ -]{0,200}\Z")
 _RESERVED = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 #: Options whose default needs no mention, as (option of the plan, flag, default).
 _FLAGS = (
-    ("decode", "--decode", "fast"),
-    ("captions", "--captions", "first"),
-    ("max_pixels", "--max-pixels", 178_956_970),
+    ("decode", "--decode", defaults.DECODE),
+    ("captions", "--captions", defaults.CAPTIONS),
+    ("max_pixels", "--max-pixels", defaults.MAX_PIXELS),
     ("limit", "--limit", None),
     ("sample", "--sample", None),
 )
@@ -44,7 +44,12 @@ def _again(data: RunData) -> str:
         return " ".join([*words, "--out", "OUT"])
     words.append(_quote(plan.source.get("url", "SOURCE")))
     words += ["--policy", "policy.yaml"] if plan.policy is not None else []
-    words += ["--model", _quote(plan.model.get("model", "nano")), "--dtype", _quote(plan.model.get("dtype", "fp32"))]
+    words += [
+        "--model",
+        _quote(plan.model.get("model", defaults.MODEL)),
+        "--dtype",
+        _quote(plan.model.get("dtype", "fp32")),
+    ]
     words += ["--batch-size", str(plan.options.get("batch_size"))] if plan.options.get("batch_size") else []
     for name, flag, default in _FLAGS:
         value = plan.options.get(name, default)

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from clipfilter import defaults, text
 from clipfilter.policies import escalated
-from clipfilter.report import text
 from clipfilter.report.examples import Example, Examples
 from clipfilter.report.thumbnails import add_thumbnails
 from clipfilter.runs import RunVectors
@@ -26,7 +26,9 @@ _DECISIONS = {"keep": (26, 127, 55), "review": (154, 103, 0), "reject": (207, 34
 _NEEDED = ("cf_row", "cf_key", "cf_sha256", "cf_decision", "cf_reasons")
 
 
-def contact_sheet(vectors: RunVectors, result: SearchResult, mode: str = "blur") -> tuple[bytes, str | None]:
+def contact_sheet(
+    vectors: RunVectors, result: SearchResult, mode: str = defaults.THUMBNAILS
+) -> tuple[bytes, str | None]:
     """(PNG, a sentence about pictures that could not be had) of a search's hits, read again from the source.
 
     mode: "blur" blurs rows that a policy did not keep, in the pixels themselves; "show" shows them clearly. Rows that a

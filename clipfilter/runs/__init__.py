@@ -15,12 +15,13 @@ from clipfilter.runs.columns import (
     vector_column,
     with_facts,
 )
-from clipfilter.runs.derive import EmbeddedRun, RunShard, derive, embedded_version, refuse_existing
-from clipfilter.runs.ledger import FINAL_STAGE, CommitName, write_commit
+from clipfilter.runs.derive import derive, refuse_existing, write_summary
+from clipfilter.runs.ledger import FINAL_STAGE, CommitName
 from clipfilter.runs.pictures import Pictures
 from clipfilter.runs.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
 from clipfilter.runs.records import (
     COUNTS,
+    FILE_KINDS,
     Account,
     Base,
     Commit,
@@ -35,8 +36,7 @@ from clipfilter.runs.records import (
     Work,
     WorkerDetails,
 )
-from clipfilter.runs.run import Run, is_run, machine, open_run, read_stored, read_tables
-from clipfilter.runs.run import local_json_files as local_files
+from clipfilter.runs.run import Run, RunShard, embeddings_of, is_run, open_run, read_table, read_tables
 from clipfilter.runs.vectors import RunVectors, VectorShard
 from clipfilter.runs.writer import HASH_LENGTH, ShardWriter
 
@@ -44,6 +44,7 @@ __all__ = [
     "COUNTS",
     "FACTS",
     "FAILED",
+    "FILE_KINDS",
     "FINAL_STAGE",
     "HASH_LENGTH",
     "IDENTITY",
@@ -54,7 +55,6 @@ __all__ = [
     "CommitName",
     "Counts",
     "DataFile",
-    "EmbeddedRun",
     "FailedShard",
     "FileKind",
     "Files",
@@ -75,22 +75,20 @@ __all__ = [
     "as_matrix",
     "decision_inputs",
     "derive",
-    "embedded_version",
+    "embeddings_of",
     "embeddings_schema",
     "failed_table",
     "is_run",
     "ledger",
-    "local_files",
-    "machine",
     "of_run",
     "open_run",
     "read_plan",
-    "read_stored",
+    "read_table",
     "read_tables",
     "refuse_existing",
     "refuse_if_different",
     "settle_plan",
     "vector_column",
     "with_facts",
-    "write_commit",
+    "write_summary",
 ]

@@ -135,7 +135,7 @@ def annotate(
     thresholds : the fixed numbers of dataset-level rules; None while they are not known (scores only).
     labels     : adds `LABEL_COLUMNS` (zero-shot classification).
     """
-    from clipfilter.policies import REASONS
+    from clipfilter.policies import REASONS, similarity
 
     dim = encoder.dim
     image = as_matrix(embeddings["image_emb"], dim)
@@ -176,15 +176,3 @@ def _record(policy: CompiledPolicy, encoder: Encoder) -> dict[str, Any]:
         "weights_sha256": encoder.fingerprint["weights_sha256"],
         "uncalibrated": list(policy.uncalibrated),
     }
-
-
-def similarity(image: np.ndarray, text: np.ndarray | None) -> np.ndarray:
-    """Cosines of float16 unit vectors, row by row: float32 [n], computed as a policy's alignment rule does."""
-    result = np.zeros(len(image), np.float32)
-    for start in range(0, len(image) if text is not None else 0, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        result[block] = np.vecdot(image[block].astype(np.float32), text[block].astype(np.float32))  # type: ignore[index]
-    return result
-
-
-_BLOCK = 1024

@@ -6,13 +6,14 @@ processed again (its file changed, or a retry was asked for) gets the next gener
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from clipfilter.runs.records import Commit, Version
 from clipfilter.storage import Directory
 
 _COMMIT_NAME = re.compile(r"^(?P<shard>[0-9a-f]{16})\.(?P<stage>[a-z]+)\.(?P<generation>\d{3})\.json$")
@@ -35,11 +36,12 @@ class CommitName:
         return f"commits/{self.shard}.{self.stage}.{self.generation:03d}.json"
 
 
-def write_commit(directory: Directory, name: CommitName, commit: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def write_commit(directory: Directory, commit: Commit) -> tuple[Commit, bool]:
     """Create the commit; when another attempt was first, the existing one is returned instead (and False)."""
-    if directory.create(name.path, (json.dumps(commit, indent=1, ensure_ascii=False) + "\n").encode()):
+    text = json.dumps(commit.to_json(), indent=1, ensure_ascii=False) + "\n"
+    if directory.create(commit.name, text.encode()):
         return commit, True
-    return directory.read_json(name.path), False
+    return read_commit(directory, commit.name), False
 
 
 def list_commits(directory: Directory) -> dict[tuple[str, str], CommitName]:
@@ -56,84 +58,82 @@ def list_commits(directory: Directory) -> dict[tuple[str, str], CommitName]:
     return newest
 
 
-def read_commits(directory: Directory, names: list[str]) -> list[dict[str, Any]]:
-    """Commits by file name below the directory, in the order given; fetched together from object stores."""
-    if not names:
-        return []
-    if directory.local:
-        return [directory.read_json(name) for name in names]
-    found = directory.fs.cat([directory.path(name) for name in names])
-    if isinstance(found, bytes):
-        return [json.loads(found)]
-    return [json.loads(found[directory.path(name)]) for name in names]
+def shard_of(commit: str) -> str:
+    """The id of the shard of a commit, from its name."""
+    return commit.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
-def iter_commits(directory: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, commit) of many commits in order, a bounded number in memory."""
-    for start in range(0, len(names), _COMMITS_AT_ONCE):
-        part = names[start : start + _COMMITS_AT_ONCE]
-        yield from zip(part, read_commits(directory, part), strict=True)
+def read_commit(directory: Directory, name: str) -> Commit:
+    """One commit by its name below the directory. Raises FileNotFoundError, RefusedError as `Commit.from_json`."""
+    return Commit.from_json(directory.read_json(name), f"{directory.url}/{name}")
 
 
-COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "not_downloaded", "duplicate_keys")
+def commits(directory: Directory, names: Iterable[str] | None = None) -> Iterator[Commit]:
+    """Commits by name in the order given (None: every commit of any stage and generation), a bounded number in memory.
+
+    They are fetched together from object stores. Raises FileNotFoundError, RefusedError as `Commit.from_json`.
+    """
+    wanted = iter([f"commits/{name}" for name in directory.names("commits")] if names is None else names)
+    while part := list(itertools.islice(wanted, _COMMITS_AT_ONCE)):
+        if directory.local or len(part) == 1:
+            found = {name: directory.read_bytes(name) for name in part}
+        else:
+            contents = directory.fs.cat([directory.path(name) for name in part])
+            found = {name: contents[directory.path(name)] for name in part}
+        yield from (Commit.from_json(json.loads(found[name]), f"{directory.url}/{name}") for name in part)
 
 
-def totals_of(commits: Iterable[dict[str, Any]], failed_shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sums over commits (gone through once) that a version records; all derived, so `verify` can repeat it."""
-    totals: dict[str, Any] = dict.fromkeys(COUNTS, 0)
-    classes: Counter[str] = Counter()
-    rules: dict[str, Counter[str]] = {}
-    sums: Counter[str] = Counter()
-    for commit in commits:
-        for name in COUNTS:
-            totals[name] += commit["counts"].get(name, 0)
-        classes.update(commit.get("failed_by_class", {}))
-        for rule, bands in commit.get("rules", {}).items():
-            rules.setdefault(rule, Counter()).update(bands)
-        sums["escalated"] += commit["counts"].get("escalated", 0)
-        sums["shards"] += 1
-        sums["damaged_shards"] += bool(commit.get("damaged"))
-        sums["bytes_unread"] += commit.get("bytes_unread", 0)
-        sums["captions_truncated"] += commit.get("captions_truncated", 0)
-    if sums["escalated"]:  # among the rejected; most datasets have none
-        totals["escalated"] = sums["escalated"]
-    totals["failed_by_class"] = dict(sorted(classes.items()))
-    totals["rules"] = {rule: dict(sorted(bands.items())) for rule, bands in rules.items()}
-    totals["shards"] = sums["shards"]
-    totals["failed_shards"] = len(failed_shards)
-    totals["damaged_shards"] = sums["damaged_shards"]
-    totals["bytes_unread"] = sums["bytes_unread"]
-    totals["captions_truncated"] = sums["captions_truncated"]
-    return totals
+def version_names(directory: Directory) -> list[str]:
+    """The names of all versions, "000001" and on, oldest first."""
+    return [name[:6] for name in directory.names("versions") if re.fullmatch(r"\d{6}\.json", name)]
 
 
-def latest_version(directory: Directory) -> tuple[str, dict[str, Any]] | None:
-    """Name and content of the newest version, None before the first."""
-    names = [name for name in directory.names("versions") if re.fullmatch(r"\d{6}\.json", name)]
-    if not names:
-        return None
-    return names[-1].removesuffix(".json"), directory.read_json(f"versions/{names[-1]}")
+def read_version(directory: Directory, name: str) -> Version:
+    """A version by its name ("000001"). Raises FileNotFoundError, RefusedError as `Version.from_json`."""
+    file = f"versions/{name}.json"
+    return Version.from_json(directory.read_json(file), f"{directory.url}/{file}")
 
 
-def write_version(directory: Directory, content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def newest_version(directory: Directory) -> Version | None:
+    """The newest version, None before the first."""
+    names = version_names(directory)
+    return read_version(directory, names[-1]) if names else None
+
+
+def write_version(directory: Directory, version: Version) -> Version:
     """Append a version unless the newest one already says the same; first writer of a number wins."""
-    return update_version(directory, lambda newest: content)
+    return update_version(directory, lambda newest: version)
 
 
-def update_version(
-    directory: Directory, change: Callable[[tuple[str, dict[str, Any]] | None], dict[str, Any]]
-) -> tuple[str, dict[str, Any]]:
-    """Append what `change` makes of the newest version (None before the first); its name and content.
+def update_version(directory: Directory, change: Callable[[Version | None], Version]) -> Version:
+    """Append what `change` makes of the newest version (None before the first), with the next number.
 
     When another process appends a version meanwhile, `change` is asked again with that one. Nothing is written when the
     newest version already says the same.
     """
     while True:
-        newest = latest_version(directory)
-        content = change(newest)
-        if newest is not None and all(newest[1].get(key) == value for key, value in content.items()):
-            return newest
-        number = int(newest[0]) + 1 if newest else 1
-        version = {"version": number, **content}
-        if directory.create(f"versions/{number:06d}.json", (json.dumps(version, indent=1) + "\n").encode()):
-            return f"{number:06d}", version
+        newest = newest_version(directory)
+        wanted = replace(change(newest), number=newest.number + 1 if newest else 1)
+        content = wanted.to_json()
+        if newest is not None:
+            same = newest.to_json()
+            if all(same.get(key) == value for key, value in content.items() if key != "version"):
+                return newest
+        if directory.create(f"versions/{wanted.name}.json", (json.dumps(content, indent=1) + "\n").encode()):
+            return wanted
+
+
+# --- until all readers use `Run`: the same as untyped JSON -----------------------------------------------------------
+
+
+def read_commits(directory: Directory, names: list[str]) -> list[Any]:
+    return [directory.read_json(name) for name in names]
+
+
+def iter_commits(directory: Directory, names: list[str]) -> Iterator[tuple[str, Any]]:
+    return ((name, directory.read_json(name)) for name in names)
+
+
+def latest_version(directory: Directory) -> tuple[str, Any] | None:
+    names = version_names(directory)
+    return (names[-1], directory.read_json(f"versions/{names[-1]}.json")) if names else None

@@ -94,6 +94,10 @@ class DataFile:
 class Files(dict[FileKind, DataFile]):
     """The data files of a shard by what they hold, in the order in which they were written; None where there is none."""
 
+    def only(self, *kinds: FileKind) -> Files:
+        """Those of these kinds."""
+        return Files({kind: file for kind, file in self.items() if kind in kinds})
+
     @property
     def annotated(self) -> DataFile | None:
         """The rows that did not fail, with their decision (if any)."""
@@ -186,8 +190,10 @@ class WorkerDetails:
 
 @dataclass(frozen=True)
 class Account:
-    """What became of the rows of a shard. rules: rows per band of each rule; damaged, bytes_unread: of a tar that breaks
-    off."""
+    """What became of the rows of a shard; each is counted as embedded (and decided), or as failed.
+
+    rules: rows per band of each rule. damaged, bytes_unread: of a tar that breaks off.
+    """
 
     counts: Counts
     failed_by_class: dict[str, int]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter.errors import RefusedError
-from clipfilter.runs import ledger as json_ledger
-from clipfilter.runs import typed_ledger as ledger
+from clipfilter.runs import ledger
 from clipfilter.runs.columns import FAILED, is_decision_column
 from clipfilter.runs.plan import PLAN_FILE, Plan, of_run, read_plan
 from clipfilter.runs.records import Commit, DataFile, FileKind, Version
@@ -134,16 +130,9 @@ class Run:
         with local_files(self.directory, files) as paths:
             yield paths
 
-    def table(self, file: DataFile | None, columns: Columns = None) -> pa.Table:
-        """Some columns of a data file (Parquet or Arrow), by default all; no columns and rows where there is no file."""
-        if file is None:
-            return pa.table({})
-        with self.directory.open(file.name) as handle:
-            if file.name.endswith(".arrow"):
-                table = pa.ipc.open_file(handle).read_all()
-                return table if columns is None else table.select(_chosen(table.schema, columns))
-            parquet = pq.ParquetFile(handle)
-            return parquet.read(columns=_chosen(parquet.schema_arrow, columns))
+    def table(self, file: DataFile, columns: Columns = None) -> pa.Table:
+        """Some columns of a data file (Parquet or Arrow), by default all."""
+        return read_table(self.directory, file, columns)
 
     def batches(
         self, kind: FileKind = "annotated", columns: Columns = None, size: int = 65_536
@@ -225,6 +214,16 @@ def embeddings_of(commit: Commit, run: str) -> DataFile:
     return commit.files.embeddings
 
 
+def read_table(directory: Directory, file: DataFile, columns: Columns = None) -> pa.Table:
+    """`Run.table` by the directory of the run."""
+    with directory.open(file.name) as handle:
+        if file.name.endswith(".arrow"):
+            table = pa.ipc.open_file(handle).read_all()
+            return table if columns is None else table.select(_chosen(table.schema, columns))
+        parquet = pq.ParquetFile(handle)
+        return parquet.read(columns=_chosen(parquet.schema_arrow, columns))
+
+
 def read_tables(
     rows: tuple[Directory, DataFile], embeddings: tuple[Directory, DataFile], *, similarity: bool = False
 ) -> tuple[pa.Table, pa.Table]:
@@ -274,36 +273,6 @@ def _version(directory: Directory, url: str, version: str | int) -> Version:
 
 def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
     run = Run(url).origin()
-    newest = json_ledger.latest_version(run.directory)
+    newest = ledger.latest_version(run.directory)
     assert newest is not None
     return run.directory, newest[0], newest[1], run.plan
-
-
-def machine() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "cpu": platform.machine(), "cores": len(os.sched_getaffinity(0))}
-
-
-def read_stored(rows_file: Path, embeddings_file: Path) -> tuple[pa.Table, pa.Table]:
-    rows = pq.read_table(rows_file)
-    rows = rows.select([name for name in rows.column_names if not is_decision_column(name)])
-    return rows, pa.ipc.open_file(pa.memory_map(str(embeddings_file))).read_all()
-
-
-@contextlib.contextmanager
-def local_json_files(origin: Directory, files: dict[str, Any], scratch: Path) -> Any:
-    paths: dict[str, Path] = {}
-    fetched: list[Path] = []
-    try:
-        for kind in ("annotated", "scored", "embeddings", "failed"):
-            if kind not in files:
-                continue
-            if origin.local:
-                paths[kind] = Path(origin.path(files[kind]["name"]))
-            else:
-                paths[kind] = scratch / f"{threading.get_ident()}-{files[kind]['name'].rsplit('/', 1)[-1]}-{kind}"
-                fetched.append(paths[kind])
-                origin.fs.get_file(origin.path(files[kind]["name"]), str(paths[kind]))
-        yield paths
-    finally:
-        for path in fetched:
-            path.unlink(missing_ok=True)

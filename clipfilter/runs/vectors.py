@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies import suggest
-from clipfilter.runs import typed_ledger as ledger
+from clipfilter.runs import ledger
 from clipfilter.runs.columns import as_matrix
 from clipfilter.runs.records import Base, Commit, DataFile
 from clipfilter.runs.run import Run, embeddings_of, read_tables

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+import time
+from dataclasses import fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter.runs import ledger
+from clipfilter.runs.records import Account, Commit, DataFile, FileKind, Files, Work, WorkerDetails
 from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory, file_sha256
 
@@ -21,7 +26,7 @@ _EXTENSION = {"tar": ".tar", "parquet": ".parquet", "folder": ""}
 
 
 class ShardWriter:
-    """The `Sink` of one shard. `files` lists what was published, for the commit.
+    """The `Sink` of one shard: publishes its data files, then the commit that names them. To be used in a `with` block.
 
     score_columns_only: what `scored` holds: everything (a `run`, whose rows are nowhere else yet) or only scores.
     """
@@ -29,13 +34,14 @@ class ShardWriter:
     def __init__(
         self, directory: Directory, shard: Shard, source: Source | None, *, score_columns_only: bool = False
     ) -> None:
+        self._started = time.time()
         self._directory = directory
         self._shard = shard
         self._source = source
         self._score_columns_only = score_columns_only
         self._folder = directory.scratch() / f"{shard.id}-{threading.get_ident()}"
         self._folder.mkdir()
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files = Files()
 
     def embeddings(self, table: pa.Table) -> None:
         if table.num_rows:
@@ -68,22 +74,54 @@ class ShardWriter:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(self._shard.path).name.split(".")[0]).strip("_")[:48]
         self.publish(path, what, extension, written, f"{stem or 'images'}-")
 
-    def close(self) -> None:
+    def commit(
+        self,
+        account: Account,
+        *,
+        stage: str,
+        plan: str,
+        generation: int = 1,
+        carried: Files | None = None,
+        of_worker: WorkerDetails | None = None,
+        **more: Any,
+    ) -> tuple[Commit, bool]:
+        """Write the commit of what was published; where another attempt was first, that one's is returned (and False).
+
+        carried: files of an earlier commit that this one names too. more: `base_generation`, `thresholds`, `base`.
+        """
+        commit = Commit(
+            shard=self._shard,
+            stage=stage,
+            generation=generation,
+            plan=plan,
+            **{item.name: getattr(account, item.name) for item in fields(Account)},
+            files=Files({**(carried or {}), **self.files}),
+            work=Work.since(self._started, of_worker),
+            **more,
+        )
+        return ledger.write_commit(self._directory, commit)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Remove what was not published."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _parquet(self, table: pa.Table, folder: str) -> None:
+    def _parquet(self, table: pa.Table, folder: FileKind) -> None:
         path = self._folder / folder
         pq.write_table(table.cast(parquet_schema(table.schema)), path, compression="zstd", row_group_size=_ROW_GROUP)
         self.publish(path, folder, ".parquet", table.num_rows)
 
-    def publish(self, path: Path, folder: str, extension: str, rows: int, prefix: str = "") -> None:
+    def publish(self, path: Path, folder: FileKind, extension: str, rows: int, prefix: str = "") -> None:
         """Give a finished file or folder its content's name below `folder`, and list it for the commit."""
         digest = file_sha256(path)
         size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
         name = f"{folder}/{prefix}{self._shard.id}-{digest[:HASH_LENGTH]}{extension}"
         self._directory.publish(path, name)
-        self.files[folder] = {"name": name, "rows": rows, "bytes": size, "sha256": digest}
+        self.files[folder] = DataFile(name, rows, size, digest)
 
 
 def parquet_schema(schema: pa.Schema) -> pa.Schema:

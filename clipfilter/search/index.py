@@ -124,10 +124,8 @@ def build_index(
     require_faiss()
     with RunVectors.open(run) as vectors:
         directory = Directory(index_url(vectors.url, to))
-        try:
+        with directory:
             return _build(vectors, directory, rebuild, on_rows)
-        finally:
-            directory.clean_scratch(stale_only=False)
 
 
 def require_faiss() -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from clipfilter import defaults
 from clipfilter.errors import RefusedError, RowError
 from clipfilter.models import Encoder
 
@@ -21,7 +22,7 @@ def query_vector(
     *,
     vectors: np.ndarray | None = None,
     minus_weight: float = MINUS_WEIGHT,
-    decode: str = "fast",
+    decode: str = defaults.DECODE,
 ) -> np.ndarray:
     """float32 [dim], unit norm: the sum of the unit vectors of all texts, images and `vectors`, less `minus_weight` times
     those of `minus`.
@@ -62,7 +63,7 @@ def _needed(encoder: Encoder | None) -> Encoder:
 
 def _pixels(encoder: Encoder, images: Sequence[str | bytes], decode: str) -> np.ndarray:
     """uint8 [n, 3, size, size]."""
-    from clipfilter.images import DEFAULT_MAX_PIXELS, load_image
+    from clipfilter.images import load_image
     from clipfilter.sources import read_url
 
     pixels = []
@@ -71,7 +72,7 @@ def _pixels(encoder: Encoder, images: Sequence[str | bytes], decode: str) -> np.
         try:
             data = item if isinstance(item, bytes) else read_url(item)
             mode = "exact" if decode == "exact" else "fast"
-            pixels.append(load_image(data, encoder.preprocess, mode, DEFAULT_MAX_PIXELS).pixels)  # type: ignore[arg-type]
+            pixels.append(load_image(data, encoder.preprocess, mode, defaults.MAX_PIXELS).pixels)  # type: ignore[arg-type]
         except RowError as error:
             raise RefusedError(f"{name} cannot be searched for: {error.message}.") from error
     return np.stack(pixels)

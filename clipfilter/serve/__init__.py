@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from clipfilter import defaults
 from clipfilter.faces import lazily
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ from collections.abc import Callable
 def serve(
     run: str,
     *,
-    host: str = "127.0.0.1",
+    host: str = defaults.LOOPBACK,
     port: int = 0,
     labels: str | None = None,
     policy: str | None = None,

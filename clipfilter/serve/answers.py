@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter import text
+from clipfilter.charts import Histogram, bars
 from clipfilter.errors import RefusedError
-from clipfilter.policies import MODEL_KINDS
-from clipfilter.report import Histogram, RuleData, bars, sentence, text, verdict
+from clipfilter.report import RuleData, sentence, verdict
 from clipfilter.serve.columns import BANDS, DECISIONS
 from clipfilter.serve.effect import Changes
 from clipfilter.serve.export import changed_policy
@@ -42,7 +43,7 @@ def about(run: ServedRun, labels: LabelFile) -> dict[str, Any]:
         "scores": [name for name in run.columns.scores if not np.isnan(run.columns.scores[name]).all()],
         "columns": [name for name in run.vectors.schema.names if not name.startswith(("cf_reasons", "cf_source_json"))],
         "most_found": MOST_FOUND,
-        "labels": {rule.id: label_state(run, labels, rule.id) for rule in run.rules if rule.kind in MODEL_KINDS},
+        "labels": {rule.id: label_state(run, labels, rule.id) for rule in run.rules if rule.measure.needs_model},
     }
 
 
@@ -52,14 +53,16 @@ def _rule(run: ServedRun, rule: RuleData) -> dict[str, Any]:
     scores = columns.ascending(rule.id)[1] if rule.id in columns.scores else np.empty(0, np.float32)
     histogram = Histogram()
     histogram.add(scores)
-    drawn = bars(histogram, limits, (0.0, 1.0) if _probability(rule) else None) if len(scores) else None
+    drawn = (
+        bars(histogram, limits, (0.0, 1.0) if rule.measure.fills_unit(rule.measured) else None) if len(scores) else None
+    )
     return {
         "id": rule.id,
         "kind": rule.kind,
-        "of": rule.spec["fraction"]["of"] if rule.kind == "fraction" else None,
+        "of": rule.measured["of"] if rule.measure.ranks else None,
         "calibrated": rule.calibrated,
         "fixed": run.effects.movable(rule),
-        "labels": rule.kind in MODEL_KINDS,
+        "labels": rule.measure.needs_model,
         "counts": columns.bands_of(columns.rules.index(rule.id)),
         "unscored": columns.rows - len(scores),
         "low": float(scores[0]) if len(scores) else None,
@@ -77,10 +80,6 @@ def _rule(run: ServedRun, rule: RuleData) -> dict[str, Any]:
             for band in sorted(rule.bands, key=lambda item: item.name != "reject")
         ],
     }
-
-
-def _probability(rule: RuleData) -> bool:
-    return rule.kind == "concept" and rule.spec["concept"].get("score", "probability") == "probability"
 
 
 def label_state(run: ServedRun, labels: LabelFile, rule: str) -> dict[str, Any]:
@@ -217,7 +216,7 @@ def effect(run: ServedRun, changes: Changes, *, exact: bool) -> dict[str, Any]:
 def labelled_row(run: ServedRun, position: int, rule: str) -> dict[str, Any]:
     """What a labels file says of a row. Raises RefusedError where the row has no score of the rule."""
     own = run.rule(rule)
-    if own.kind not in MODEL_KINDS:
+    if not own.measure.needs_model:
         raise RefusedError(f"{rule!r} is a {own.kind} rule, whose threshold depends on no model; it needs no labels.")
     if position >= run.columns.rows:
         raise RefusedError(f"there is no row {position}.")

@@ -270,6 +270,35 @@ class Found:
     tables: list[str] = field(default_factory=list)  # csv, tsv and jsonl files
     stats: bool = False  # some _stats.json of img2dataset
     others: list[str] = field(default_factory=list)
+    sidecar_folders: bool = False  # a Parquet file is the sidecar of a folder of the same name
+
+    def add(self, folder: Folder, entry: Entry, most_images: int) -> None:
+        """Note one listed file."""
+        name, path = entry.name.lower(), below(folder.path, entry.name)
+        if name.endswith(TAR_SUFFIXES):
+            self.tars.append((path, entry))
+        elif name.endswith(PARQUET_SUFFIXES):
+            self.parquets.append((path, entry))
+            self.sidecar_folders |= entry.name.rpartition(".")[0] in folder.folders
+        elif is_image_name(entry.name):
+            if len(self.images) < most_images:
+                self.images.append(path)
+        elif name.endswith((".csv", ".tsv", ".jsonl")):
+            self.tables.append(path)
+        elif name.endswith("_stats.json"):
+            self.stats = True
+        elif len(self.others) < 5:
+            self.others.append(path)
+
+    def format(self) -> str:
+        """The format that this adds up to, "" for none."""
+        if self.tars:
+            stems = {path.rpartition(".")[0] for path, _ in self.parquets}
+            paired = any(path.partition(".tar")[0] in stems for path, _ in self.tars)
+            return "img2dataset-webdataset" if self.stats or paired else "webdataset"
+        if self.sidecar_folders and self.images:
+            return "img2dataset-files"
+        return "parquet" if self.parquets else "folder" if self.images else ""
 
 
 def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
@@ -280,48 +309,28 @@ def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
     """
     found = Found("")
     seen = 0
-    sidecar_folders = False
     for folder in location.walk():
         seen += len(folder.files)
         for entry in folder.files:
-            name, path = entry.name.lower(), below(folder.path, entry.name)
-            if name.endswith(TAR_SUFFIXES):
-                found.tars.append((path, entry))
-            elif name.endswith(PARQUET_SUFFIXES):
-                found.parquets.append((path, entry))
-                sidecar_folders |= entry.name.rpartition(".")[0] in folder.folders
-            elif is_image_name(entry.name):
-                if len(found.images) < images:
-                    found.images.append(path)
-            elif name.endswith((".csv", ".tsv", ".jsonl")):
-                found.tables.append(path)
-            elif name.endswith("_stats.json"):
-                found.stats = True
-            elif len(found.others) < 5:
-                found.others.append(path)
-        if found.tars or (found.parquets and not sidecar_folders) or (sidecar_folders and found.images):
+            found.add(folder, entry, images)
+        beside = found.sidecar_folders
+        if found.tars or (found.parquets and not beside) or (beside and found.images):
             break
-        if seen > _LOOK_AT or (found.images and len(found.images) >= images and not sidecar_folders):
+        if seen > _LOOK_AT or (found.images and len(found.images) >= images and not beside):
             break
-    if found.tars:
-        stems = {path.rpartition(".")[0] for path, _ in found.parquets}
-        paired = any(path.partition(".tar")[0] in stems for path, _ in found.tars)
-        found.kind = "img2dataset-webdataset" if found.stats or paired else "webdataset"
-    elif sidecar_folders and found.images:
-        found.kind = "img2dataset-files"
-    elif found.parquets:
-        found.kind = "parquet"
-    elif found.images:
-        found.kind = "folder"
-    else:
-        where = location.url(location.pattern or "")
-        if not seen:
-            what = f"No file matches {where}" if location.pattern else f"{where} is empty"
-        else:
-            examples = ", ".join(path.rpartition("/")[2] for path in (found.tables + found.others)[:3])
-            what = f"{where} holds no tar, Parquet or image file (but {examples})"
+    found.kind = found.format()
+    if not found.kind:
         raise RefusedError(
-            f"{what}; give webdataset tars, Parquet files, an image folder or img2dataset's output folder."
+            f"{_nothing(location, found, seen)}; give webdataset tars, Parquet files, an image folder or img2dataset's "
+            "output folder."
         )
     del found.tars[sample:], found.parquets[sample:]
     return found
+
+
+def _nothing(location: Location, found: Found, seen: int) -> str:
+    where = location.url(location.pattern or "")
+    if seen:
+        examples = ", ".join(path.rpartition("/")[2] for path in (found.tables + found.others)[:3])
+        return f"{where} holds no tar, Parquet or image file (but {examples})"
+    return f"No file matches {where}" if location.pattern else f"{where} is empty"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import re
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from clipfilter import storage
-from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError
+from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError, one_line
+from clipfilter.retry import retry
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,16 +91,13 @@ def read_url(url: str) -> bytes:
 
     Raises RowError: missing_image when it is not there, read_error, or image_too_large.
     """
-    for attempt in range(ATTEMPTS):
-        try:
-            return _read_once(url)
-        except RowError as error:
-            if (
-                error.error_class != READ_ERROR or attempt + 1 == ATTEMPTS or error.__cause__ is None
-            ):  # no cause: no use
-                raise
-            time.sleep(0.25 * 2**attempt * (1 + random.random()))
-    raise AssertionError("unreachable")
+
+    def may_pass(error: Exception, attempt: int) -> bool:
+        # Without a cause (a file that may not be read) it is no use.
+        return isinstance(error, RowError) and error.error_class == READ_ERROR and error.__cause__ is not None
+
+    waits = (0.25 * 2**attempt * (1 + random.random()) for attempt in range(ATTEMPTS - 1))
+    return retry(lambda: _read_once(url), waits, may_pass)
 
 
 def _read_once(url: str) -> bytes:
@@ -121,8 +119,7 @@ def _read_once(url: str) -> bytes:
     except PermissionError:
         raise RowError(READ_ERROR, f"{_short(url)} may not be read") from None
     except Exception as error:  # every filesystem has exceptions of its own
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise RowError(READ_ERROR, f"{_short(url)} cannot be read: {text[:200]}") from error
+        raise RowError(READ_ERROR, f"{_short(url)} cannot be read: {one_line(error)}") from error
 
 
 def _read_local(url: str) -> bytes:
@@ -196,17 +193,11 @@ def fetch_in_order(
         return result
 
     remaining = enumerate(items)
-    exhausted = False
     pool = ThreadPoolExecutor(workers, thread_name_prefix="clipfilter-fetch")
     try:
         while True:
-            while not exhausted and len(waiting) < AHEAD:
-                try:
-                    number, item = next(remaining)
-                except StopIteration:
-                    exhausted = True
-                else:
-                    waiting.append(pool.submit(run, number, item))
+            for number, item in itertools.islice(remaining, AHEAD - len(waiting)):
+                waiting.append(pool.submit(run, number, item))
             if not waiting:
                 return
             result = waiting.popleft().result()

@@ -21,11 +21,13 @@ from clipfilter.sources.records import (
     Row,
     batches,
     check_field,
+    chosen_rows,
     clean_captions,
     decode_text,
     parse_json,
     record_captions,
     record_uid,
+    travelling,
 )
 from clipfilter.sources.schema import infer_record_schema
 
@@ -76,27 +78,18 @@ class ImageFolder:
         }
         source = cls(location, options, pa.schema([]), plan)
         records: list[dict[str, Any]] = []
-        table_fields: set[str] = set()
         captioned = False
-        for folder in _sampled_folders(location, found.images):
-            names = [] if downloaded else tables.tables_of(folder)
-            for name in names:
-                rows = tables.sample(location.root, name, _SAMPLE_TABLE_ROWS)
-                records += rows
-                table_fields.update(field for row in rows for field in row)
+        for folder in [] if downloaded else _sampled_folders(location, found.images):
+            for name in tables.tables_of(folder):
+                records += tables.sample(location.root, name, _SAMPLE_TABLE_ROWS)
         source.columns = infer_record_schema(records)  # the csv columns' types, for what follows
         for number, image in enumerate(found.images[:_SAMPLE_IMAGES]):
             record, _, texts = source._read_beside(source._job(number, image))
             records.append(record)
             captioned |= any(text.strip() for text in texts)
         source._tables.clear()  # they were read before the column types were known
-        columns = infer_record_schema(records)
-        sidecar = None
-        if downloaded:
-            stems = [path.rpartition(".")[0] for path, _ in found.parquets]
-            sidecar = img2dataset.sidecar_schema(location, stems)
-            columns = img2dataset.merge(sidecar, columns) if sidecar is not None else columns
-        fields = {name for record in records for name in record} | set(sidecar.names if sidecar is not None else ())
+        stems = [path.rpartition(".")[0] for path, _ in found.parquets] if downloaded else []
+        columns, fields = travelling(records, img2dataset.sidecar_schema(location, stems))
         check_field(options.caption_column, "--caption-column", fields, location.root)
         check_field(options.uid_column, "--uid-column", fields, location.root)
         guesses = [name for name in CAPTION_NAMES if name in fields]
@@ -167,7 +160,7 @@ class ImageFolder:
             stats.unfinished = sidecar.unfinished
             if shard.start == 0:  # the first chunk of the folder speaks for all of it
                 stats.not_downloaded = sidecar.not_downloaded
-        numbers = range(len(shard.members)) if rows is None else _within(rows, len(shard.members))
+        numbers = range(len(shard.members)) if rows is None else chosen_rows(rows, len(shard.members))
         yield from batches(self._rows(shard, numbers, images, sidecar, stats), self.columns, self.options, stats)
 
     def _rows(
@@ -192,7 +185,7 @@ class ImageFolder:
         ):
             key = job.path
             if sidecar is not None:
-                key = job.path.rpartition("/")[2].partition(".")[0]
+                key = _key(job.path)
                 if not record and unfit is None:
                     record = sidecar.record(key)
             captions = record_captions(record, texts, self.options.caption_column, self.plan["caption_guesses"])
@@ -209,11 +202,14 @@ class ImageFolder:
 
     def _job(self, number: int, path: str) -> _Job:
         """What is known of an image from listings and tables, before any of its files is opened."""
+        return _Job(number, path, self._table_rows(path), self._files_of(path))
+
+    def _files_of(self, path: str) -> list[str]:
+        """The text and JSON files of an image's stem."""
         folder, _, base = path.rpartition("/")
         stem = base.rpartition(".")[0]
         beside = self._names(folder)
-        files = [below(folder, stem + suffix) for suffix in _SIDECAR_SUFFIXES if stem + suffix in beside]
-        return _Job(number, path, self._table_rows(path), files)
+        return [below(folder, stem + suffix) for suffix in _SIDECAR_SUFFIXES if stem + suffix in beside]
 
     def _read_beside(self, job: _Job) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
         """(fields, what could not be parsed, caption texts) from the tables and the files of the image's stem."""
@@ -281,17 +277,9 @@ class ImageFolder:
     def copy_rows(self, shard: Shard, rows: Sequence[int], target: Path) -> int:
         """Copy these images below the folder `target`, their paths kept, with their text and JSON files and with the
         lines of the caption tables that speak of them."""
-        chosen = [self._path(shard, number) for number in _within(rows, len(shard.members))]
-        written: set[str] = set()
-        for path in chosen:
-            folder, _, base = path.rpartition("/")
-            stem = base.rpartition(".")[0]
-            beside = self._names(folder)
-            names = [path, *(below(folder, stem + suffix) for suffix in _SIDECAR_SUFFIXES if stem + suffix in beside)]
-            for name in names:
-                if name not in written:
-                    written.add(name)
-                    self._copy(name, target / name)
+        chosen = [self._path(shard, number) for number in chosen_rows(rows, len(shard.members))]
+        for name in dict.fromkeys(name for path in chosen for name in (path, *self._files_of(path))):
+            self._copy(name, target / name)
         if not self.plan["img2dataset"]:
             folders = dict.fromkeys(place for path in chosen for place in _upwards(path.rpartition("/")[0]))
             for table in [table for folder in folders for table in self._tables_in(folder)]:
@@ -327,23 +315,21 @@ def _upwards(folder: str) -> Iterator[str]:
     yield ""
 
 
+def _key(path: str) -> str:
+    """img2dataset's key: the basename up to its first dot."""
+    return path.rpartition("/")[2].partition(".")[0]
+
+
 def _occurrences(members: Sequence[str]) -> dict[int, int]:
     """Member number -> how often its key was there up to it, for keys that occur again."""
     seen: dict[str, int] = {}
     again = {}
     for number, name in enumerate(members):
-        key = name.rpartition("/")[2].partition(".")[0]
+        key = _key(name)
         seen[key] = seen.get(key, 0) + 1
         if seen[key] > 1:
             again[number] = seen[key]
     return again
-
-
-def _within(rows: Sequence[int], count: int) -> list[int]:
-    wanted = sorted({int(row) for row in rows})
-    if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
-        raise IndexError(f"rows {wanted[0]} to {wanted[-1]} of a shard with {count} rows")
-    return wanted
 
 
 def _chunk(path: str, images: list[tuple[str, Entry]], extra: dict[str, str], start: int, size: int) -> Shard:

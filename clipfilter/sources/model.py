@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from clipfilter import defaults
+
 CaptionChoice = Literal["first", "max", "mean"]
 ShardFormat = Literal["tar", "parquet", "folder"]
 
@@ -27,7 +29,7 @@ class SourceOptions:
     caption_column: str | None = None
     uid_column: str | None = None
     captions: CaptionChoice = "first"
-    rows_per_shard: int = 10_000
+    rows_per_shard: int = defaults.ROWS_PER_SHARD
     max_batch_bytes: int = 64 << 20
     max_batch_rows: int = 256
 

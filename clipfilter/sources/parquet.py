@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter import storage
-from clipfilter.errors import MISSING_IMAGE, READ_ERROR, ShardError
+from clipfilter.errors import MISSING_IMAGE, READ_ERROR, ShardError, one_line
 from clipfilter.sources import img2dataset
 from clipfilter.sources.discover import PARQUET_SUFFIXES, Entry, Found, Location
 from clipfilter.sources.fetch import Fetched, Fetcher, fetch_images
@@ -169,9 +169,7 @@ class Parquet:
         self, pieces: Iterator[_Piece], shard: Shard, file: pq.ParquetFile, stats: ReadStats
     ) -> Iterator[pa.RecordBatch]:
         """Batches with their images: the bytes at hand, or fetched, then ahead of the batch being handed out."""
-        roots = (file.schema_arrow.metadata or {}).get(_ROOTS, b"").decode("utf-8", "replace").split("\n")
-        folder, _, _ = shard.path.rpartition("/")
-        fetch = Fetcher([self.location.url(folder), self.location.root, *filter(None, roots)])
+        fetch = Fetcher(self._roots(shard, file.schema_arrow))
         place = file.schema_arrow.get_field_index(self.plan["image"])
         ahead: deque[_Piece] = deque()
 
@@ -189,6 +187,11 @@ class Parquet:
             else:
                 found = fetch_images(piece.names, fetch, self.options.max_batch_bytes)
                 yield from self._fetched(deque([piece]), found, shard, stats)
+
+    def _roots(self, shard: Shard, schema: pa.Schema) -> list[str]:
+        """Where relative paths in a file may lead: beside it, below the source, where earlier copies of it led."""
+        earlier = (schema.metadata or {}).get(_ROOTS, b"").decode("utf-8", "replace").split("\n")
+        return [self.location.url(shard.path.rpartition("/")[0]), self.location.root, *filter(None, earlier)]
 
     def _held(self, piece: _Piece, shard: Shard, stats: ReadStats) -> Iterator[pa.RecordBatch]:
         """A piece whose bytes are at hand, cut where max_batch_bytes is reached."""
@@ -294,8 +297,7 @@ class Parquet:
         except FileNotFoundError as error:
             raise ShardError(f"{url} does not exist any more.") from error
         except Exception as error:  # every filesystem has exceptions of its own
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise ShardError(f"{url} is not a readable Parquet file: {text[:200]}") from error
+            raise ShardError(f"{url} is not a readable Parquet file: {one_line(error)}") from error
         stack.callback(file.close)
         if shard.stop is None:
             raise ShardError(f"{url} could not be read when it was listed, but can now; run again.")
@@ -324,9 +326,7 @@ class Parquet:
                             yield self._piece(batch, part, inside.start + chosen, images)
                             done += len(chosen)
                 except (OSError, pa.ArrowException) as error:
-                    if not storage.is_local(self.location.root):
-                        raise ShardError(f"{self.location.url(shard.path)} cannot be read: {error}") from error
-                    problem = f"row group {part.group} cannot be read: {' '.join(str(error).split())[:200]}"
+                    problem = self._lost(shard, part.group, error)
             if problem is not None:
                 lost = numbers[done:]
                 places = (
@@ -343,6 +343,12 @@ class Parquet:
                     [None] * len(lost),
                     problem,
                 )
+
+    def _lost(self, shard: Shard, group: int, error: Exception) -> str:
+        """What the rows of a damaged row group are told; ShardError where it may be the network that fails."""
+        if not storage.is_local(self.location.root):
+            raise ShardError(f"{self.location.url(shard.path)} cannot be read: {error}") from error
+        return f"row group {group} cannot be read: {one_line(error)}"
 
     def _groups(self, file: pq.ParquetFile, shard: Shard, stats: ReadStats) -> Iterator[_Group]:
         """The identity of the shard's rows, a row group at a time: cf_row (-1: not downloaded) and keys."""
@@ -367,10 +373,7 @@ class Parquet:
                 try:
                     table = file.read_row_group(group, columns=present).slice(low, high - low)
                 except (OSError, pa.ArrowException) as error:
-                    if not storage.is_local(self.location.root):
-                        raise ShardError(f"{self.location.url(shard.path)} cannot be read: {error}") from error
-                    problem = f"row group {group} cannot be read: {' '.join(str(error).split())[:200]}"
-                    table = None
+                    problem, table = self._lost(shard, group, error), None
                 if table is not None and self.plan["downloads"] and "status" in present:
                     good = pc.fill_null(pc.equal(table["status"], img2dataset.SUCCESS), False).to_numpy()
                     stats.not_downloaded += int((~good).sum())
@@ -421,10 +424,8 @@ class Parquet:
             file = self._open(shard, stack)
             schema = file.schema_arrow
             if self.plan["how"] != "bytes":
-                folder, _, _ = shard.path.rpartition("/")
-                earlier = (schema.metadata or {}).get(_ROOTS, b"").decode("utf-8", "replace").split("\n")
-                roots = dict.fromkeys([self.location.url(folder), self.location.root, *filter(None, earlier)])
-                schema = schema.with_metadata({**(schema.metadata or {}), _ROOTS: "\n".join(roots).encode()})
+                roots = "\n".join(dict.fromkeys(self._roots(shard, schema)))
+                schema = schema.with_metadata({**(schema.metadata or {}), _ROOTS: roots.encode()})
             writer = stack.enter_context(pq.ParquetWriter(target, schema, **_writer_options(file, self.plan["image"])))
             pending: list[pa.RecordBatch] = []
             held = size = 0

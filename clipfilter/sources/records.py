@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
+from clipfilter.sources.img2dataset import merge
 from clipfilter.sources.model import ReadStats, SourceOptions, row_uid
-from clipfilter.sources.schema import COLUMN_PREFIX, fit_records, full_schema
+from clipfilter.sources.schema import COLUMN_PREFIX, fit_records, full_schema, infer_record_schema
 
 # Where a caption is looked for when nobody says, best first. A list under `captions` counts as all captions of a row.
 # fmt: off
@@ -149,3 +150,20 @@ def check_field(name: str | None, option: str, known: Iterable[str], where: str)
     if name is not None and name not in known:
         listed = ", ".join(known[:30]) or "none"
         raise RefusedError(f"{option} {name} is not in {where}; its fields are: {listed}.")
+
+
+def chosen_rows(rows: Sequence[int], count: int) -> list[int]:
+    """The numbers of the rows asked for, ascending, each once; IndexError where a shard of `count` rows lacks one."""
+    wanted = sorted({int(row) for row in rows})
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
+        raise IndexError(f"rows {wanted[0]} to {wanted[-1]} of a shard with {count} rows")
+    return wanted
+
+
+def travelling(records: Sequence[dict[str, Any]], sidecar: pa.Schema | None) -> tuple[pa.Schema, set[str]]:
+    """(the columns that travel, the names of all fields) of sampled records and of img2dataset's sidecar beside them."""
+    columns = infer_record_schema(records)
+    fields = {name for record in records for name in record}
+    if sidecar is None:
+        return columns, fields
+    return merge(sidecar, columns), fields | set(sidecar.names)

@@ -14,30 +14,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 
 # The first columns of every batch a source delivers, in order.
 COLUMN_PREFIX = pa.schema(
     [
-        pa.field("cf_row", pa.int64()),
-        pa.field("cf_key", pa.string()),
-        pa.field("cf_uid", pa.string()),
-        pa.field("cf_image", pa.large_binary()),
-        pa.field("cf_captions", pa.list_(pa.string())),
-        pa.field("cf_error_class", pa.string()),
-        pa.field("cf_error", pa.string()),
-        pa.field("cf_source_json", pa.string()),
+        pa.field(cf.ROW, pa.int64()),
+        pa.field(cf.KEY, pa.string()),
+        pa.field(cf.UID, pa.string()),
+        pa.field(cf.IMAGE, pa.large_binary()),
+        pa.field(cf.CAPTIONS, pa.list_(pa.string())),
+        pa.field(cf.ERROR_CLASS, pa.string()),
+        pa.field(cf.ERROR, pa.string()),
+        pa.field(cf.SOURCE_JSON, pa.string()),
     ]
 )
 # Columns an earlier run of clipfilter may have left in its output; they travel on as cf_prev_*.
 # fmt: off
 _EARLIER_RUN = frozenset({
-    "cf_shard", "cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_similarity",
-    "cf_decision", "cf_reasons", "cf_brightness", "cf_contrast", "cf_blur", "cf_entropy", "cf_phash", "cf_captions",
-    "cf_caption", "cf_error_class", "cf_error", "cf_source_json", "cf_override", "cf_kept_as", "cf_cluster",
-    "cf_colourfulness", "cf_severity", "cf_action",
-    "cf_duplicate", "cf_duplicate_of", "cf_duplicate_kind", "cf_duplicate_cosine", "cf_duplicate_bits", "cf_negclip",
-    "cf_normsim", "cf_balanced",
+    cf.SHARD, cf.ROW, cf.KEY, cf.UID, cf.SHA256, cf.WIDTH, cf.HEIGHT, cf.FORMAT, cf.SIMILARITY,
+    cf.DECISION, cf.REASONS, cf.BRIGHTNESS, cf.CONTRAST, cf.BLUR, cf.ENTROPY, cf.PHASH, cf.CAPTIONS,
+    cf.CAPTION, cf.ERROR_CLASS, cf.ERROR, cf.SOURCE_JSON, cf.OVERRIDE, cf.KEPT_AS, cf.CLUSTER,
+    cf.COLOURFULNESS, cf.SEVERITY, cf.ACTION,
+    cf.DUPLICATE, cf.DUPLICATE_OF, cf.DUPLICATE_KIND, cf.DUPLICATE_COSINE, cf.DUPLICATE_BITS, cf.NEGCLIP,
+    cf.NORMSIM, cf.BALANCED,
 })
 # fmt: on
 _JSON_TEXT = {b"clipfilter:json": b"1"}
@@ -50,8 +51,8 @@ def full_schema(columns: pa.Schema) -> pa.Schema:
 
 def travel_name(name: str) -> str:
     """The name under which a source column travels: cf_ columns of an earlier run become cf_prev_*."""
-    if name.startswith("cf_") and not name.startswith("cf_prev_"):
-        return "cf_prev_" + name[3:]
+    if name.startswith(cf.PREFIX) and not name.startswith(cf.EARLIER):
+        return cf.EARLIER + name[3:]
     return name
 
 
@@ -70,8 +71,8 @@ def freeze(schema: pa.Schema, without: Iterable[str] = ()) -> pa.Schema:
         if item.name in without:
             continue
         if (
-            item.name.startswith("cf_")
-            and not item.name.startswith(("cf_prev_", "cf_score."))
+            item.name.startswith(cf.PREFIX)
+            and not item.name.startswith((cf.EARLIER, cf.SCORE))
             and item.name not in _EARLIER_RUN
         ):
             raise RefusedError(
@@ -161,7 +162,7 @@ def fit_records(
 
 def _travelling(record: dict[str, Any]) -> dict[str, Any]:
     """A record under the names its fields travel by; a cf_x goes before a cf_prev_x."""
-    if not any(name.startswith("cf_") for name in record):
+    if not any(name.startswith(cf.PREFIX) for name in record):
         return record
     renamed = {travel_name(name): value for name, value in record.items()}
     renamed.update({travel_name(name): value for name, value in record.items() if travel_name(name) != name})

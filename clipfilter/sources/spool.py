@@ -6,17 +6,17 @@ import io
 import os
 import tempfile
 import threading
-import time
 import zlib
 from collections import OrderedDict
 from typing import Any
 
 from clipfilter import storage
-from clipfilter.errors import ShardError
+from clipfilter.errors import ShardError, one_line
+from clipfilter.retry import retry
 from clipfilter.sources.tar import TarFile
 
 _PIECE = 8 << 20
-_ATTEMPTS = 3
+_WAITS = (0.5, 1.0)  # seconds before a copy is tried again
 _GZIP_MAGIC = b"\x1f\x8b"
 _KEPT_OPEN = 4
 
@@ -46,7 +46,7 @@ class TarCache:
         except ShardError:
             raise
         except Exception as error:  # every filesystem has exceptions of its own
-            raise ShardError(f"{url} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+            raise ShardError(f"{url} cannot be read: {one_line(error)}") from error
         with self._lock:
             self._open[(url, etag)] = tar
             while len(self._open) > _KEPT_OPEN:
@@ -62,16 +62,7 @@ class TarCache:
             if os.pread(descriptor, 2, 0) != _GZIP_MAGIC:
                 return TarFile(descriptor, os.fstat(descriptor).st_size, self._image_extension)
             os.close(descriptor)
-        for attempt in range(_ATTEMPTS):
-            try:
-                return self._copy(fs, path)
-            except FileNotFoundError:
-                raise
-            except Exception:
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-                time.sleep(0.5 * 2**attempt)
-        raise AssertionError("unreachable")
+        return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, FileNotFoundError))
 
     def _copy(self, fs: Any, path: str) -> TarFile:
         with tempfile.TemporaryFile(prefix="clipfilter-") as copy, fs.open(path, "rb", block_size=_PIECE) as source:

@@ -74,10 +74,9 @@ def load(root: str, path: str, columns: pa.Schema) -> Table:
     convert = not path.lower().endswith(".jsonl")
     with _open(root, path) as handle:
         for _, record in _records(handle, path):
+            table.column = table.column or _file_column(record)
             if table.column is None:
-                table.column = next((name for name in _FILE_COLUMNS if name in record), None)
-                if table.column is None:
-                    break
+                break
             name = record.get(table.column)
             if isinstance(name, (str, int)) and name != "":
                 if convert:
@@ -90,7 +89,7 @@ def sample(root: str, path: str, rows: int) -> list[dict[str, Any]]:
     """The first records of a table; empty when it names no files. A csv column of numbers throughout has numbers."""
     with _open(root, path) as handle:
         found = [record for _, record in itertools.islice(_records(handle, path), rows)]
-    if not found or not any(name in found[0] for name in _FILE_COLUMNS):
+    if not found or _file_column(found[0]) is None:
         return []
     if not path.lower().endswith(".jsonl"):
         for name in dict.fromkeys(field for record in found for field in record):
@@ -110,7 +109,7 @@ def copy(root: str, path: str, images: Iterable[str], target: TextIO) -> int:
         header = ""
         for text, record in _records(handle, path):
             if column is None:
-                column = next((name for name in _FILE_COLUMNS if name in record), None)
+                column = _file_column(record)
                 if column is None:
                     return 0
                 header = _csv_line(list(record), path) if not path.lower().endswith(".jsonl") else ""
@@ -120,6 +119,10 @@ def copy(root: str, path: str, images: Iterable[str], target: TextIO) -> int:
                 target.write(text)
                 count += 1
     return count
+
+
+def _file_column(record: dict[str, Any]) -> str | None:
+    return next((name for name in _FILE_COLUMNS if name in record), None)
 
 
 def _normal(name: str) -> str:

@@ -14,15 +14,17 @@ and files that break off anywhere. Row rules (webdataset's, made total):
 from __future__ import annotations
 
 import os
+import tarfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 BLOCK = 512
 _ZERO = bytes(BLOCK)
+_PIECE = 4 << 20
 _SMALL = 1 << 20  # a name or PAX record larger than this is taken as damage, not allocated
 
 IMAGE_EXTENSIONS = frozenset(
@@ -49,15 +51,6 @@ class _Raw(NamedTuple):
     offset: int
     size: int
     regular: bool
-
-
-@dataclass
-class _Walk:
-    """How a pass over the headers ended: `damage` is the first byte that could not be used, None when all was well."""
-
-    total: int
-    damage: int | None = None
-    cut_name: bytes | None = None  # the member whose data break off
 
 
 @dataclass
@@ -127,224 +120,252 @@ def index_tar(read_at: ReadAt, total: int, image_extension: str | None = None) -
 
     Errors of `read_at` itself (OSError) pass through.
     """
-    walk = _Walk(total)
-    index = TarIndex()
-    latest: dict[str, int] = {}  # key -> its newest instance
-    keys: list[str] = []  # of instances, a superset of the rows
-    occurrences = array("q")
-    seen: set[int] = set()  # instance << 32 | extension number
-    image_of = array("q")  # per instance the number of its image member
-    useful = bytearray()  # per instance: has a caption, json or cls member
-    owner = array("q")  # per member its instance
-    flat = array("q")  # per member: extension number, start, offset, size
-    numbers: dict[str, int] = {}
-    interleaved = False
+    headers = _Headers(read_at, total)
+    rows = _Rows(image_extension)
+    for raw in headers:
+        rows.add(raw)
+    return rows.finish(headers, total)
 
-    for raw in _members(read_at, walk):
+
+class _Rows:
+    """The rows of a tar while its members come by: every instance of a key, of which some become rows."""
+
+    def __init__(self, image_extension: str | None) -> None:
+        self._image_extension = image_extension
+        self._index = TarIndex()
+        self._latest: dict[str, int] = {}  # key -> its newest instance
+        self._keys: list[str] = []  # of instances, a superset of the rows
+        self._occurrences = array("q")
+        self._seen: set[int] = set()  # instance << 32 | extension number
+        self._images = array("q")  # per instance the number of its image member
+        self._useful = bytearray()  # per instance: has a caption, json or cls member
+        self._owner = array("q")  # per member its instance
+        self._flat = array("q")  # per member: extension number, start, offset, size
+        self._numbers: dict[str, int] = {}  # of extensions
+        self._interleaved = False  # members of one key come apart
+
+    def add(self, raw: _Raw) -> None:
+        index = self._index
         named = split_name(raw.name)
         if not raw.regular or named is None:
             index.ignored += 1
-            continue
+            return
         key, extension = named
         if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
             index.ignored += 1
-        number = numbers.get(extension)
-        if number is None:
-            number = numbers[extension] = len(index.extensions)
+        number = self._numbers.setdefault(extension, len(index.extensions))
+        if number == len(index.extensions):
             index.extensions.append(extension)
-        picture = is_image(extension, image_extension)
-        instance = latest.get(key, -1)
-        if instance >= 0 and instance << 32 | number in seen:
-            if image_of[instance] < 0 and not picture:
+        picture = is_image(extension, self._image_extension)
+        instance = self._latest.get(key, -1)
+        if instance >= 0 and instance << 32 | number in self._seen:
+            if self._images[instance] < 0 and not picture:
                 index.clashes += 1  # a second sidecar before any image: the first is taken
-                continue
+                return
             instance = -1
         if instance < 0:
-            instance = len(keys)
-            occurrences.append(occurrences[latest[key]] + 1 if key in latest else 1)
-            latest[key] = instance
-            keys.append(key)
-            image_of.append(-1)
-            useful.append(0)
-        elif owner[-1] != instance:
-            interleaved = True
-        seen.add(instance << 32 | number)
+            instance = self._begin(key)
+        elif self._owner[-1] != instance:
+            self._interleaved = True
+        self._seen.add(instance << 32 | number)
         if picture:
-            if image_of[instance] < 0:
-                image_of[instance] = len(owner)
+            if self._images[instance] < 0:
+                self._images[instance] = len(self._owner)
             else:
                 index.clashes += 1
         elif role(extension):
-            useful[instance] = 1
-        owner.append(instance)
-        flat.extend((number, raw.start, raw.offset, raw.size))
+            self._useful[instance] = 1
+        self._owner.append(instance)
+        self._flat.extend((number, raw.start, raw.offset, raw.size))
 
-    rows = np.array([image_of[i] >= 0 or (useful[i] and occurrences[i] == 1) for i in range(len(keys))], dtype=bool)
-    index.clashes += sum(1 for i in range(len(keys)) if not rows[i] and occurrences[i] > 1)
-    if walk.damage is not None:
-        index.damaged = True
-        cut = _incomplete(index.extensions, image_extension, rows, owner, flat, interleaved)
-        if walk.cut_name is not None and (named := split_name(walk.cut_name)) is not None:
-            instance = latest.get(named[0], -1)
-            number = numbers.get(named[1], -1)
-            if instance >= 0 and not (number >= 0 and instance << 32 | number in seen):
-                cut.add(instance)
-        unread_from = walk.damage
-        for instance in cut:
-            rows[instance] = False
-            if owner[-1] == instance and not interleaved:
-                unread_from = min(unread_from, flat[4 * owner.index(instance) + 1])
-        index.bytes_unread = max(0, total - unread_from)
-    _finish(index, keys, occurrences, image_of, rows, owner, flat)
-    return index
+    def _begin(self, key: str) -> int:
+        """A new instance of a key."""
+        earlier = self._latest.get(key)
+        instance = self._latest[key] = len(self._keys)
+        self._occurrences.append(1 if earlier is None else self._occurrences[earlier] + 1)
+        self._keys.append(key)
+        self._images.append(-1)
+        self._useful.append(0)
+        return instance
 
+    def finish(self, headers: _Headers, total: int) -> TarIndex:
+        """The index, less the rows that a damaged tar cut short."""
+        index, occurrences = self._index, self._occurrences
+        rows = np.array(
+            [image >= 0 or (self._useful[i] and occurrences[i] == 1) for i, image in enumerate(self._images)],
+            dtype=bool,
+        )
+        index.clashes += sum(1 for i in np.flatnonzero(~rows).tolist() if occurrences[i] > 1)
+        if headers.damage is not None:
+            index.damaged = True
+            unread_from = headers.damage
+            for instance in self._incomplete(rows) | self._cut(headers.cut_name):
+                rows[instance] = False
+                if self._owner[-1] == instance and not self._interleaved:
+                    unread_from = min(unread_from, self._flat[4 * self._owner.index(instance) + 1])
+            index.bytes_unread = max(0, total - unread_from)
+        self._number(rows)
+        return index
 
-def _incomplete(
-    extensions: list[str],
-    image_extension: str | None,
-    rows: np.ndarray,
-    owner: array[int],
-    flat: array[int],
-    interleaved: bool,
-) -> set[int]:
-    """The rows of a damaged tar that the damage cut short, as far as the others tell.
+    def _cut(self, name: bytes | None) -> set[int]:
+        """The instance that the member whose data break off belongs to, unless it has that member already."""
+        named = split_name(name) if name is not None else None
+        if named is None or named[0] not in self._latest:
+            return set()
+        instance, number = self._latest[named[0]], self._numbers.get(named[1], -1)
+        return set() if number >= 0 and instance << 32 | number in self._seen else {instance}
 
-    The last row is incomplete when it lacks a kind of member that every other row has. Where members of one key come
-    apart, the same is asked of every row, measured against the first.
-    """
-    present = np.flatnonzero(rows).tolist()
-    if not present:
-        return set()
-    kind_of = ["image" if is_image(name, image_extension) else name.rpartition(".")[2] for name in extensions]
-    kinds: dict[int, set[str]] = {}
-    for member, instance in enumerate(owner):
-        kinds.setdefault(instance, set()).add(kind_of[flat[4 * member]])
-    if interleaved:
-        expected = kinds[present[0]]
-        return {instance for instance in present if expected - kinds[instance]}
-    last = owner[-1]
-    if not rows[last]:
-        return set()
-    others = [kinds[instance] for instance in present if instance != last]
-    expected = set.intersection(*others) if others else set()
-    return {last} if expected - kinds[last] or "image" not in kinds[last] else set()
+    def _incomplete(self, rows: np.ndarray) -> set[int]:
+        """The rows of a damaged tar that the damage cut short, as far as the others tell.
 
+        The last row is incomplete when it lacks a kind of member that every other row has. Where members of one key come
+        apart, the same is asked of every row, measured against the first.
+        """
+        present = np.flatnonzero(rows).tolist()
+        if not present:
+            return set()
+        kind_of = [
+            "image" if is_image(name, self._image_extension) else name.rpartition(".")[2]
+            for name in self._index.extensions
+        ]
+        kinds: dict[int, set[str]] = {}
+        for member, instance in enumerate(self._owner):
+            kinds.setdefault(instance, set()).add(kind_of[self._flat[4 * member]])
+        if self._interleaved:
+            expected = kinds[present[0]]
+            return {instance for instance in present if expected - kinds[instance]}
+        last = self._owner[-1]
+        if not rows[last]:
+            return set()
+        others = [kinds[instance] for instance in present if instance != last]
+        expected = set.intersection(*others) if others else set()
+        return {last} if expected - kinds[last] or "image" not in kinds[last] else set()
 
-def _finish(
-    index: TarIndex,
-    keys: list[str],
-    occurrences: array[int],
-    image_of: array[int],
-    rows: np.ndarray,
-    owner: array[int],
-    flat: array[int],
-) -> None:
-    """Renumber instances as rows and sort the members by row, keeping tar order inside a row."""
-    count = int(rows.sum())
-    row_of = np.full(len(keys) + 1, -1, np.int64)
-    row_of[: len(keys)][rows] = np.arange(count)
-    member_rows = row_of[np.asarray(owner, np.int64)] if len(owner) else np.zeros(0, np.int64)
-    order = np.argsort(member_rows, kind="stable")
-    order = order[member_rows[order] >= 0]
-    place = np.full(len(owner) + 1, -1, np.int64)
-    place[order] = np.arange(len(order))
-    index.keys = [key for key, wanted in zip(keys, rows.tolist(), strict=True) if wanted]
-    index.occurrences = array("q", np.asarray(occurrences, np.int64)[rows].tolist() if len(keys) else [])
-    index.images = array("q", place[np.asarray(image_of, np.int64)[rows]].tolist() if len(keys) else [])
-    index.duplicate_keys = sum(1 for number in index.occurrences if number > 1)
-    index._members = np.asarray(flat, np.int64).reshape(-1, 4)[order]
-    index._first = np.searchsorted(member_rows[order], np.arange(count + 1))
+    def _number(self, rows: np.ndarray) -> None:
+        """Renumber instances as rows and sort the members by row, keeping tar order inside a row."""
+        index, owner = self._index, np.asarray(self._owner, np.int64)
+        count = int(rows.sum())
+        row_of = np.full(len(rows), -1, np.int64)
+        row_of[rows] = np.arange(count)
+        member_rows = row_of[owner]
+        order = np.argsort(member_rows, kind="stable")
+        order = order[member_rows[order] >= 0]
+        place = np.full(len(owner) + 1, -1, np.int64)  # the last one for instances without an image
+        place[order] = np.arange(len(order))
+        index.keys = [key for key, wanted in zip(self._keys, rows.tolist(), strict=True) if wanted]
+        index.occurrences = array("q", np.asarray(self._occurrences, np.int64)[rows].tolist())
+        index.images = array("q", place[np.asarray(self._images, np.int64)[rows]].tolist())
+        index.duplicate_keys = sum(1 for number in index.occurrences if number > 1)
+        index._members = np.asarray(self._flat, np.int64).reshape(-1, 4)[order]
+        index._first = np.searchsorted(member_rows[order], np.arange(count + 1))
 
 
 def member_name(read_at: ReadAt, member: Member) -> bytes:
     """The full name of a member, from its headers."""
-    walk = _Walk(member.offset + member.size)
-    for raw in _members(read_at, walk, member.start):
+    for raw in _Headers(read_at, member.offset + member.size, member.start):
         return raw.name
     raise OSError(f"the tar header at byte {member.start} is gone")
 
 
-def _members(read_at: ReadAt, walk: _Walk, pos: int = 0) -> Iterator[_Raw]:
-    """Every file header from `pos` on whose data are all there; sets `walk.damage` where the archive breaks off.
+class _DamageError(Exception):
+    """The archive breaks off, or what stands here is no header."""
 
-    Archives put end to end (`cat a.tar b.tar`) are read through. A file without the closing zero block is taken as
-    damaged: nothing says that it is whole.
+
+class _Headers:
+    """Every file header from `pos` on whose data are all there.
+
+    At the end `damage` is the first byte that could not be used, None when all was well, and `cut_name` the member whose
+    data break off. Archives put end to end (`cat a.tar b.tar`) are read through. A file without the closing zero block
+    is taken as damaged: nothing says that it is whole.
     """
-    start = pos
-    ended = False
-    long_name: bytes | None = None
-    extended: dict[str, bytes] = {}
-    everywhere: dict[str, bytes] = {}
 
-    while True:
-        header = read_at(BLOCK, pos)
-        if len(header) < BLOCK:
-            if not ended or start != pos or header.strip(b"\0"):
-                walk.damage = min(start, walk.total)
-            return
-        if header == _ZERO:
-            if start != pos:  # a long name or PAX record that announces nothing
-                walk.damage = start
-                return
-            ended = True
-            pos += BLOCK
-            start = pos
-            continue
-        size = _number(header[124:136])
-        if size is None or size < 0 or not _checksum_holds(header):
-            walk.damage = start
-            return
+    def __init__(self, read_at: ReadAt, total: int, pos: int = 0) -> None:
+        self.damage: int | None = None
+        self.cut_name: bytes | None = None
+        self._read_at = read_at
+        self._total = total
+        self._pos = self._start = pos  # start: of the first header that speaks of the member
+        self._long_name: bytes | None = None
+        self._extended: dict[str, bytes] = {}
+        self._everywhere: dict[str, bytes] = {}
+
+    def __iter__(self) -> Iterator[_Raw]:
+        try:
+            while (header := self._next()) is not None:
+                size = _number(header[124:136])
+                if size is None or size < 0 or not _checksum_holds(header):
+                    raise _DamageError
+                if header[156:157] in b"LKxgX":
+                    self._announce(header[156:157], size)
+                elif (raw := self._file(header, size)) is not None:
+                    yield raw
+        except _DamageError:
+            self.damage = min(self._start, self._total)
+
+    def _next(self) -> bytes | None:
+        """The next header, None at the end of the archive."""
         ended = False
-        kind = header[156:157]
-        offset = pos + BLOCK
-        if kind in b"LKxgX":
-            if size > _SMALL or offset + size > walk.total:
-                walk.damage = start
-                return
-            payload = read_at(size, offset)
-            if kind == b"L":
-                long_name = payload.split(b"\0", 1)[0]
-            elif kind in b"xX":
-                extended = _pax(payload)
-            elif kind == b"g":
-                everywhere.update(_pax(payload))
-            pos = offset + _padded(size)
-            if kind == b"g" and long_name is None and not extended:
-                start = pos
-            continue
+        while (header := self._read_at(BLOCK, self._pos)) == _ZERO:
+            if self._start != self._pos:  # a long name or PAX record that announces nothing
+                raise _DamageError
+            ended = True
+            self._pos += BLOCK
+            self._start = self._pos
+        if len(header) == BLOCK:
+            return header
+        if not ended or self._start != self._pos or header.strip(b"\0"):
+            raise _DamageError
+        return None
 
-        records = {**everywhere, **extended}
-        name = records.get("path") or long_name or _plain_name(header)
-        regular = kind in b"0\x007"
-        if any(record.startswith("GNU.sparse") for record in records):
-            regular = False
+    def _announce(self, kind: bytes, size: int) -> None:
+        """A header that tells of the next file, or of all: its long name, its PAX records."""
+        offset = self._pos + BLOCK
+        if size > _SMALL or offset + size > self._total:
+            raise _DamageError
+        payload = self._read_at(size, offset)
+        if kind == b"L":
+            self._long_name = payload.split(b"\0", 1)[0]
+        elif kind in b"xX":
+            self._extended = _pax(payload)
+        elif kind == b"g":
+            self._everywhere.update(_pax(payload))
+        self._pos = offset + _padded(size)
+        if kind == b"g" and self._long_name is None and not self._extended:
+            self._start = self._pos
+
+    def _file(self, header: bytes, size: int) -> _Raw | None:
+        """The file of a header; None for folders."""
+        kind, offset = header[156:157], self._pos + BLOCK
+        records = {**self._everywhere, **self._extended}
+        name = records.get("path") or self._long_name or _plain_name(header)
+        regular = kind in b"0\x007" and not any(record.startswith("GNU.sparse") for record in records)
         if kind in b"123456":  # links, devices, folders: whatever their size says, no data follow
             size = 0
         elif "size" in records:
             digits = records["size"]
             if not digits.isdigit() or len(digits) > 18:
-                walk.damage = start
-                return
+                raise _DamageError
             size = int(digits)
-        if kind == b"S":  # old GNU sparse: further maps of the holes precede the data
-            more = header[482]
-            while more:
-                extra = read_at(BLOCK, offset)
-                if len(extra) < BLOCK:
-                    walk.damage = start
-                    return
-                more = extra[504]
-                offset += BLOCK
-        if offset + size > walk.total:
-            walk.damage = start
-            walk.cut_name = name if regular else None
-            return
-        if kind != b"5" and not name.endswith(b"/"):
-            yield _Raw(name, start, offset, size, regular)
-        pos = offset + _padded(size)
-        start = pos
-        long_name = None
-        extended = {}
+        if kind == b"S":
+            offset = self._behind_holes(header, offset)
+        if offset + size > self._total:
+            self.cut_name = name if regular else None
+            raise _DamageError
+        raw = _Raw(name, self._start, offset, size, regular)
+        self._pos = self._start = offset + _padded(size)
+        self._long_name, self._extended = None, {}
+        return None if kind == b"5" or name.endswith(b"/") else raw
+
+    def _behind_holes(self, header: bytes, offset: int) -> int:
+        """Where the data of an old GNU sparse file begin: further maps of its holes precede them."""
+        more = header[482]
+        while more:
+            extra = self._read_at(BLOCK, offset)
+            if len(extra) < BLOCK:
+                raise _DamageError
+            more = extra[504]
+            offset += BLOCK
+        return offset
 
 
 def _padded(size: int) -> int:
@@ -396,6 +417,22 @@ def _pax(payload: bytes) -> dict[str, bytes]:
     return records
 
 
+def write_member(output: BinaryIO, name: str, size: int, pieces: Iterable[bytes]) -> None:
+    """Append a file of `size` bytes. Owner and time are zero, so that the same content gives the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    output.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+    output.writelines(pieces)
+    output.write(bytes(-size % BLOCK))
+
+
+def write_end(output: BinaryIO) -> None:
+    """Close an archive: two empty blocks, filled up to a whole record."""
+    output.write(bytes(2 * BLOCK))
+    output.write(bytes(-output.tell() % tarfile.RECORDSIZE))
+
+
 class TarFile:
     """An open tar on local disk with its index; closed when nobody holds it any more. Safe to share among threads."""
 
@@ -421,6 +458,15 @@ class TarFile:
         if len(data) != member.size:
             raise OSError(f"the tar ends inside a member at byte {member.offset}")
         return data
+
+    def pieces(self, member: Member) -> Iterator[bytes]:
+        """The bytes of a member, some megabytes at a time."""
+        for offset in range(member.offset, member.offset + member.size, _PIECE):
+            size = min(_PIECE, member.offset + member.size - offset)
+            piece = self.read_at(size, offset)
+            if len(piece) != size:
+                raise OSError(f"the tar ends inside a member at byte {offset}")
+            yield piece
 
     def __del__(self) -> None:
         descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from clipfilter.sources.tar import TarFile, member_name
+from clipfilter.sources.tar import TarFile, member_name, write_end, write_member
 from clipfilter.storage import Directory
-
-_BLOCK = 512
 
 
 class TarShards:
@@ -40,12 +37,7 @@ class TarShards:
             unique = f"{key}~{number}"
         self._keys.add(unique)
         for extension, data in members:
-            info = tarfile.TarInfo(f"{unique}.{extension}")
-            info.size = len(data)
-            info.mode = 0o644
-            self._output.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
-            self._output.write(data)
-            self._output.write(bytes(-len(data) % _BLOCK))
+            write_member(self._output, f"{unique}.{extension}", len(data), [data])
         if len(self._keys) == self._rows_per_shard:
             self._finish()
 
@@ -58,8 +50,7 @@ class TarShards:
     def _finish(self) -> None:
         if self._output is None or self._path is None:
             return
-        self._output.write(bytes(2 * _BLOCK))
-        self._output.write(bytes(-self._output.tell() % tarfile.RECORDSIZE))
+        write_end(self._output)
         self._output.close()
         self._target.publish(self._path, self._path.name)
         self.sizes[self._path.name] = len(self._keys)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from clipfilter.sources.records import (
     Row,
     batches,
     check_field,
+    chosen_rows,
     decode_text,
     parse_json,
     record_captions,
     record_uid,
+    travelling,
 )
-from clipfilter.sources.schema import infer_record_schema
 from clipfilter.sources.spool import TarCache, read_prefix
 from clipfilter.sources.tar import (
-    BLOCK,
     CAPTION_EXTENSIONS,
     Member,
     TarFile,
@@ -36,13 +36,14 @@ from clipfilter.sources.tar import (
     index_tar,
     is_image,
     member_name,
+    write_end,
+    write_member,
 )
 
 _SAMPLE_BYTES = 16 << 20  # of each sampled tar
 _SAMPLE_ROWS = 1000
 _SAMPLE_TARS = 4
 _SIDECAR_LIMIT = 64 << 20  # a text or JSON member larger than this is not read
-_PIECE = 4 << 20
 
 
 class Webdataset:
@@ -56,52 +57,20 @@ class Webdataset:
     def infer(cls, location: Location, options: SourceOptions, found: Found) -> Webdataset:
         """Freeze columns from the first tars (at most 16 MiB of each); raises RefusedError."""
         wanted = options.image_column.lower().lstrip(".") if options.image_column else None
-        records: list[dict[str, Any]] = []
-        extensions: set[str] = set()
-        captioned = False
-        images = 0
-        refused: RefusedError | None = None
-        for path, _ in found.tars[:_SAMPLE_TARS]:
-            url = location.url(path)
-            try:
-                with refusing(url):
-                    data = read_prefix(url, _SAMPLE_BYTES)
-            except RefusedError as error:
-                refused = refused or error
-                continue
-            index = index_tar(partial(_slice, data), len(data), wanted)
-            extensions.update(index.extensions)
-            images += sum(1 for number in index.images if number >= 0)
-            for row in range(min(len(index), _SAMPLE_ROWS - len(records))):
-                members = index.members(row)
-                record, _, texts = _sidecars(members, partial(_member, data), wanted, None)
-                records.append(record)
-                captioned |= any(text.strip() for text in texts)
-            if len(records) >= _SAMPLE_ROWS // 2:
-                break
-        if refused is not None and not extensions:
-            raise refused
+        sample = _Sample.of(location, found, wanted)
         where = location.url(found.tars[0][0])
-        if not images and not any(is_image(extension, wanted) for extension in extensions) and extensions:
-            listed = ", ".join(sorted(extensions)[:20])
-            raise RefusedError(
-                f"{where} has no image members; its extensions are: {listed} (name the right one with --image-column)."
-            )
         sidecar = None
         if found.kind.startswith("img2dataset"):
             sidecar = img2dataset.sidecar_schema(location, [path for path, _ in found.tars[:_SAMPLE_TARS]])
-        columns = infer_record_schema(records)
-        if sidecar is not None:
-            columns = img2dataset.merge(sidecar, columns)
-        fields = {name for record in records for name in record} | set(sidecar.names if sidecar is not None else ())
-        caption, uid = options.caption_column, options.uid_column
+        columns, fields = travelling(sample.records, sidecar)
+        caption = options.caption_column
         texts_named = caption.lower().lstrip(".") if caption and caption not in fields else None
-        if texts_named and texts_named not in extensions:
-            check_field(caption, "--caption-column", fields | (extensions & set(CAPTION_EXTENSIONS)), where)
-        check_field(uid, "--uid-column", fields, where)
+        if texts_named and texts_named not in sample.extensions:
+            known = fields | (sample.extensions & set(CAPTION_EXTENSIONS))
+            check_field(caption, "--caption-column", known, where)
+        check_field(options.uid_column, "--uid-column", fields, where)
         guessed = [name for name in CAPTION_NAMES if name in fields]
-        if not captioned and records:
-            captioned = any(record_captions(record, [], None, guessed) for record in records)
+        captioned = sample.captioned or any(record_captions(record, [], None, guessed) for record in sample.records)
         plan = {
             "kind": found.kind if sidecar is not None or found.stats else "webdataset",
             "image_extension": wanted,
@@ -110,7 +79,7 @@ class Webdataset:
             "caption_guesses": [] if texts_named else guessed,
             "sidecar": sidecar is not None,
             "stats": found.stats,
-            "has_captions": bool(captioned or caption) if records else None,
+            "has_captions": bool(captioned or caption) if sample.records else None,
         }
         return cls(location, options, columns, plan)
 
@@ -129,7 +98,7 @@ class Webdataset:
         if self.plan["sidecar"] or self.plan["stats"]:
             sidecar = img2dataset.Sidecar.open(self.location, shard.path, self.plan["stats"])
             stats.not_downloaded, stats.unfinished = sidecar.not_downloaded, sidecar.unfinished
-        numbers: Iterable[int] = range(len(index)) if rows is None else _within(rows, len(index))
+        numbers: Iterable[int] = range(len(index)) if rows is None else chosen_rows(rows, len(index))
         found = (self._row(tar, index, number, images, shard.path, sidecar) for number in numbers)
         yield from batches(found, self.columns, self.options, stats)
 
@@ -170,12 +139,56 @@ class Webdataset:
         taken: set[bytes] = set()
         count = 0
         with open(target, "wb") as output:
-            for number in sorted(set(_within(rows, len(tar.index)))):
+            for number in chosen_rows(rows, len(tar.index)):
                 _copy_row(tar, number, output, taken)
                 count += 1
-            output.write(bytes(2 * BLOCK))
-            output.write(bytes(-output.tell() % tarfile.RECORDSIZE))
+            write_end(output)
         return count
+
+
+@dataclass
+class _Sample:
+    """What the first rows of the first tars hold: their records, all extensions, whether there is caption text."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    extensions: set[str] = field(default_factory=set)
+    captioned: bool = False
+
+    @classmethod
+    def of(cls, location: Location, found: Found, wanted: str | None) -> _Sample:
+        """Raises RefusedError where none of the tars can be read, or none has an image."""
+        sample = cls()
+        refused: RefusedError | None = None
+        pictured = False
+        for path, _ in found.tars[:_SAMPLE_TARS]:
+            url = location.url(path)
+            try:
+                with refusing(url):
+                    data = read_prefix(url, _SAMPLE_BYTES)
+            except RefusedError as error:
+                refused = refused or error
+                continue
+            index = index_tar(partial(_slice, data), len(data), wanted)
+            pictured |= any(number >= 0 for number in index.images)
+            sample._add(index, data, wanted)
+            if len(sample.records) >= _SAMPLE_ROWS // 2:
+                break
+        if refused is not None and not sample.extensions:
+            raise refused
+        if sample.extensions and not pictured and not any(is_image(name, wanted) for name in sample.extensions):
+            listed = ", ".join(sorted(sample.extensions)[:20])
+            raise RefusedError(
+                f"{location.url(found.tars[0][0])} has no image members; its extensions are: {listed} (name the right one "
+                "with --image-column)."
+            )
+        return sample
+
+    def _add(self, index: TarIndex, data: bytes, wanted: str | None) -> None:
+        self.extensions.update(index.extensions)
+        for row in range(min(len(index), _SAMPLE_ROWS - len(self.records))):
+            record, _, texts = _sidecars(index.members(row), partial(_member, data), wanted, None)
+            self.records.append(record)
+            self.captioned |= any(text.strip() for text in texts)
 
 
 def _slice(data: bytes, size: int, offset: int) -> bytes:
@@ -184,14 +197,6 @@ def _slice(data: bytes, size: int, offset: int) -> bytes:
 
 def _member(data: bytes, member: Member) -> bytes:
     return data[member.offset : member.offset + member.size]
-
-
-def _within(rows: Sequence[int], count: int) -> list[int]:
-    wanted = [int(row) for row in rows]
-    for row in wanted:
-        if not 0 <= row < count:
-            raise IndexError(f"row {row} of a shard with {count} rows")
-    return sorted(set(wanted))
 
 
 def _sidecars(
@@ -232,17 +237,7 @@ def _copy_row(tar: TarFile, number: int, output: io.BufferedWriter, taken: set[b
             renamed = [_marked(name, suffix + place) for place, name in enumerate(names)]
     taken.update(renamed)
     for name, member in zip(renamed, members, strict=True):
-        info = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
-        info.size = member.size
-        info.mode = 0o644
-        output.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
-        for offset in range(0, member.size, _PIECE):
-            size = min(_PIECE, member.size - offset)
-            piece = tar.read_at(size, member.offset + offset)
-            if len(piece) != size:
-                raise OSError(f"the tar ends inside a member at byte {member.offset + offset}")
-            output.write(piece)
-        output.write(bytes(-member.size % BLOCK))
+        write_member(output, name.decode("utf-8", "surrogateescape"), member.size, tar.pieces(member))
 
 
 def _safe_name(name: bytes) -> bytes:

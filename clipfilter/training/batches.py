@@ -65,6 +65,18 @@ def prepare_row(data: memoryview, config: PreprocessConfig, generator: np.random
     return resize(cropped, (config.size, config.size), config.interpolation)
 
 
+def pixel_batches(pairs: Pairs, config: PreprocessConfig, size: int, threads: int) -> Iterator[np.ndarray]:
+    """uint8 [n, 3, S, S], n up to `size`: all images in order, as the model sees them at inference, one batch ahead."""
+
+    def make() -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+            for start in range(0, len(pairs), size):
+                rows = range(start, min(start + size, len(pairs)))
+                yield np.stack(list(pool.map(lambda row: prepare_row(pairs.image(row), config, None), rows)))
+
+    return prefetch(make(), 1)
+
+
 @dataclass(frozen=True)
 class Loader:
     """Prepares the micro-batches of training steps, one step ahead, for one of `workers` workers.

@@ -33,50 +33,47 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 def model_card(result: Mapping[str, Any], command: Sequence[str]) -> str:
     """MODEL_CARD.md for the `result` that result.json holds."""
-    settings = result["settings"]
-    names = list(result["reported"])
-    lines = [
-        f"# {_inline(settings['model'])}, fine-tuned"
-        if not settings["from_scratch"]
-        else f"# {_inline(settings['model'])}",
-        "",
-        f"Made by `clipfilter train` {result['clipfilter']}. Load it with `--model {_inline(result['load'])}`.",
-        "",
-        "## Data",
-        "",
-        "| | source | rows |",
-        "| --- | --- | --- |",
-    ]
-    for name, facts in result["data"].items():
-        lines.append(f"| {name} | {_cell(facts['source'])} | {_cell(facts['rows'])} |")
-    lines += [
-        "",
-        "## Recipe",
-        "",
-        f"Started from {_inline(settings['model'])}"
-        + (
-            " with random weights"
-            if settings["from_scratch"]
-            else f" (weights sha256 `{result['start']['weights_sha256'][:16]}`)"
-        )
-        + f"; trained: {_inline(settings['train'])} ({result['trains']}).",
-        f"{settings['loss']} loss over {result['step_pairs']} pairs per step, {result['steps']} steps in "
-        f"{result['epochs']} epochs, "
-        f"AdamW with peak rate {settings['lr']:g} and weight decay {settings['weight_decay']:g}, {settings['dtype']}, "
-        f"seed {settings['seed']}, {'random resized crops' if settings['augment'] else 'no augmentation'}.",
-        f"model.safetensors is the interpolation (1 - a) before + a after with a = {result['alpha']:g} "
-        "(WiSE-FT, arXiv:2109.01903); finetuned.safetensors is the model after training.",
-        "",
-        "## Numbers",
-        "",
-        "Measured on the half of the dev and zero-shot sets that chose nothing: neither the epoch nor the interpolation.",
-        "",
-        f"| | {' | '.join(names)} |",
-        "| --- |" + " ---: |" * len(names),
-    ]
-    lines += [f"| {title} | {' | '.join(values)} |" for title, values in table_rows(result)]
-    lines += ["", "## Command", "", "```", _inline(shlex.join(command)), "```", ""]
-    return "\n".join(lines)
+    settings, models = result["settings"], list(result["reported"])
+    model = _inline(settings["model"])
+    weights = f"weights sha256 `{result['start']['weights_sha256'][:16]}`"
+    began = f"{model} with random weights" if settings["from_scratch"] else f"{model} ({weights})"
+    sets = [f"| {name} | {_cell(facts['source'])} | {_cell(facts['rows'])} |" for name, facts in result["data"].items()]
+    numbers = [f"| {title} | {' | '.join(values)} |" for title, values in table_rows(result)]
+    return f"""# {model}{"" if settings["from_scratch"] else ", fine-tuned"}
+
+Made by `clipfilter train` {result["clipfilter"]}. Load it with `--model {_inline(result["load"])}`.
+
+## Data
+
+| | source | rows |
+| --- | --- | --- |
+{_lines(sets)}
+## Recipe
+
+Started from {began}; trained: {_inline(settings["train"])} ({result["trains"]}).
+{settings["loss"]} loss over {result["step_pairs"]} pairs per step, {result["steps"]} steps in {result["epochs"]} epochs, \
+AdamW with peak rate {settings["lr"]:g} and weight decay {settings["weight_decay"]:g}, {settings["dtype"]}, \
+seed {settings["seed"]}, {"random resized crops" if settings["augment"] else "no augmentation"}.
+model.safetensors is the interpolation (1 - a) before + a after with a = {result["alpha"]:g} \
+(WiSE-FT, arXiv:2109.01903); finetuned.safetensors is the model after training.
+
+## Numbers
+
+Measured on the half of the dev and zero-shot sets that chose nothing: neither the epoch nor the interpolation.
+
+| | {" | ".join(models)} |
+| --- |{" ---: |" * len(models)}
+{_lines(numbers)}
+## Command
+
+```
+{_inline(shlex.join(command))}
+```
+"""
+
+
+def _lines(rows: Sequence[str]) -> str:
+    return "".join(f"{row}\n" for row in rows)
 
 
 def _inline(text: str) -> str:

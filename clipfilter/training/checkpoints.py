@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipfilter.storage import flush
+
 KEEP = 2  # the newest ones, beside the best
 
 
@@ -61,10 +63,10 @@ class Checkpoints:
         torch.save(dict(optimizer), unfinished / "optimizer.pt")
         (unfinished / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         for path in unfinished.iterdir():
-            _flush(path)
-        _flush(unfinished)
+            flush(path)
+        flush(unfinished)
         os.rename(unfinished, final)
-        _flush(self.folder)
+        flush(self.folder)
         for step in self.steps()[:-KEEP]:
             if step != position.best_step:
                 shutil.rmtree(self.path(step), ignore_errors=True)
@@ -85,11 +87,3 @@ class Checkpoints:
     def optimizer(self, step: int) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(self.path(step) / "optimizer.pt", map_location="cpu", weights_only=True)
         return state
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,17 +8,29 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from clipfilter.errors import RefusedError
+from clipfilter.models import Encoder, load_encoder
 from clipfilter.storage import Directory, is_local
+from clipfilter.training.card import model_card
+from clipfilter.training.checkpoints import Checkpoints
+from clipfilter.training.distributed import check_ray_train, work_on_ray
+from clipfilter.training.freezing import describe
 from clipfilter.training.group import Group
+from clipfilter.training.logs import check_tensorboard
+from clipfilter.training.measuring import embed_images, measure_pairs, measure_zero_shot
+from clipfilter.training.model import write_random
+from clipfilter.training.pairs import PairRequest, Pairs, collect_pairs
 from clipfilter.training.settings import TrainSettings
+from clipfilter.training.wiseft import ALPHAS, Point, choose, interpolate
+from clipfilter.training.worker import INITIAL, PAIRS, Start, open_data, threads_of, work
 from clipfilter.version import __version__
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PLAN, RESULT, CARD = "train.json", "result.json", "MODEL_CARD.md"
 Measured = dict[str, "float | None"]
@@ -57,12 +69,8 @@ def train(
             return TrainResult(str(out), json.loads((out / RESULT).read_text(encoding="utf-8")), False)
         facts = _prepare(settings, out, tell)
         if settings.engine == "ray":
-            from clipfilter.training.distributed import work_on_ray
-
             work_on_ray(settings, everywhere, show)
         else:
-            from clipfilter.training.worker import work
-
             work(settings, Group(), show)
         tell("interpolating between before and after")
         summary = _conclude(settings, out, facts, command, tell)
@@ -77,12 +85,8 @@ def _check(settings: TrainSettings) -> Path:
     if settings.from_scratch and ("=" in settings.model or "/" in settings.model or settings.model.startswith("nano")):
         raise RefusedError(f"--from-scratch takes a bare open_clip architecture (ViT-S-32), not {settings.model}.")
     if "tensorboard" in settings.log:
-        from clipfilter.training.logs import check_tensorboard
-
         check_tensorboard()
     if settings.engine == "ray":
-        from clipfilter.training.distributed import check_ray_train
-
         check_ray_train()
     return Path(settings.out)
 
@@ -118,23 +122,37 @@ def _same_run(settings: TrainSettings, out: Path) -> None:
 
 def _prepare(settings: TrainSettings, out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     """Read the data once, load the model once, and say what will be done. Returns what the model card needs."""
-    from clipfilter.training.freezing import describe, freeze
-    from clipfilter.training.model import write_random
-    from clipfilter.training.pairs import PairRequest, Pairs, collect_pairs
-    from clipfilter.training.prefix import Prefix, PrefixStore
-    from clipfilter.training.worker import INITIAL, PAIRS, load_start, open_data, threads_of
 
     if settings.from_scratch:
         write_random(settings.model, out / INITIAL, settings.seed)
-    model = load_start(settings)
+    start = Start.of(settings)
+    model = start.model
     if settings.loss == "siglip" and model.logit_bias is None:
         raise RefusedError(
             f"--loss siglip needs a model with a logit bias, which {settings.model} has not: use --loss clip."
         )
-    freeze(model.module, settings.train)
     trains = describe(model.module)
+    wanted = _requests(settings)
+    data = _collect(settings, wanted, start.threads, tell)
+    tell(f"trains ({settings.train}): {trains}")
+    for name in wanted:
+        if name != "train" or not settings.augment:
+            start.store.collect(Pairs(out / PAIRS / f"{name}.arrow"), model.preprocess)
+    if not (out / PLAN).exists():
+        plan = {"settings": settings.to_json(), "model": model.encoder.fingerprint, "clipfilter": __version__}
+        directory = Directory(str(out))
+        directory.replace(PLAN, _json(plan))
+        directory.clean_scratch(stale_only=False)
+    else:
+        begun = json.loads((out / PLAN).read_text(encoding="utf-8"))["model"]["weights_sha256"]
+        if begun != model.encoder.fingerprint["weights_sha256"]:
+            raise RefusedError(f"{settings.model} is now another file than when {out} was begun: choose another --out.")
+    return {"data": data, "trains": trains, "start": model.encoder.fingerprint}
 
-    threads = threads_of(settings)
+
+def _requests(settings: TrainSettings) -> dict[str, PairRequest]:
+    """The pairs to collect, by the name of their file."""
+
     columns = {"image_column": settings.image_column, "caption_column": settings.caption_column}
     wanted = {"train": PairRequest(settings.source, settings.where, settings.limit, **columns)}
     if settings.dev is not None:
@@ -143,9 +161,17 @@ def _prepare(settings: TrainSettings, out: Path, tell: Callable[[str], None]) ->
         wanted["dev"] = PairRequest(settings.source, settings.dev_where, None, **columns)
     if settings.zero_shot is not None:
         wanted["zero-shot"] = PairRequest(settings.zero_shot, label_column=settings.label_column)
+    return wanted
+
+
+def _collect(
+    settings: TrainSettings, wanted: Mapping[str, PairRequest], threads: int, tell: Callable[[str], None]
+) -> dict[str, dict[str, str]]:
+    """Collect the pairs; what the model card says of each set. Raises RefusedError where there are too few."""
+
     data = {}
     for name, request in wanted.items():
-        counts = collect_pairs(request, out / PAIRS / f"{name}.arrow", threads)
+        counts = collect_pairs(request, Path(settings.out) / PAIRS / f"{name}.arrow", threads)
         conditions = f" where {', '.join(request.where)}" if request.where else ""
         data[name] = {"source": request.url + conditions, "rows": counts.sentence()}
         tell(f"{name}: {counts.sentence()}")
@@ -161,99 +187,65 @@ def _prepare(settings: TrainSettings, out: Path, tell: Callable[[str], None]) ->
             f"a step needs {settings.step_pairs} pairs (batch size x accumulate x workers), but there are only "
             f"{len(opened.train)}: lower --batch-size or --accumulate."
         )
-    tell(f"trains ({settings.train}): {trains}")
-    store = PrefixStore(Prefix(model), threads)
-    for name in wanted:
-        if name != "train" or not settings.augment:
-            store.collect(Pairs(out / PAIRS / f"{name}.arrow"), model.preprocess)
-    if not (out / PLAN).exists():
-        plan = {"settings": settings.to_json(), "model": model.encoder.fingerprint, "clipfilter": __version__}
-        directory = Directory(str(out))
-        directory.replace(PLAN, _json(plan))
-        directory.clean_scratch(stale_only=False)
-    else:
-        begun = json.loads((out / PLAN).read_text(encoding="utf-8"))["model"]["weights_sha256"]
-        if begun != model.encoder.fingerprint["weights_sha256"]:
-            raise RefusedError(f"{settings.model} is now another file than when {out} was begun: choose another --out.")
-    return {"data": data, "trains": trains, "start": model.encoder.fingerprint}
+    return data
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """What a model is measured on: one half of the dev pairs, and of the labelled images of the zero-shot set."""
+
+    pairs: Pairs
+    labelled: Pairs | None
+    labels: list[str]
+
+    def measure(self, encoder: Encoder, scale: float, embed: Callable[[Pairs], np.ndarray]) -> Measured:
+        """embed: float32 [n, dim] of the images of some pairs. scale: the factor of the cosines."""
+
+        found: Measured = {**measure_pairs(encoder, embed(self.pairs), self.pairs, scale), "zero_shot_top1": None}
+        if self.labelled:
+            found["zero_shot_top1"] = measure_zero_shot(encoder, embed(self.labelled), self.labelled, self.labels)
+        return found
+
+    def sizes(self) -> dict[str, int]:
+        return {"pairs": len(self.pairs), "labelled": len(self.labelled or ())}
+
+
+def _exams(settings: TrainSettings) -> tuple[_Exam, _Exam]:
+    """(what the interpolation is chosen on, what is reported)."""
+
+    data = open_data(settings)
+    if settings.zero_shot is None:
+        return _Exam(data.choose, None, []), _Exam(data.report, None, [])
+    whole = Pairs(Path(settings.out) / PAIRS / "zero-shot.arrow")
+    labels = sorted({whole.label(row) for row in range(len(whole))})
+    choose, report = whole.halves()
+    return _Exam(data.choose, choose, labels), _Exam(data.report, report, labels)
 
 
 def _conclude(
     settings: TrainSettings, out: Path, facts: Mapping[str, Any], command: Sequence[str], tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Choose the interpolation on one half of dev and zero-shot sets, report on the other, write everything."""
-    from clipfilter.models import load_encoder
-    from clipfilter.training.card import model_card
-    from clipfilter.training.checkpoints import Checkpoints
-    from clipfilter.training.freezing import freeze
-    from clipfilter.training.measuring import embed_images, measure_pairs, measure_zero_shot
-    from clipfilter.training.pairs import Pairs
-    from clipfilter.training.prefix import Prefix, PrefixStore
-    from clipfilter.training.wiseft import ALPHAS, Point, choose, interpolate
-    from clipfilter.training.worker import PAIRS, load_start, open_data, threads_of
 
-    threads = threads_of(settings)
-    data = open_data(settings)
-    zero_shot_choose = zero_shot_report = None
-    labels: list[str] = []
-    if settings.zero_shot is not None:
-        whole = Pairs(out / PAIRS / "zero-shot.arrow")
-        labels = sorted({whole.label(row) for row in range(len(whole))})
-        zero_shot_choose, zero_shot_report = whole.halves()
-    model = load_start(settings)
-    freeze(model.module, settings.train)
-    store = PrefixStore(Prefix(model), threads)
+    choose_on, report_on = _exams(settings)
+    start = Start.of(settings)
+    model = start.model
     before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    reported = {"before": _measure_state(start, before, report_on)}
     checkpoints = Checkpoints(out / "checkpoints")
     position = checkpoints.position()
     assert position is not None
     after = checkpoints.weights(position.best_step)
-
-    def measure(
-        encoder: Any, scale: float, pairs: Pairs, labelled: Pairs | None, store: PrefixStore | None
-    ) -> Measured:
-        def embed(some: Pairs) -> np.ndarray:
-            quick = store.embed(some) if store else None
-            return embed_images(encoder, some, threads) if quick is None else quick
-
-        found: Measured = {**measure_pairs(encoder, embed(pairs), pairs, scale)}
-        found["zero_shot_top1"] = measure_zero_shot(encoder, embed(labelled), labelled, labels) if labelled else None
-        return found
-
-    def scale_of(state: Mapping[str, Any]) -> float:
-        return float(state["logit_scale"].exp())
-
-    chosen_on: dict[str, Measured] = {}
-    points = []
-    for alpha in (1.0,) if settings.from_scratch else ALPHAS:
-        weights = interpolate(before, after, alpha)
-        model.load_trained(weights)
-        found = measure(model.encoder, scale_of(weights), data.choose, zero_shot_choose, store)
-        chosen_on[f"{alpha:g}"] = found
-        recall = found["recall_at_10"]
-        assert recall is not None
-        points.append(Point(alpha, recall, found["zero_shot_top1"]))
-        shown = "" if points[-1].zero_shot is None else f", zero-shot top-1 {points[-1].zero_shot:.1%}"
-        tell(f"alpha {alpha:.1f}: recall@10 {recall:.1%}{shown}")
-    alpha = points[0].alpha if settings.from_scratch else choose(points, settings.max_zero_shot_loss).alpha
-
-    reported = {}
-    model.load_trained(before)
-    reported["before"] = measure(model.encoder, scale_of(before), data.report, zero_shot_report, store)
-    model.load_trained(interpolate(before, after, 1.0))
-    model.write(out / FINETUNED)
-    model.load_trained(interpolate(before, after, alpha))
-    model.write(out / MODEL)
+    chosen_on, alpha = _choose_alpha(settings, start, before, after, choose_on, tell)
+    for file, share in ((FINETUNED, 1.0), (MODEL, alpha)):
+        model.load_trained(interpolate(before, after, share))
+        model.write(out / file)
     directory = Directory(str(out))
-    config = model.config()
+    config, architecture = model.config(), model.load_as
     if config is not None:
         directory.replace(CONFIG, _json(config))
-    del model
-    # The files themselves are measured: what was rounded to be stored is in the numbers.
-    architecture = load_start(settings).load_as
-    for name, file in (("after", FINETUNED), ("interpolated", MODEL)):
-        encoder = load_encoder(f"{architecture}={out.absolute() / file}", device=settings.device, threads=threads)
-        reported[name] = measure(encoder, encoder.logit_scale, data.report, zero_shot_report, None)
+    del start, model
+    reported |= _measure_files(settings, out, architecture, report_on)
     summary = {
         "clipfilter": __version__,
         "settings": settings.to_json(),
@@ -264,8 +256,8 @@ def _conclude(
         "epochs": position.epoch,
         "best_step": position.best_step,
         "alpha": alpha,
-        "chosen_on": {"pairs": len(data.choose), "labelled": len(zero_shot_choose or ()), "by_alpha": chosen_on},
-        "reported_on": {"pairs": len(data.report), "labelled": len(zero_shot_report or ())},
+        "chosen_on": {**choose_on.sizes(), "by_alpha": chosen_on},
+        "reported_on": report_on.sizes(),
         "reported": reported,
     }
     directory.replace(CARD, model_card(summary, command).encode())
@@ -273,6 +265,44 @@ def _conclude(
     directory.clean_scratch(stale_only=False)
     shutil.rmtree(out / PAIRS)
     return summary
+
+
+def _measure_state(start: Start, state: Mapping[str, Tensor], exam: _Exam) -> Measured:
+    start.model.load_trained(state)
+    return exam.measure(start.model.encoder, float(state["logit_scale"].exp()), start.embed)
+
+
+def _choose_alpha(
+    settings: TrainSettings,
+    start: Start,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    exam: _Exam,
+    tell: Callable[[str], None],
+) -> tuple[dict[str, Measured], float]:
+    """(the measures by interpolation, the one that is taken); from scratch there is nothing to go back to."""
+
+    chosen_on: dict[str, Measured] = {}
+    points = []
+    for alpha in (1.0,) if settings.from_scratch else ALPHAS:
+        found = chosen_on[f"{alpha:g}"] = _measure_state(start, interpolate(before, after, alpha), exam)
+        recall, zero_shot = found["recall_at_10"], found["zero_shot_top1"]
+        assert recall is not None
+        points.append(Point(alpha, recall, zero_shot))
+        shown = "" if zero_shot is None else f", zero-shot top-1 {zero_shot:.1%}"
+        tell(f"alpha {alpha:.1f}: recall@10 {recall:.1%}{shown}")
+    return chosen_on, points[0].alpha if settings.from_scratch else choose(points, settings.max_zero_shot_loss).alpha
+
+
+def _measure_files(settings: TrainSettings, out: Path, architecture: str, exam: _Exam) -> dict[str, Measured]:
+    """The measures of the files that were written: what was rounded to be stored is in the numbers."""
+
+    threads = threads_of(settings)
+    reported = {}
+    for name, file in (("after", FINETUNED), ("interpolated", MODEL)):
+        encoder = load_encoder(f"{architecture}={out.absolute() / file}", device=settings.device, threads=threads)
+        reported[name] = exam.measure(encoder, encoder.logit_scale, partial(embed_images, encoder, threads=threads))
+    return reported
 
 
 def _json(value: Any) -> bytes:

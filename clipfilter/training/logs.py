@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipfilter.errors import RefusedError
+from clipfilter.storage import replacing
 
 
 class CsvLog:
@@ -22,14 +23,10 @@ class CsvLog:
     def continue_after(self, step: int) -> None:
         """Keep the rows whose `step` (the first column) is at most `step`, and open the file for more."""
         kept = [row for row in read_rows(self._path) if int(row[self._columns[0]]) <= step]
-        unfinished = self._path.with_name(self._path.name + ".part")
-        with open(unfinished, "w", newline="", encoding="utf-8") as handle:
+        with replacing(self._path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(unfinished, self._path)
         self._handle = open(self._path, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: dict[str, Any]) -> None:

@@ -56,135 +56,150 @@ def fit(
     first worker after each epoch. The result depends on the settings alone, not on how often the run was interrupted.
     Raises ClipfilterError when the loss is not finite.
     """
-    out = Path(settings.out)
-    named = freeze(model.module, settings.train)
-    parameters = [parameter for _, parameter in named]
-    optimizer = make_optimizer(named, settings.lr, settings.weight_decay)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=settings.dtype == "fp16")
-    loss = make_loss(settings.loss, group)
-    per_epoch = loader.steps_per_epoch
-    total = settings.epochs * per_epoch
-    warmup = settings.warmup if settings.warmup is not None else max(1, total // 10)
+    with contextlib.closing(_Training(settings, model, loader, image_features, measure, group, show)) as training:
+        return training.run()
 
-    checkpoints = Checkpoints(out / "checkpoints")
-    position = checkpoints.position() or Position()
-    if position.step:
-        model.load_trained(checkpoints.weights(position.step))
-        saved = checkpoints.optimizer(position.step)
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-    with contextlib.ExitStack() as stack:
-        logs = _Logs(out, settings, position.step) if group.first else None
-        if logs is not None:
-            stack.callback(logs.close)
+
+class _Training:
+    """One worker's training: the model, what moves it, where it stands and what is written of it (by the first worker)."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: Trainable,
+        loader: Loader,
+        image_features: Callable[[np.ndarray], Tensor],
+        measure: Callable[[], dict[str, float]],
+        group: Group,
+        show: Callable[[Shown], None] | None,
+    ) -> None:
+        self._settings, self._model, self._loader, self._group = settings, model, loader, group
+        self._image_features, self._measure, self._show = image_features, measure, show
+        named = freeze(model.module, settings.train)
+        self._parameters = [parameter for _, parameter in named]
+        self._optimizer = make_optimizer(named, settings.lr, settings.weight_decay)
+        self._scaler = torch.amp.GradScaler(model.device.type, enabled=settings.dtype == "fp16")
+        self._loss = make_loss(settings.loss, group)
+        self._total = settings.epochs * loader.steps_per_epoch
+        self._warmup = settings.warmup if settings.warmup is not None else max(1, self._total // 10)
+        out = Path(settings.out)
+        self._checkpoints = Checkpoints(out / "checkpoints")
+        self._position = self._resume()
+        self._logs = _Logs(out, settings, self._position.step) if group.first else None
+
+    def run(self) -> Position:
+        position = self._position
         if position.step == 0:
-            dev = _measure(model, measure, group)
-            if logs is not None:
-                logs.dev({"step": 0, "epoch": 0, **dev})
+            self._log_dev(self._measured())
         while not position.finished:
-            train_mode(model.module)
-            started = time.perf_counter()
-            for micro_batches in loader.steps(position.epoch, position.step - position.epoch * per_epoch):
-                rate = learning_rate(position.step, total, warmup, settings.lr)
-                for parameter_group in optimizer.param_groups:
-                    parameter_group["lr"] = rate
-                optimizer.zero_grad()
-                value = _gradients(settings, model, image_features, loss, micro_batches, position.step, group, scaler)
-                group.mean_([value, *(p.grad for p in parameters if p.grad is not None)])
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                model.clamp_temperature()
-                position.step += 1
-                shown = float(value)
-                if not math.isfinite(shown):
-                    raise ClipfilterError(
-                        f"the loss is {shown} at step {position.step}: start again elsewhere with a lower --lr or --dtype fp32."
-                    )
-                if logs is not None:
-                    seconds, started = time.perf_counter() - started, time.perf_counter()
-                    logs.step(
-                        {
-                            "step": position.step,
-                            "epoch": position.epoch,
-                            "loss": round(shown, 7),
-                            "lr": f"{rate:.6g}",
-                            "logit_scale": round(float(model.logit_scale.detach().exp()), 4),
-                            "gradient_norm": round(float(norm), 6),
-                            "seconds": round(seconds, 3),
-                        }
-                    )
-                    if show is not None:
-                        show(Shown(position.step, total, position.epoch, shown, position.best))
-                inside = position.step % per_epoch != 0
-                if group.first and inside and position.step % settings.checkpoint_every == 0:
-                    _save(checkpoints, position, model, optimizer, scaler, logs)
+            self._epoch()
             position.epoch += 1
-            dev = _measure(model, measure, group)
-            score = _score(dev, settings)
+            dev = self._measured()
+            score = -dev["loss"] if self._settings.dev_measure == "loss" else dev["recall_at_10"]
             if position.best is None or score > position.best:
                 position.best, position.best_step, position.bad_epochs = score, position.step, 0
             else:
                 position.bad_epochs += 1
-            position.finished = position.epoch == settings.epochs or position.bad_epochs >= settings.patience
-            if logs is not None:
-                logs.dev({"step": position.step, "epoch": position.epoch, **dev})
-                _save(checkpoints, position, model, optimizer, scaler, logs)
-    return position
+            position.finished = (
+                position.epoch == self._settings.epochs or position.bad_epochs >= self._settings.patience
+            )
+            self._log_dev(dev)
+            self._save()
+        return position
 
+    def close(self) -> None:
+        if self._logs is not None:
+            self._logs.close()
 
-def _gradients(
-    settings: TrainSettings,
-    model: Trainable,
-    image_features: Callable[[np.ndarray], Tensor],
-    loss: torch.nn.Module,
-    micro_batches: list[MicroBatch],
-    step: int,
-    group: Group,
-    scaler: torch.amp.GradScaler,
-) -> Tensor:
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    mixed = settings.dtype != "fp32"
+    def _resume(self) -> Position:
+        position = self._checkpoints.position() or Position()
+        if position.step:
+            self._model.load_trained(self._checkpoints.weights(position.step))
+            saved = self._checkpoints.optimizer(position.step)
+            self._optimizer.load_state_dict(saved["optimizer"])
+            self._scaler.load_state_dict(saved["scaler"])
+        return position
 
-    def features(number: int) -> tuple[Tensor, Tensor]:
-        # Dropout draws the same masks both times, and after a resume.
-        seed = np.random.SeedSequence((settings.seed, step, group.rank, number)).generate_state(1)[0]
-        torch.manual_seed(int(seed))
-        with torch.autocast(model.device.type, dtypes[settings.dtype], enabled=mixed):
-            image = image_features(micro_batches[number].images)
-            text = model.text_features(micro_batches[number].texts)
-        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    def _epoch(self) -> None:
+        """The steps of this epoch that are still to be done."""
+        position, per_epoch = self._position, self._loader.steps_per_epoch
+        train_mode(self._model.module)
+        started = time.perf_counter()
+        for micro_batches in self._loader.steps(position.epoch, position.step - position.epoch * per_epoch):
+            row = self._step(micro_batches)
+            if self._logs is not None:
+                seconds, started = time.perf_counter() - started, time.perf_counter()
+                self._logs.step({**row, "loss": round(row["loss"], 7), "seconds": round(seconds, 3)})
+                if self._show is not None:
+                    self._show(Shown(position.step, self._total, position.epoch, row["loss"], position.best))
+            if position.step % per_epoch != 0 and position.step % self._settings.checkpoint_every == 0:
+                self._save()
 
-    def value(images: Tensor, texts: Tensor) -> Tensor:
-        bias = model.logit_bias if settings.loss == "siglip" else None
-        return contrast(loss, images, texts, model.logit_scale, bias)
+    def _step(self, micro_batches: list[MicroBatch]) -> dict[str, Any]:
+        """One step of the optimiser; what log.csv says of it, the loss not rounded, without the seconds."""
+        position = self._position
+        rate = learning_rate(position.step, self._total, self._warmup, self._settings.lr)
+        for parameter_group in self._optimizer.param_groups:
+            parameter_group["lr"] = rate
+        self._optimizer.zero_grad()
+        value = self._gradients(micro_batches)
+        self._group.mean_([value, *(p.grad for p in self._parameters if p.grad is not None)])
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._model.clamp_temperature()
+        position.step += 1
+        loss = float(value)
+        if not math.isfinite(loss):
+            raise ClipfilterError(
+                f"the loss is {loss} at step {position.step}: start again elsewhere with a lower --lr or --dtype fp32."
+            )
+        return {
+            "step": position.step,
+            "epoch": position.epoch,
+            "loss": loss,
+            "lr": f"{rate:.6g}",
+            "logit_scale": round(float(self._model.logit_scale.detach().exp()), 4),
+            "gradient_norm": round(float(norm), 6),
+        }
 
-    return backward(features, len(micro_batches), value, scaler.scale)
+    def _gradients(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """Give the parameters the gradients of the whole step; the loss, detached."""
+        settings, model = self._settings, self._model
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        mixed = settings.dtype != "fp32"
 
+        def features(number: int) -> tuple[Tensor, Tensor]:
+            # Dropout draws the same masks both times, and after a resume.
+            place = (settings.seed, self._position.step, self._group.rank, number)
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+            with torch.autocast(model.device.type, dtypes[settings.dtype], enabled=mixed):
+                image = self._image_features(micro_batches[number].images)
+                text = model.text_features(micro_batches[number].texts)
+            return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
-def _measure(model: Trainable, measure: Callable[[], dict[str, float]], group: Group) -> dict[str, float]:
-    model.module.eval()
-    found: dict[str, float] = group.tell(measure() if group.first else None)
-    return found
+        def value(images: Tensor, texts: Tensor) -> Tensor:
+            bias = model.logit_bias if settings.loss == "siglip" else None
+            return contrast(self._loss, images, texts, model.logit_scale, bias)
 
+        return backward(features, len(micro_batches), value, self._scaler.scale)
 
-def _score(dev: dict[str, float], settings: TrainSettings) -> float:
-    return -dev["loss"] if settings.dev_measure == "loss" else dev["recall_at_10"]
+    def _measured(self) -> dict[str, float]:
+        """The dev measures, as the first worker finds them, on every worker."""
+        self._model.module.eval()
+        found: dict[str, float] = self._group.tell(self._measure() if self._group.first else None)
+        return found
 
+    def _log_dev(self, dev: dict[str, float]) -> None:
+        if self._logs is not None:
+            self._logs.dev({"step": self._position.step, "epoch": self._position.epoch, **dev})
 
-def _save(
-    checkpoints: Checkpoints,
-    position: Position,
-    model: Trainable,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    logs: _Logs | None,
-) -> None:
-    if logs is not None:
-        logs.sync()
-    states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    checkpoints.write(position, model.trained_state(), states)
+    def _save(self) -> None:
+        if self._logs is not None:
+            self._logs.sync()
+            states = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+            self._checkpoints.write(self._position, self._model.trained_state(), states)
 
 
 class _Logs:

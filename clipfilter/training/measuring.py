@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from clipfilter.engine import prefetch
 from clipfilter.evaluation import caption_match_auc, name_classes, retrieval, zero_shot
 from clipfilter.models import Encoder
 from clipfilter.policies import DEFAULT_TEMPLATES, TEMPLATES, class_vectors
-from clipfilter.training.batches import prepare_row
+from clipfilter.training.batches import pixel_batches
 from clipfilter.training.pairs import Pairs
 
 _BATCH = 64
@@ -21,16 +19,8 @@ _LOSS_BATCH = 256
 
 def embed_images(encoder: Encoder, pairs: Pairs, threads: int) -> np.ndarray:
     """float32 [n, dim], unit rows, of the images as the model sees them at inference."""
-
-    def batches() -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-            for start in range(0, len(pairs), _BATCH):
-                rows = range(start, min(start + _BATCH, len(pairs)))
-                yield np.stack(
-                    list(pool.map(lambda row: prepare_row(pairs.image(row), encoder.preprocess, None), rows))
-                )
-
-    return np.concatenate([encoder.encode_images(pixels) for pixels in prefetch(batches(), 1)])
+    batches = pixel_batches(pairs, encoder.preprocess, _BATCH, threads)
+    return np.concatenate([encoder.encode_images(pixels) for pixels in batches])
 
 
 def measure_pairs(encoder: Encoder, images: np.ndarray, pairs: Pairs, logit_scale: float) -> dict[str, float]:

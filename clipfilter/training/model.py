@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import TorchEncoder, load_encoder
-from clipfilter.storage import local_path
+from clipfilter.storage import local_path, replacing
 
 if TYPE_CHECKING:
     from clipfilter.images import PreprocessConfig
@@ -109,11 +108,8 @@ class Trainable:
             start = local_path(local) if local else None
             metadata[NANO_CONFIG.name] = nano_config_text(start, float(state.pop("logit_scale").exp()))
             state = pack_nano(state)
-        unfinished = path.with_name(path.name + ".part")
-        save_file(state, unfinished, metadata=metadata)
-        with open(unfinished, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            save_file(state, unfinished, metadata=metadata)
 
 
 def load_trainable(name: str, *, device: str = "cpu", threads: int | None = None) -> Trainable:
@@ -158,9 +154,8 @@ def write_random(architecture: str, path: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, unfinished)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, unfinished)
 
 
 def _architecture(encoder: TorchEncoder) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -15,9 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import MISSING_IMAGE, RefusedError, RowError
 from clipfilter.images import decode
-from clipfilter.sources import SourceOptions, open_source
+from clipfilter.sources import Source, SourceOptions, open_source
+from clipfilter.storage import replacing
 
 _SCHEMA = pa.schema(
     [
@@ -38,6 +38,9 @@ class PairCounts:
     without_caption: int = 0
     without_label: int = 0
     failed: dict[str, int] = field(default_factory=dict)
+
+    def fail(self, error_class: str) -> None:
+        self.failed[error_class] = self.failed.get(error_class, 0) + 1
 
     def sentence(self) -> str:
         parts = [f"{self.used:,} of {self.rows:,} rows"]
@@ -73,50 +76,57 @@ def collect_pairs(request: PairRequest, path: Path, threads: int) -> PairCounts:
         return PairCounts(**json.loads(counts_path.read_text(encoding="utf-8")))
     options = SourceOptions(image_column=request.image_column, caption_column=request.caption_column)
     source = open_source(request.url, options)
+    conditions = _conditions(request, source)
+    counts = PairCounts()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        with (
+            ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
+            open(unfinished, "wb") as handle,
+            pa.ipc.new_file(handle, _SCHEMA) as writer,
+        ):
+            for batch, rows in _wanted_rows(source, request.limit, conditions, counts):
+                chosen = _usable(batch, rows, request.label_column, counts, pool)
+                if chosen:
+                    writer.write_batch(pa.RecordBatch.from_pylist(chosen, schema=_SCHEMA))
+                    counts.used += len(chosen)
+        if not counts.used:
+            what = "label" if request.label_column else "caption"
+            conditioned = f" where {' and '.join(request.where)}" if request.where else ""
+            raise RefusedError(
+                f"{request.url} has no row{conditioned} with an image and a {what} ({counts.sentence()}); "
+                f"check the conditions and --{what}-column."
+            )
+    counts_path.write_text(json.dumps(asdict(counts)), encoding="utf-8")
+    return counts
+
+
+def _conditions(request: PairRequest, source: Source) -> dict[str, set[str]]:
+    """Column -> the texts that a row may have there. Raises RefusedError for a column that the source has not."""
     conditions: dict[str, set[str]] = {}
     for condition in request.where:
         name, _, value = condition.partition("=")
         conditions.setdefault(name, set()).add(value)
-    wanted = [*conditions] + ([request.label_column] if request.label_column else [])
-    for name in wanted:
+    for name in [*conditions, *([request.label_column] if request.label_column else [])]:
         if name not in source.schema.names:
             columns = ", ".join(source.schema.names) or "none"
             raise RefusedError(f"{request.url} has no column {name!r}; its columns are: {columns}.")
-    counts = PairCounts()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    with (
-        ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
-        open(unfinished, "wb") as handle,
-        pa.ipc.new_file(handle, _SCHEMA) as writer,
-    ):
-        failed: Counter[str] = Counter()
-        for shard in source.iter_shards():
-            if request.limit is not None and counts.rows >= request.limit:
-                break
-            for batch in source.read(shard):
-                rows = list(_matching(batch, conditions))
-                if request.limit is not None:
-                    rows = rows[: request.limit - counts.rows]
-                counts.rows += len(rows)
-                chosen = _usable(batch, rows, request.label_column, counts, failed, pool)
-                if chosen:
-                    writer.write_batch(pa.RecordBatch.from_pylist(chosen, schema=_SCHEMA))
-                    counts.used += len(chosen)
-    counts.failed = dict(failed)
-    if not counts.used:
-        unfinished.unlink()
-        what = "label" if request.label_column else "caption"
-        conditioned = f" where {' and '.join(request.where)}" if request.where else ""
-        raise RefusedError(
-            f"{request.url} has no row{conditioned} with an image and a {what} ({counts.sentence()}); "
-            f"check the conditions and --{what}-column."
-        )
-    with open(unfinished, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(unfinished, path)
-    counts_path.write_text(json.dumps(asdict(counts)), encoding="utf-8")
-    return counts
+    return conditions
+
+
+def _wanted_rows(
+    source: Source, limit: int | None, conditions: Mapping[str, set[str]], counts: PairCounts
+) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+    """Batches of the source with the numbers of their rows that meet the conditions, up to the limit."""
+    for shard in source.iter_shards():
+        if limit is not None and counts.rows >= limit:
+            return
+        for batch in source.read(shard):
+            rows = list(_matching(batch, conditions))
+            if limit is not None:
+                rows = rows[: limit - counts.rows]
+            counts.rows += len(rows)
+            yield batch, rows
 
 
 def _matching(batch: pa.RecordBatch, conditions: Mapping[str, set[str]]) -> Iterator[int]:
@@ -131,14 +141,13 @@ def _usable(
     rows: Sequence[int],
     label_column: str | None,
     counts: PairCounts,
-    failed: Counter[str],
     pool: ThreadPoolExecutor,
 ) -> list[dict[str, Any]]:
-    errors = batch.column("cf_error_class").to_pylist()
-    captions = batch.column("cf_captions").to_pylist()
+    errors = batch.column(cf.ERROR_CLASS).to_pylist()
+    captions = batch.column(cf.CAPTIONS).to_pylist()
     labels = batch.column(label_column).to_pylist() if label_column else [None] * batch.num_rows
-    uids = batch.column("cf_uid").to_pylist()
-    images = batch.column("cf_image")
+    uids = batch.column(cf.UID).to_pylist()
+    images = batch.column(cf.IMAGE)
     found = []
     for row in rows:
         texts = [text.strip() for text in captions[row] or () if text and text.strip()]
@@ -147,7 +156,7 @@ def _usable(
         elif not label_column and not texts:
             counts.without_caption += 1
         elif errors[row] is not None or not images[row].is_valid:
-            failed[errors[row] or MISSING_IMAGE] += 1
+            counts.fail(errors[row] or MISSING_IMAGE)
         else:
             label = str(labels[row]) if label_column else None
             found.append({"uid": uids[row], "image": images[row].as_py(), "captions": texts, "label": label})
@@ -156,7 +165,7 @@ def _usable(
         if error is None:
             good.append(item)
         else:
-            failed[error] += 1
+            counts.fail(error)
     return good
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipfilter.engine import prefetch
 from clipfilter.images import PreprocessConfig
-from clipfilter.training.batches import prepare_row
+from clipfilter.storage import replacing
+from clipfilter.training.batches import pixel_batches, prepare_row
 from clipfilter.training.freezing import frozen_blocks
 from clipfilter.training.model import Trainable
 from clipfilter.training.pairs import Pairs
@@ -89,28 +87,18 @@ class PrefixStore:
         whole = Pairs(pairs.path)
         if not self.prefix.blocks or path.exists():
             return
-
-        step = self.prefix.batch
-
-        def batches() -> Iterator[np.ndarray]:
-            with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
-                for start in range(0, len(whole), step):
-                    rows = range(start, min(start + step, len(whole)))
-                    yield np.stack(list(pool.map(lambda row: prepare_row(whole.image(row), preprocess, None), rows)))
-
         one = self.prefix.record(prepare_row(whole.image(0), preprocess, None)[None])
         shape = (len(whole), *one.shape[1:])
         if len(one) != 1 or 4 * math.prod(shape) > MAX_BYTES:
             return
-        unfinished = path.with_name(path.name + ".part")
-        stored = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
-        start = 0
-        for pixels in prefetch(batches(), 1):
-            recorded = self.prefix.record(pixels)
-            stored[start : start + len(recorded)] = recorded
-            start += len(recorded)
-        stored.flush()
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            stored = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+            start = 0
+            for pixels in pixel_batches(whole, preprocess, self.prefix.batch, self._threads):
+                recorded = self.prefix.record(pixels)
+                stored[start : start + len(recorded)] = recorded
+                start += len(recorded)
+            stored.flush()
 
     def recorded(self, pairs: Pairs) -> np.ndarray | None:
         """The activations of the whole file of `pairs`, on disk; index them with `pairs.rows`. None: not collected."""

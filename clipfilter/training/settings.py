@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from clipfilter import defaults
 from clipfilter.errors import RefusedError
 
 LOSSES = ("clip", "siglip")
@@ -40,7 +41,7 @@ class TrainSettings:
     weight_decay: float = 0.1
     warmup: int | None = None
     clip_norm: float = 1.0
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: defaults.Dtype = "fp32"
     device: str = "cpu"
     seed: int = 0
     loss: Literal["clip", "siglip"] = "clip"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from clipfilter.engine import MAX_THREADS, cpu_count
 from clipfilter.training.batches import Loader
 from clipfilter.training.freezing import freeze
@@ -44,12 +46,29 @@ def open_data(settings: TrainSettings) -> Data:
     return Data(train, *dev.halves())
 
 
-def load_start(settings: TrainSettings) -> Trainable:
-    """The model that training starts from."""
-    name = settings.model
-    if settings.from_scratch:
-        name = f"{name}={Path(settings.out).absolute() / INITIAL}"
-    return load_trainable(name, device=settings.device, threads=threads_of(settings))
+@dataclass(frozen=True)
+class Start:
+    """The model that training starts from, frozen but for what trains, and the recorded activations of what is frozen."""
+
+    model: Trainable
+    store: PrefixStore
+    threads: int
+
+    @classmethod
+    def of(cls, settings: TrainSettings) -> Start:
+        """Load it. Raises RefusedError for a model that cannot be trained, or not by this rule."""
+        name = settings.model
+        if settings.from_scratch:
+            name = f"{name}={Path(settings.out).absolute() / INITIAL}"
+        threads = threads_of(settings)
+        model = load_trainable(name, device=settings.device, threads=threads)
+        freeze(model.module, settings.train)
+        return cls(model, PrefixStore(Prefix(model), threads), threads)
+
+    def embed(self, pairs: Pairs) -> np.ndarray:
+        """float32 [n, dim], unit rows, of the images of `pairs` by the model as it is."""
+        recorded = self.store.embed(pairs)
+        return embed_images(self.model.encoder, pairs, self.threads) if recorded is None else recorded
 
 
 def threads_of(settings: TrainSettings) -> int:
@@ -58,22 +77,17 @@ def threads_of(settings: TrainSettings) -> int:
 
 def work(settings: TrainSettings, group: Group, show: Callable[[Shown], None] | None = None) -> None:
     """Train as worker `group.rank`; checkpoints and logs go to OUT."""
-    threads = threads_of(settings)
-    data = open_data(settings)
-    model = load_start(settings)
-    freeze(model.module, settings.train)
-    store = PrefixStore(Prefix(model), threads)
-    recorded = None if settings.augment else store.recorded(data.train)
+    data, start = open_data(settings), Start.of(settings)
+    model = start.model
+    recorded = None if settings.augment else start.store.recorded(data.train)
     loader = Loader(
-        data.train, model.preprocess, settings.seed, settings.batch_size, settings.accumulate, settings.augment, threads,
-        recorded, group.rank, group.size,
+        data.train, model.preprocess, settings.seed, settings.batch_size, settings.accumulate, settings.augment,
+        start.threads, recorded, group.rank, group.size,
     )  # fmt: skip
 
     def measure() -> dict[str, float]:
-        images = store.embed(data.choose)
-        if images is None:
-            images = embed_images(model.encoder, data.choose, threads)
-        return measure_pairs(model.encoder, images, data.choose, float(model.logit_scale.detach().exp()))
+        scale = float(model.logit_scale.detach().exp())
+        return measure_pairs(model.encoder, start.embed(data.choose), data.choose, scale)
 
-    image_features = model.image_features if recorded is None else store.prefix.features
+    image_features = model.image_features if recorded is None else start.store.prefix.features
     fit(settings, model, loader, image_features, measure, group, show)

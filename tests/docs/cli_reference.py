@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import inspect
 import re
 import typing
@@ -84,8 +83,8 @@ def _names(parameter: Parameter) -> str:
 
 def _meaning(parameter: Parameter) -> str:
     text = re.sub(r"\s*\[default: [^\]]*\]", "", parameter.help)
-    if inspect.isclass(parameter.kind) and issubclass(parameter.kind, enum.Enum):
-        text += " One of " + ", ".join(f"`{item.value}`" for item in parameter.kind) + "."
+    if typing.get_origin(parameter.kind) is typing.Literal:
+        text += " One of " + ", ".join(f"`{item}`" for item in typing.get_args(parameter.kind)) + "."
     return text
 
 

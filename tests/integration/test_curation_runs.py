@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ from clipfilter.errors import RefusedError
 from clipfilter.operations.compare import compare_policies
 from clipfilter.operations.verify import verify_run
 from clipfilter.policies import parse_policy
-from clipfilter.runs import ledger
-from clipfilter.runs.derive import EmbeddedRun
+from clipfilter.runs import Run
 from clipfilter.storage import Directory
+from tests.support.commands import command
 from tests.support.engine import REPO, photos, policy_file
 from tests.support.sources import write_webdataset
 
@@ -81,10 +78,8 @@ def write(folder: Path, rows: list[dict[str, Any]], shards: int) -> Path:
 
 def table(run: str | Path) -> pa.Table:
     directory = Directory(str(run))
-    newest = ledger.latest_version(directory)
-    assert newest is not None
-    files = [c["files"]["annotated"]["name"] for _, c in ledger.iter_commits(directory, newest[1]["commits"])]
-    return pa.concat_tables([pq.read_table(directory.path(file)) for file in files])
+    files = [commit.files.annotated for commit in Run.open(str(run)).commits()]
+    return pa.concat_tables([pq.read_table(directory.path(file.name)) for file in files if file])
 
 
 def duplicates(run: str | Path) -> dict[str, tuple[str | None, str | None]]:
@@ -167,7 +162,7 @@ def test_a_repeated_or_interrupted_command_ends_with_the_same_run(run: str, tmp_
 
 
 def test_scores_and_balance_are_columns_that_rules_can_rank(run: str, tmp_path: Path) -> None:
-    dim = EmbeddedRun(run).dim
+    dim = Run.open(str(run)).dim
     target = np.random.default_rng(0).standard_normal((20, dim)).astype(np.float32)
     np.save(tmp_path / "target.npy", target)
     add_scores(run, str(tmp_path / "scored"), negclip=True, target=str(tmp_path / "target.npy"), bank_size=20)
@@ -198,10 +193,7 @@ def test_the_pipeline_goes_from_images_to_shards_and_repeats_nothing(tmp_path: P
     )
 
     def pipeline(*options: str) -> str:
-        command = [sys.executable, str(REPO / "pipelines/curate.py"), str(config), *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return command(str(REPO / "pipelines/curate.py"), str(config), *options).stdout
 
     assert "nothing was done" in pipeline("--dry-run")
     assert not (tmp_path / "out").exists()

@@ -25,8 +25,7 @@ from clipfilter.operations.forget import forget_rows
 from clipfilter.operations.import_run import ImportOptions, import_embeddings
 from clipfilter.operations.verify import verify_run
 from clipfilter.policies import parse_policy
-from clipfilter.runs import ledger
-from clipfilter.storage import Directory
+from clipfilter.runs import Run, ledger
 from tests.support.engine import FRACTION_POLICY, PHOTOS, POLICY, policy_file, samples
 from tests.support.policies import embeddings
 from tests.support.s3 import s3_server
@@ -46,11 +45,8 @@ def dim() -> int:
 
 
 def rows_of(run: Path) -> pa.Table:
-    directory = Directory(str(run))
-    newest = ledger.latest_version(directory)
-    assert newest is not None
-    files = [c["files"] for _, c in ledger.iter_commits(directory, newest[1]["commits"])]
-    return pa.concat_tables([pq.read_table(run / f["annotated"]["name"]) for f in files if "annotated" in f])
+    files = [commit.files.annotated for commit in Run.open(str(run)).commits()]
+    return pa.concat_tables([pq.read_table(run / file.name) for file in files if file])
 
 
 def clip_retrieval(folder: Path, dim: int) -> list[str]:

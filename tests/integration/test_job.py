@@ -451,12 +451,13 @@ def test_a_late_duplicate_attempt_of_a_shard_changes_nothing(
     """A worker that was taken for dead finishes its shard after another has: with the same bytes, and with others."""
     from clipfilter.engine.worker import JobSpec, Task, Worker
     from clipfilter.policies import load_policy
+    from clipfilter.runs import Run
 
     out = tmp_path / "out"
     shutil.copytree(finished.out, out)
     before = data_files(out), commits(out)
     plan = finished.plan
-    shard = next(iter(commits(out).values()))["shard"]
+    shard = next(Run.open(str(out)).commits()).shard
     for decode in ("fast", "exact"):
         spec = JobSpec(
             job="run", out=str(out), source=plan.source, policy=load_policy(policy).canonical(), model="nano",
@@ -466,7 +467,7 @@ def test_a_late_duplicate_attempt_of_a_shard_changes_nothing(
         worker = Worker(spec)
         answer = worker.process(Task("embed", shard, 1, plan.sha256))
         worker.close()
-        assert answer["created"] is False
+        assert answer.created is False
         assert commits(out) == before[1]
         assert {k: v for k, v in data_files(out).items() if k in before[0]} == before[0]
         assert verify_run(str(out)).problems == []

@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -28,6 +27,7 @@ from clipfilter.engine.metrics import MetricsOptions, RunMetrics, published, tog
 from clipfilter.errors import RefusedError
 from clipfilter.runs import ledger
 from clipfilter.storage import Directory
+from tests.support.commands import fork_server
 from tests.support.engine import FRACTION_POLICY, REPO, cli, policy_file, write_tars
 
 pytestmark = pytest.mark.integration
@@ -51,6 +51,7 @@ def scrape(url: str) -> dict[tuple[str, str, str], float]:
         return parse(answer.read().decode())
 
 
+@pytest.mark.processes
 def test_an_endpoint_is_scraped_during_a_run_and_agrees_with_its_commits(
     dataset: Path, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,10 +86,8 @@ def test_an_endpoint_is_scraped_during_a_run_and_agrees_with_its_commits(
         scrape(url[0])
 
     out = Directory(str(tmp_path / "out"))
-    commits = [commit for _, commit in ledger.iter_commits(out, [f"commits/{n}" for n in out.names("commits")])]
-    counts = {
-        name: sum(c["counts"][name] for c in commits) for name in ("embedded", "failed", "keep", "review", "reject")
-    }
+    commits = list(ledger.commits(out))
+    counts = {name: sum(c.counts[name] for c in commits) for name in ("embedded", "failed", "keep", "review", "reject")}
     assert counts["failed"] > 0
     for name in ("keep", "review", "reject"):
         assert last["clipfilter_decisions_total", "decided", name] == counts[name]
@@ -97,11 +96,11 @@ def test_an_endpoint_is_scraped_during_a_run_and_agrees_with_its_commits(
         assert last["clipfilter_rows_total", "decided", name] == counts[name]
     assert last["clipfilter_failed_rows_total", "decided", "decode_error"] == counts["failed"]
     assert last["clipfilter_shards_total", "decided", "done"] == 3
-    steps = {name for commit in commits for name in commit["work"]["seconds"]}
+    steps = {name for commit in commits for name in commit.work.of_worker.seconds}
     for step in steps:
-        seconds = sum(commit["work"]["seconds"].get(step, 0) for commit in commits)
+        seconds = sum(commit.work.of_worker.seconds.get(step, 0) for commit in commits)
         assert last["clipfilter_worker_seconds_total", "decided", step] == pytest.approx(seconds)
-    waited = sum(commit["work"]["encoder_waited"] for commit in commits)
+    waited = sum(commit.work.of_worker.encoder_waited for commit in commits)
     assert waited > 0
     assert last["clipfilter_encoder_wait_seconds_total", "decided", "no_batch"] == pytest.approx(waited)
     assert last["clipfilter_exit_code", "", ""] == 0
@@ -151,7 +150,7 @@ def test_the_command_serves_and_writes_a_file(policy: str, tmp_path: Path) -> No
     dataset = write_tars(tmp_path / "tars", 1, 16)
     file = tmp_path / "clipfilter.prom"
     process = subprocess.Popen(
-        [sys.executable, "-m", "clipfilter", "run", str(dataset), "--policy", policy, "--out", str(tmp_path / "out"), "-q",
+        [fork_server().python, "-m", "clipfilter", "run", str(dataset), "--policy", policy, "--out", str(tmp_path / "out"), "-q",
          "--engine", "local", "--metrics-port", "0", "--metrics-file", str(file)],
         stderr=subprocess.PIPE, text=True, cwd=REPO,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.nightly import NightRequest, NightResult, history, roll_back, run_night
 from clipfilter.operations.export import export_run
 from clipfilter.operations.verify import verify_run
+from tests.support.commands import fork_server
 from tests.support.engine import REPO, cli, policy_file
 from tests.support.nights import (
     FRACTION_POLICY,
@@ -190,7 +191,7 @@ def test_two_overlapping_nights_share_the_work(week: Week) -> None:
         arrive(week.source, name, photo_samples(8, seed))
     pair = [
         subprocess.Popen(
-            [sys.executable, "-m", "clipfilter", *week.command()], cwd=REPO, text=True,
+            [fork_server().python, "-m", "clipfilter", *week.command()], cwd=REPO, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for _ in range(2)

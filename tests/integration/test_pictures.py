@@ -14,7 +14,7 @@ from clipfilter.models import load_encoder
 from clipfilter.operations.import_run import ImportOptions, import_embeddings
 from clipfilter.policies import LabelSet
 from clipfilter.report import contact_sheet, write_report
-from clipfilter.runs import EmbeddedRun, Pictures, derive, read_plan
+from clipfilter.runs import Pictures, Run, derive, read_plan
 from clipfilter.search import Searcher
 from clipfilter.storage import Directory
 from tests.integration.test_import_forget import clip_retrieval
@@ -37,7 +37,7 @@ def label(run: str, out: str, policy: str) -> None:
 
 def add_column(run: str, out: str, policy: str) -> None:
     schema = pa.schema([("place", pa.int64())])
-    derive(EmbeddedRun(run), out, schema, {}, lambda shard: {"place": pa.array(range(shard.rows.num_rows))})
+    derive(Run(run).origin(), out, schema, {}, lambda shard: {"place": pa.array(range(shard.rows.num_rows))})
 
 
 def add_column_and_decide(run: str, out: str, policy: str) -> None:

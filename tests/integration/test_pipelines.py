@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clipfilter.operations.verify import verify_run
+from tests.support.commands import command
+from tests.support.edition import REVIEWED_BY_DEMO
 from tests.support.engine import PHOTOS, REPO
 from tests.support.web import web
 
@@ -23,18 +22,16 @@ pytestmark = pytest.mark.integration
 def work(tmp_path: Path) -> Path:
     """A folder like a checkout, with a few of the sample photographs."""
     (tmp_path / "samples" / "photos").mkdir(parents=True)
-    # `demo` does not know what to think of a moose: something for the queue of `moderate`.
-    for path in [*sorted(PHOTOS.glob("c*.jp*"))[:9], PHOTOS / "moose.jpg"]:
+    # Something for the queue of `moderate` is among them.
+    for path in [*sorted(PHOTOS.glob("c*.jp*"))[:9], PHOTOS / REVIEWED_BY_DEMO]:
         (tmp_path / "samples" / "photos" / path.name).symlink_to(path)
     (tmp_path / "samples" / "photos" / "captions.jsonl").symlink_to(PHOTOS / "captions.jsonl")
     return tmp_path
 
 
 def pipeline(work: Path, name: str, *more: str, code: int = 0) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(REPO / "pipelines" / f"{name}.py"), str(REPO / "pipelines" / f"{name}.yaml"), "--json", *more],
-        cwd=work, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    folder = REPO / "pipelines"
+    done = command(str(folder / f"{name}.py"), str(folder / f"{name}.yaml"), "--json", *more, cwd=work, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return dict(json.loads(done.stdout)) if code != 2 else {"error": done.stderr}
 
@@ -67,15 +64,10 @@ def test_ingest(work: Path) -> None:
         (work / "urls.csv").write_text("url,caption\n" + "\n".join(lines) + "\n")
         config = (REPO / "pipelines" / "ingest.yaml").read_text() + "private: true\n"
         (work / "ingest.yaml").write_text(config)
-        command = [sys.executable, str(REPO / "pipelines" / "ingest.py"), "ingest.yaml", "--json"]
-        environment = os.environ | {"PYTHONPATH": str(REPO)}
 
         def run(*more: str) -> dict[str, Any]:
-            done = subprocess.run(
-                [*command, *more], cwd=work, env=environment, capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, done.stderr
-            return dict(json.loads(done.stdout))
+            pipeline = str(REPO / "pipelines" / "ingest.py")
+            return dict(json.loads(command(pipeline, "ingest.yaml", "--json", *more, cwd=work).stdout))
 
         plan = run("--dry-run")
         assert (plan["to fetch"], plan["estimate"]["source_bytes"]) == (13, 1_300_000)
@@ -87,9 +79,6 @@ def test_ingest(work: Path) -> None:
 
 def test_a_misspelt_config_is_refused_with_exit_code_2(work: Path) -> None:
     (work / "bad.yaml").write_text("source: {url: samples/photos}\nuot: x\n")
-    done = subprocess.run(
-        [sys.executable, str(REPO / "pipelines" / "score.py"), "bad.yaml"],
-        cwd=work, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = command(str(REPO / "pipelines" / "score.py"), "bad.yaml", cwd=work, check=False)
     assert done.returncode == 2
     assert done.stderr == "clipfilter: bad.yaml:2:1: unknown key 'uot'; did you mean 'out'?\n"

@@ -15,6 +15,7 @@ from clipfilter.operations.verify import verify_run
 from clipfilter.runs import ledger
 from clipfilter.storage import Directory
 from tests.support.engine import FRACTION_POLICY, cli, data_files, policy_file, samples
+from tests.support.runs import commit_of
 from tests.support.s3 import s3_server
 from tests.support.sources import write_parquet
 
@@ -75,9 +76,9 @@ def test_parquet_on_s3(s3: Any, policy: str, tmp_path: Path) -> None:
 
 def test_of_two_commits_the_first_wins_on_s3_too(s3: Any) -> None:
     directory = Directory("s3://bucket/ledger")
-    name = ledger.CommitName("a" * 16, "decided", 1)
-    assert ledger.write_commit(directory, name, {"attempt": 1}) == ({"attempt": 1}, True)
-    assert ledger.write_commit(directory, name, {"attempt": 2}) == ({"attempt": 1}, False)
+    first, second = commit_of("a" * 16, bytes_unread=1), commit_of("a" * 16, bytes_unread=2)
+    assert ledger.write_commit(directory, first) == (first, True)
+    assert ledger.write_commit(directory, second) == (first, False)
 
 
 def test_uploads_that_were_never_finished_are_aborted(s3: Any) -> None:

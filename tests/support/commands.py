@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +27,7 @@ if not {console} and (not argv or (argv[0] not in ("-c", "-m") and argv[0].start
     os.execv({python!r}, [{python!r}, *argv])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-request = dict(argv=argv, cwd=os.getcwd(), env=dict(os.environ), processes=False)
+request = dict(argv=argv, cwd=os.getcwd(), env=dict(os.environ))
 line = (json.dumps(request) + "\\n").encode()
 server.sendall(line[socket.send_fds(server, [line], [0, 1, 2]):])
 answer = server.makefile()
@@ -37,7 +36,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda n, _: os.kill(pid, n))
 code = int(answer.readline())
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
@@ -51,7 +51,7 @@ class ForkServer:
         self.address = str(self._folder / "socket")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.fork_server", self.address],
-            cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)},
+            cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": ""},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         atexit.register(self.close)
@@ -78,8 +78,13 @@ class ForkServer:
             (folder / name).chmod(0o755)
         return folder
 
+    @property
+    def python(self) -> str:
+        """Stands for the interpreter in a command line that is started as a process: signals reach the command."""
+        return str(self.shims / "python")
+
     def run(
-        self, argv: list[str], cwd: Path, env: dict[str, str], *, processes: bool, timeout: float
+        self, argv: list[str], cwd: Path, env: dict[str, str], *, timeout: float
     ) -> subprocess.CompletedProcess[str]:
         """The command with its output as text; raises subprocess.TimeoutExpired after killing it."""
         with (
@@ -90,16 +95,15 @@ class ForkServer:
         ):
             connection.settimeout(timeout)
             connection.connect(self.address)
-            request = {"argv": argv, "cwd": str(cwd), "env": env, "processes": processes}
+            request = {"argv": argv, "cwd": str(cwd), "env": env}
             line = (json.dumps(request) + "\n").encode()
             sent = socket.send_fds(connection, [line], [nothing.fileno(), out.fileno(), errors.fileno()])
             connection.sendall(line[sent:])
             answer = connection.makefile()
-            pid = int(answer.readline())
+            answer.readline()
             try:
                 code = int(answer.readline())
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
+            except TimeoutError:  # the server kills it when the connection goes
                 raise subprocess.TimeoutExpired(shlex.join(argv), timeout) from None
             texts = []
             for file in (out, errors):
@@ -131,7 +135,7 @@ def command(
             [sys.executable, *argv], capture_output=True, text=True, env=environment, cwd=cwd, timeout=timeout
         )
     else:
-        done = fork_server().run(list(argv), cwd, dict(environment), processes=False, timeout=timeout)
+        done = fork_server().run(list(argv), cwd, dict(environment), timeout=timeout)
     if check and done.returncode != 0:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

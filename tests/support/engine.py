@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from clipfilter.operations.verify import DATA_FOLDERS
+from clipfilter.runs import FILE_KINDS
 from clipfilter.storage import file_sha256
 from tests.support.commands import command
 from tests.support.sources import write_webdataset
@@ -98,7 +98,7 @@ def policy_file(folder: Path, text: str = POLICY, name: str = "policy.yaml") -> 
 
 def data_files(out: Path) -> dict[str, str]:
     """Every data file of a run, with its sha256: what must be byte-equal between two runs."""
-    names = [p for folder in DATA_FOLDERS for p in sorted((out / folder).glob("*"))]
+    names = [p for folder in FILE_KINDS for p in sorted((out / folder).glob("*"))]
     return {path.relative_to(out).as_posix(): file_sha256(path) for path in names}
 
 
@@ -112,7 +112,7 @@ def commits(out: Path) -> dict[str, dict[str, Any]]:
 
 def stray_files(out: Path) -> list[str]:
     """Files in a run directory that have no business there."""
-    known = {"plan.json", "run.json", "run.log", "report.html", *DATA_FOLDERS, "commits", "versions", "thresholds"}
+    known = {"plan.json", "run.json", "run.log", "report.html", *FILE_KINDS, "commits", "versions", "thresholds"}
     return sorted(path.name for path in out.iterdir() if path.name not in known)
 
 

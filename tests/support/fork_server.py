@@ -1,9 +1,9 @@
 """A process that has imported everything and forks one child per command: `python -m tests.support.fork_server SOCKET`.
 
 A connection to SOCKET brings one line of JSON and three descriptors (stdin, stdout, stderr). The line says what to run:
-`argv` (as of `sys.orig_argv` without the interpreter: `-m MODULE ...`, `-c CODE ...`, `FILE ...`, or a console script's
-`clipfilter ...`), `cwd`, `env`, and `processes` (whether jobs of the local engine start worker processes as they do for
-users). Back come the child's process id and, when it has ended, its exit code (negative: the signal), a line each.
+`argv` (what follows the interpreter: `-m MODULE ...`, `-c CODE ...`, `FILE ...`; or a console script: `clipfilter ...`),
+`cwd` and `env`. Back come the child's process id and, when it has ended, its exit code (negative: the signal), a line
+each. When the connection is closed before, the child is killed.
 
 The child sees what a process of its own would see: arguments, working directory, environment, descriptors, signals in
 their default state, `__main__`, exit code. What the environment decides while modules are imported is as it was when the
@@ -48,6 +48,7 @@ def preload() -> None:
         if not module.name.startswith(_LEFT_OUT) and "hugging" not in module.name and "onnx" not in module.name:
             importlib.import_module(module.name)
     quick.install()
+    quick.remember_exports()
     from clipfilter.models import load_encoder
 
     load_encoder("nano", threads=1)
@@ -66,17 +67,28 @@ def serve(path: str) -> None:
     selector.register(server, selectors.EVENT_READ, None)
     selector.register(0, selectors.EVENT_READ, None)
     print("ready", flush=True)
+    children: set[int] = set()
     while True:
         for key, _ in selector.select():
             if key.fd == 0:
+                for pid in children:
+                    os.kill(pid, signal.SIGKILL)
                 return
             if key.fd == server.fileno():
                 connection, _ = server.accept()
                 pid = _fork(connection, threads)
                 connection.sendall(f"{pid}\n".encode())
+                children.add(pid)
+                selector.register(connection, selectors.EVENT_READ, (pid, None))
                 selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
+            elif key.data[1] is None:  # whoever asked has gone, and the command with it
+                selector.unregister(key.fileobj)
+                os.kill(key.data[0], signal.SIGKILL)
             else:
                 pid, connection = key.data
+                children.discard(pid)
+                with contextlib.suppress(KeyError):
+                    selector.unregister(connection)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 selector.unregister(key.fd)
                 os.close(key.fd)
@@ -108,15 +120,14 @@ def _become(request: dict[str, Any], threads: int) -> NoReturn:
     """Be the process that `request` describes, to its end."""
     import torch
 
-    from tests.support import quick
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as the interpreter sets it
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    quick.processes = request["processes"]
+    if request["env"].get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     torch.set_num_threads(threads)
     code = 1
     try:
@@ -124,8 +135,11 @@ def _become(request: dict[str, Any], threads: int) -> NoReturn:
         code = 0
     except SystemExit as stop:
         code = _exit_code(stop)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        within = error.__traceback__
+        while within is not None and within.tb_frame.f_code.co_filename == __file__:
+            within = within.tb_next
+        traceback.print_exception(type(error), error, within)
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

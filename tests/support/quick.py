@@ -1,7 +1,8 @@
 """How tests save time where processes are not their subject: a worker in this process, a cached nano, small batches.
 
-`install` changes this process only. A test that is about worker processes has the marker `processes`; it, and every
-command that `tests.support.engine.cli` starts with `processes=True`, gets what a user gets.
+`install` changes this process only. Tests about nano itself have the marker `fresh`, tests about worker processes the
+marker `processes`; these, and every command that `tests.support.engine.cli` starts with `processes=True`, get what a
+user gets.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,6 +32,8 @@ MEMORY = "CLIPFILTER_TEST_VECTORS"
 
 #: Whether jobs of the local engine run in worker processes, as they do for users.
 processes = False
+#: Whether every load of nano reads its file and every batch is computed: for the tests of models.
+fresh = False
 _installed = False
 _loaded: dict[tuple[str, ...], tuple[Any, str]] = {}
 _choose_executor, _load = job.choose_executor, load._load
@@ -60,7 +64,7 @@ def _load_once(name: str, device: str, dtype: str, threads: int | None) -> Any:
     """`load_encoder`'s work; the bundled nano is loaded once, and each caller gets an encoder of its own around it."""
     from clipfilter.models._torch import use_threads
 
-    if name.partition("@")[0] != "nano" or _is_trained():
+    if fresh or name.partition("@")[0] != "nano" or _is_trained():
         return _load(name, device, dtype, threads)
     key = (name, device, dtype)
     if key not in _loaded:
@@ -105,6 +109,27 @@ def _remember(encoder: Any, folder: Path) -> None:
         return remembered("texts", json.dumps(list(given)).encode(), lambda: texts(given))
 
     encoder.encode_images, encoder.encode_texts = encode_images, encode_texts
+
+
+def remember_exports() -> None:
+    """Let each tower of the bundled nano go through torch's exporter, which takes long, once in a run of the tests."""
+    from clipfilter.models import onnx_export
+
+    export = onnx_export._export_tower
+
+    def export_once(encoder: Any, name: str, tower: Any, path: Path) -> None:
+        folder = os.environ.get(MEMORY)
+        if fresh or not folder or encoder.name.partition("@")[0] != "nano":
+            export(encoder, name, tower, path)
+            return
+        kept = Path(folder) / f"{encoder.fingerprint['weights_sha256']}-{name}.onnx"
+        if not kept.exists():
+            export(encoder, name, tower, path)
+            shutil.copy(path, f"{kept}.{os.getpid()}")
+            os.replace(f"{kept}.{os.getpid()}", kept)
+        shutil.copy(kept, path)
+
+    onnx_export._export_tower = export_once
 
 
 def _is_trained() -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter.runs import typed_ledger as ledger
+from clipfilter.runs import ledger
 from clipfilter.runs.plan import Plan
 from clipfilter.runs.writer import HASH_LENGTH
 from clipfilter.sources import Shard

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from clipfilter.runs.columns import FACTS, embeddings_schema, vector_column
 from clipfilter.storage import file_sha256
+from tests.support.commands import fork_server
 from tests.support.engine import REPO
 from tests.support.report import Built, build_run
 
@@ -69,7 +69,7 @@ class Served:
 def served(run: str, labels: Path, *arguments: str) -> Iterator[Served]:
     """`clipfilter serve` in a process of its own, on a free port."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "clipfilter", "serve", run, "--port", "0", "--labels", str(labels), *arguments],
+        [fork_server().python, "-m", "clipfilter", "serve", run, "--port", "0", "--labels", str(labels), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

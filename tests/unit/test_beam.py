@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +18,17 @@ from apache_beam.coders import coders, registry
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import AppliedPTransform, Pipeline, PipelineVisitor
 
-from clipfilter.beam import executor, statistics
+from clipfilter.beam import executor, statistics, tasks
 from clipfilter.beam.columns import count_by_host, exact_duplicates, hash_buckets, hosts, quantile_buckets, quantiles
 from clipfilter.beam.options import BeamOptions
 from clipfilter.beam.transforms import HistogramCoder, SumCounts, SumHistograms
-from clipfilter.engine.worker import JobSpec, Task
+from clipfilter.engine.worker import Inputs, JobSpec, Task
 from clipfilter.errors import RefusedError
 from clipfilter.policies import fraction
 from clipfilter.policies.fraction import high_histogram, low_histogram
+from clipfilter.runs import DataFile, Totals
 from tests.docs.pages import REPO, blocks
+from tests.support.runs import commit_of, version_of
 
 
 def test_hosts_are_those_of_the_address_and_of_nothing_else() -> None:
@@ -141,10 +144,9 @@ def _spec() -> JobSpec:
 
 
 def _tasks(count: int) -> list[Task]:
-    shard = {"id": "0" * 16, "path": "a.tar"}
-    commit = {"shard": shard, "counts": {"rows": 10_000}, "files": {"annotated": {"name": "x" * 500}}}
-    inputs = [{"run": "/run", "name": f"commits/{n:016x}.embedded.001.json", "commit": commit} for n in range(count)]
-    return [Task("decide", shard, 1, "p" * 64, inputs=each) for each in inputs]
+    files = {"annotated": DataFile("x" * 500, 10_000, 1, "s")}
+    commits = [commit_of(f"{n:016x}", counts={"rows": 10_000}, files=files) for n in range(count)]
+    return [Task("decide", each.shard, 1, "p" * 64, inputs=Inputs("/run", each)) for each in commits]
 
 
 def test_nothing_that_travels_is_pickled() -> None:
@@ -152,9 +154,9 @@ def test_nothing_that_travels_is_pickled() -> None:
     decide = BeamOptions().pipeline()
     executor.build(decide, _spec(), _tasks(3))
     count = BeamOptions().pipeline()
-    totals = {"decided": 3_000_000, "keep": 1, "review": 1, "reject": 1}
+    totals = Totals(decided=3_000_000, keep=1, review=1, reject=1)
     request = statistics.StatisticsRequest("/run", "/stats", url_column="url")
-    statistics.build(count, request, "/run", "000001", {"totals": totals, "commits": ["commits/a.json"]})
+    statistics.build(count, request, "/run", replace(version_of([]), totals=totals, commits=["commits/a.json"]))
     plain = (
         coders.BytesCoder, coders.StrUtf8Coder, coders.VarIntCoder, coders.TupleCoder, coders.IterableCoder, HistogramCoder,
     )  # fmt: skip
@@ -170,7 +172,7 @@ def test_nothing_that_travels_is_pickled() -> None:
 
 
 def test_a_pipeline_holds_references_not_commits() -> None:
-    reference = executor._reference(_tasks(1)[0])
+    reference = tasks.reference_to(_tasks(1)[0])
     assert len(reference) < 120
     assert set(json.loads(reference)) == {"commit", "generation", "attempt"}
     assert executor.TASKS_PER_PIPELINE * len(reference) < 8e6, "Dataflow refuses graphs above 10 MB"

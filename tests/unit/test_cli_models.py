@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from clipfilter.cli import models
+from clipfilter.cli.main import add_commands
 from clipfilter.errors import RefusedError
 from clipfilter.models import load_encoder
 from clipfilter.models.nano import WEIGHTS
@@ -20,7 +20,7 @@ from tests.support.engine import PHOTOS
 def run(*arguments: str) -> str:
     """What `clipfilter models ARGUMENTS` prints; exceptions come through."""
     app = typer.Typer()
-    models.add_to(app)
+    add_commands(app)
     app.callback()(lambda: None)
     result = CliRunner().invoke(app, ["models", *arguments], catch_exceptions=False)
     if isinstance(result.exception, RefusedError):

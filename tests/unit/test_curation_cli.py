@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from clipfilter.cli import curation
+from clipfilter.cli.main import add_commands
 from clipfilter.cli.pipeline_config import load_config
 from clipfilter.errors import RefusedError
 from clipfilter.policies import load_policy
@@ -24,7 +24,7 @@ from tests.support.sources import write_webdataset
 def run(*arguments: str) -> str:
     """What `clipfilter ARGUMENTS` prints; exceptions come through."""
     app = typer.Typer()
-    curation.add_to(app)
+    add_commands(app)
     result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from clipfilter.errors import RefusedError
-from clipfilter.runs import ledger
+from clipfilter.runs import Commit, Totals, ledger
 from clipfilter.runs.plan import Plan, read_plan, settle_plan
 from clipfilter.storage import Directory, file_sha256
+from tests.support.runs import commit_of, version_of
 
 PLAN = Plan(
     job="run",
@@ -25,9 +26,9 @@ PLAN = Plan(
 )
 
 
-def commit(shard: str, rows: int = 3, **more: object) -> dict:
+def commit(shard: str, rows: int = 3, **more: object) -> Commit:
     counts = {"rows": rows, "failed": 1, "decided": rows - 1, "keep": rows - 1, "review": 0, "reject": 0, "embedded": 2}
-    return {"shard": {"id": shard}, "counts": counts, "failed_by_class": {"decode_error": 1}, "rules": {}, **more}
+    return commit_of(shard, "decided", counts=counts, failed_by_class={"decode_error": 1}, **more)
 
 
 def test_an_equal_plan_is_accepted_and_a_different_one_refused_by_name(tmp_path: Path) -> None:
@@ -49,23 +50,22 @@ def test_a_plan_of_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_of_many_writers_exactly_one_creates_a_commit(tmp_path: Path) -> None:
     directory = Directory(str(tmp_path))
-    name = ledger.CommitName("0" * 16, "decided", 1)
 
-    def attempt(number: int) -> tuple[dict, bool]:
-        return ledger.write_commit(Directory(str(tmp_path)), name, {"attempt": number})
+    def attempt(number: int) -> tuple[Commit, bool]:
+        return ledger.write_commit(Directory(str(tmp_path)), commit_of("0" * 16, "decided", bytes_unread=number))
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(attempt, range(24)))
     assert sum(created for _, created in results) == 1
-    assert len({result["attempt"] for result, _ in results}) == 1
+    assert len({result.bytes_unread for result, _ in results}) == 1
     assert directory.names("commits") == ["0" * 16 + ".decided.001.json"]
 
 
 def test_the_newest_generation_of_each_stage_counts(tmp_path: Path) -> None:
     directory = Directory(str(tmp_path))
     for generation in (1, 2, 10):
-        ledger.write_commit(directory, ledger.CommitName("a" * 16, "decided", generation), {})
-    ledger.write_commit(directory, ledger.CommitName("a" * 16, "scored", 1), {})
+        ledger.write_commit(directory, commit_of("a" * 16, "decided", generation=generation))
+    ledger.write_commit(directory, commit_of("a" * 16, "scored"))
     (tmp_path / "commits" / "notes.txt").write_text("not a commit")
     found = ledger.list_commits(directory)
     assert {key: name.generation for key, name in found.items()} == {
@@ -76,16 +76,16 @@ def test_the_newest_generation_of_each_stage_counts(tmp_path: Path) -> None:
 
 def test_versions_count_up_and_an_unchanged_dataset_makes_none(tmp_path: Path) -> None:
     directory = Directory(str(tmp_path))
-    assert ledger.latest_version(directory) is None
-    first = {"commits": ["commits/a"], "totals": {"rows": 3}}
-    assert ledger.write_version(directory, first)[0] == "000001"
-    assert ledger.write_version(directory, first)[0] == "000001"
-    assert ledger.write_version(directory, {**first, "commits": ["commits/b"]})[0] == "000002"
-    assert ledger.latest_version(directory)[1]["version"] == 2  # type: ignore[index]
+    assert ledger.newest_version(directory) is None
+    first = version_of([commit("a")])
+    assert ledger.write_version(directory, first).name == "000001"
+    assert ledger.write_version(directory, first).name == "000001"
+    assert ledger.write_version(directory, version_of([commit("b")])).name == "000002"
+    assert ledger.newest_version(directory).number == 2  # type: ignore[union-attr]
 
 
 def test_totals_are_sums_and_name_failure_classes() -> None:
-    totals = ledger.totals_of([commit("a"), commit("b", 5, damaged=True, bytes_unread=7)], [{"shard": "c"}])
+    totals = Totals.of([commit("a"), commit("b", 5, damaged=True, bytes_unread=7)], 1)
     assert (totals["rows"], totals["decided"], totals["failed"]) == (8, 6, 2)
     assert totals["failed_by_class"] == {"decode_error": 2}
     assert (totals["failed_shards"], totals["damaged_shards"], totals["bytes_unread"]) == (1, 1, 7)

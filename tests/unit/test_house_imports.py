@@ -13,7 +13,7 @@ from clipfilter.models import torch_with_torchvision
 from tests.support.imports import INNER_FACES, REPO, Import, circles, contract, graph, imports, layers, modules, package
 
 #: What is still to be untangled.
-KNOWN = ("clipfilter.beam.", "clipfilter.cli.", "clipfilter.ingest.", "clipfilter.policies.")
+KNOWN = ("clipfilter.policies.",)
 
 
 @pytest.fixture(scope="module")

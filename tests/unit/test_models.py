@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.images.preprocess import prepare
 from clipfilter.models import Encoder, load_encoder
 from clipfilter.models._torch import torch_with_torchvision
+from tests.support.edition import EDITION
 
 torch_with_torchvision()
 
@@ -22,6 +25,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 # How far one row may move when other rows share its batch: kernels may sum in another order, nothing more.
 NEIGHBOUR_BOUND = 2e-6
+
+pytestmark = pytest.mark.fresh
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,11 @@ def vit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def vit(vit_checkpoint: Path) -> Encoder:
+    return load_encoder(f"ViT-B-32={vit_checkpoint}")
+
+
 def noise(n: int, size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), dtype=np.uint8)
 
@@ -54,6 +64,20 @@ def test_nano_gives_unit_vectors_of_its_dimension(nano: Encoder) -> None:
     assert images.dtype == texts.dtype == np.float32
     for rows in (images, texts):
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+
+
+def test_nano_loads_without_what_only_other_tools_need() -> None:
+    """timm imports wandb where it is installed, which takes most of a second and writes nothing here."""
+    program = (
+        "import sys; from clipfilter.models import load_encoder; load_encoder('nano'); "
+        "assert 'timm' in sys.modules; print('wandb' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_tests_know_this_edition(nano: Encoder) -> None:
+    assert nano.fingerprint["model"] == EDITION
 
 
 def test_nano_is_deterministic_and_a_second_load_is_the_same_model(nano: Encoder) -> None:
@@ -140,8 +164,8 @@ def test_the_bundled_files_stay_small() -> None:
 # --- open_clip
 
 
-def test_a_local_checkpoint_equals_open_clips_own_forward(vit_checkpoint: Path) -> None:
-    encoder = load_encoder(f"ViT-B-32={vit_checkpoint}")
+def test_a_local_checkpoint_equals_open_clips_own_forward(vit: Encoder, vit_checkpoint: Path) -> None:
+    encoder = vit
     model, _, transform = open_clip.create_model_and_transforms("ViT-B-32")
     model.load_state_dict(load_file(vit_checkpoint))
     model.eval()
@@ -163,12 +187,12 @@ def test_a_local_checkpoint_equals_open_clips_own_forward(vit_checkpoint: Path) 
     assert (encoder.dim, encoder.context_length, encoder.score_kind) == (512, 77, "softmax")
 
 
-def test_preprocessing_is_bit_identical_to_open_clips(vit_checkpoint: Path) -> None:
+def test_preprocessing_is_bit_identical_to_open_clips(vit: Encoder) -> None:
     from PIL import Image
 
     from clipfilter.models.encoder import TorchEncoder
 
-    encoder = load_encoder(f"ViT-B-32={vit_checkpoint}")
+    encoder = vit
     assert isinstance(encoder, TorchEncoder)
     transform = open_clip.image_transform(224, is_train=False)
     rgb = np.random.default_rng(2).integers(0, 256, (333, 257, 3), dtype=np.uint8)
@@ -176,20 +200,19 @@ def test_preprocessing_is_bit_identical_to_open_clips(vit_checkpoint: Path) -> N
     assert torch.equal(mine[0], transform(Image.fromarray(rgb)))
 
 
-def test_the_fingerprint_names_the_weights_not_their_folder(vit_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_names_the_weights_not_their_folder(vit: Encoder, vit_checkpoint: Path, tmp_path: Path) -> None:
     moved = tmp_path / vit_checkpoint.name
     os.link(vit_checkpoint, moved)
-    here, there = (load_encoder(f"ViT-B-32={path}").fingerprint for path in (vit_checkpoint, moved))
+    here, there = vit.fingerprint, load_encoder(f"ViT-B-32={moved}").fingerprint
     assert here == there
     assert here["activation"] == "gelu"
     quick = load_encoder(f"ViT-B-32-quickgelu={vit_checkpoint}")
     assert quick.fingerprint["activation"] == "quick_gelu"
 
 
-def test_very_long_words_do_not_stall_the_tokenizer(vit_checkpoint: Path) -> None:
-    encoder = load_encoder(f"ViT-B-32={vit_checkpoint}")
+def test_very_long_words_do_not_stall_the_tokenizer(vit: Encoder) -> None:
     letters = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 10_000))
-    assert np.isfinite(encoder.encode_texts([letters, "a" * 10_000])).all()
+    assert np.isfinite(vit.encode_texts([letters, "a" * 10_000])).all()
 
 
 # --- refusals: each names what is wrong

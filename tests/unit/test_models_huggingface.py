@@ -147,11 +147,11 @@ def test_ids_are_transformers_own_and_odd_texts_do_no_harm(kind: str, request: p
     assert isinstance(encoder, TorchEncoder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     whole = tokenizer(list(TEXTS), padding=False, truncation=False)["input_ids"]
-    mine = encoder.tokenize(TEXTS)
+    mine = encoder.tokenizer.encode(TEXTS)
     assert mine == whole
     length = encoder.context_length
     cut = tokenizer(list(TEXTS), padding="max_length", truncation=True, max_length=length)["input_ids"]
-    padded = [ids + [encoder.pad_id] * (length - len(ids)) for ids in map(encoder.truncate, mine)]
+    padded = [ids + [encoder.tokenizer.pad_id] * (length - len(ids)) for ids in map(encoder.truncate, mine)]
     assert padded == cut
     assert encoder.count_truncated(TEXTS) == sum(len(ids) > length for ids in whole) >= 2
     vectors = encoder.encode_texts(TEXTS)

@@ -31,6 +31,7 @@ from clipfilter.models import Encoder, load_encoder
 BOUNDS = {"fp32": (1e-6, 1e-5), "bf16": (1e-3, 0.03), "fp16": (1e-5, 4e-3)}
 #: dtype -> largest 1 - cosine to the same model in fp32.
 TO_FP32 = {"bf16": 1e-2, "fp16": 1e-4}
+pytestmark = pytest.mark.fresh
 CAPTIONS = [
     "a dog",
     "a much longer sentence about a man who rides a bicycle through the rain " * 3,

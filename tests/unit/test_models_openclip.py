@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -429,7 +430,10 @@ def test_names_without_weights_offer_the_tags() -> None:
 
 
 @pytest.mark.integration
-def test_compiled_towers_give_the_same_numbers(checkpoint: Path) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_compiled_towers_give_the_same_numbers(backend: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that calls torch's own operators all but the C++ compiler's work is the same."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler, and there is none")
     plain, compiled = load_encoder(f"{GELU}={checkpoint}"), load_encoder(f"{GELU}={checkpoint}", compile=True)

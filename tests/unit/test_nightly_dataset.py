@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,12 +14,13 @@ from clipfilter.engine.driver import Unit
 from clipfilter.errors import ClipfilterError, RefusedError
 from clipfilter.nightly import accept_night, history, record, roll_back
 from clipfilter.nightly.arrivals import Appending, Base, Missing, find_arrivals
-from clipfilter.runs import ledger
+from clipfilter.runs import COUNTS, FailedShard, Run, Totals, Version, ledger
 from clipfilter.runs.plan import Plan, settle_plan
 from clipfilter.sources import Shard
 from clipfilter.storage import Directory
+from tests.support.runs import commit_of
 
-ZERO = dict.fromkeys(ledger.COUNTS, 0)
+ZERO = dict.fromkeys(COUNTS, 0)
 
 
 def shard(path: str, etag: str, identity: str | None = None) -> Shard:
@@ -37,11 +37,10 @@ class Ledger:
     def commit(self, item: Shard, *, rows: int = 10, failed: dict[str, int] | None = None) -> str:
         """The next commit of a shard, as the engine would write it."""
         known = ledger.list_commits(self.directory).get((item.id, "decided"))
-        name = ledger.CommitName(item.id, "decided", known.generation + 1 if known else 1)
         counts = {**ZERO, "rows": rows, "decided": rows, "keep": rows}
-        content = {"shard": item.to_json(), "generation": name.generation, "counts": counts, "files": {}}
-        ledger.write_commit(self.directory, name, {**content, "failed_by_class": failed or {}})
-        return name.path
+        generation = known.generation + 1 if known else 1
+        made = commit_of(item, "decided", generation=generation, counts=counts, failed_by_class=failed or {})
+        return ledger.write_commit(self.directory, made)[0].name
 
     def night(
         self,
@@ -52,7 +51,7 @@ class Ledger:
         retry: bool = False,
         thresholds: dict[str, float] | None = None,
         base: Base | None = None,
-    ) -> dict[str, Any]:
+    ) -> Version:
         """A night's bookkeeping; files in `broken` cannot be processed."""
         base = base or Base.read(self.directory)
         arrivals = find_arrivals(base, listing, retry_failed=retry)
@@ -63,21 +62,19 @@ class Ledger:
         names = []
         for item in good:
             known = newest.get((item.id, "decided"))
-            same = known and self.directory.read_json(known.path)["shard"]["etag"] == item.etag and not retry
+            same = known and ledger.read_commit(self.directory, known.path).shard.etag == item.etag and not retry
             names.append(known.path if known and same else self.commit(item))
-        failed = [{"shard": item.to_json(), "error": "broken", "attempts": 3} for item in bad]
-        content = {"plan": "p", "stage": "decided", "commits": names, "failed_shards": failed}
-        return growth.version({**content, "thresholds": thresholds or {}, "totals": {}})[1]
+        failed = [FailedShard(item, "broken", 3) for item in bad]
+        return growth.version(Version("p", "decided", names, failed, thresholds or {}, Totals()))  # type: ignore[arg-type]
 
     def held(self) -> dict[str, str]:
         """The newest version: file state by path (all shards of it)."""
-        newest = ledger.latest_version(self.directory)
-        assert newest is not None
-        commits = [self.directory.read_json(name) for name in newest[1]["commits"]]
-        assert newest[1]["totals"] == ledger.totals_of(commits, newest[1]["failed_shards"])
-        ids = [commit["shard"]["id"] for commit in commits]
+        run = Run.open(self.directory.url)
+        shards = [commit.shard for commit in run.commits()]
+        assert run.version.totals == Totals.of(run.commits(), len(run.version.failed_shards))
+        ids = [shard.id for shard in shards]
         assert len(set(ids)) == len(ids)
-        return {f"{c['shard']['path']}:{c['shard']['id'][-2:]}": c["shard"]["etag"] for c in commits}
+        return {f"{shard.path}:{shard.id[-2:]}": shard.etag for shard in shards}
 
 
 @pytest.fixture
@@ -99,7 +96,7 @@ def test_only_what_is_new_or_changed_is_processed(book: Ledger) -> None:
 def test_a_vanished_file_stays_unless_told_otherwise(book: Ledger) -> None:
     book.night([A, B])
     kept = book.night([A])
-    assert (kept["version"], len(book.held())) == (1, 2)
+    assert (kept.number, len(book.held())) == (1, 2)
     book.night([A, C])
     assert set(book.held().values()) == {"1"}
     assert len(book.held()) == 3
@@ -117,10 +114,10 @@ def test_a_file_that_is_cut_anew_replaces_all_its_shards(book: Ledger) -> None:
     third = [shard("p", "333", f"{n:016x}") for n in (1, 8)]
     version = book.night([A, *third], broken=("p",))
     assert book.held() == {"a:61": "1", "p:01": "22", "p:07": "22"}
-    assert len(version["failed_shards"]) == 2
+    assert len(version.failed_shards) == 2
     again = book.night([A, *third])
     assert book.held() == {"a:61": "1", "p:01": "333", "p:08": "333"}
-    assert again["failed_shards"] == []
+    assert again.failed_shards == []
 
 
 def test_damaged_shards_are_tried_again_on_request(book: Ledger) -> None:
@@ -130,7 +127,7 @@ def test_damaged_shards_are_tried_again_on_request(book: Ledger) -> None:
     again = find_arrivals(Base.read(book.directory), [A], retry_failed=True)
     assert (again.again, again.fresh, again.units) == (1, 0, [Unit(A)])
     version = book.night([A], retry=True)
-    assert (version["version"], version["commits"]) == (2, [f"commits/{A.id}.decided.002.json"])
+    assert (version.number, version.commits) == (2, [f"commits/{A.id}.decided.002.json"])
 
 
 def test_what_another_night_wrote_meanwhile_stands(book: Ledger) -> None:
@@ -139,11 +136,11 @@ def test_what_another_night_wrote_meanwhile_stands(book: Ledger) -> None:
     book.night([shard("a", "22"), B])  # ... while this one came and went
     book.night([A, C], base=stale)
     assert book.held() == {"a:61": "22", "b:62": "1", "c:63": "1"}
-    assert book.night([shard("a", "22"), B, C])["version"] == 3, "nothing is left to do"
+    assert book.night([shard("a", "22"), B, C]).number == 3, "nothing is left to do"
     # The same work done twice is one commit and one version.
     before = Base.read(book.directory)
     book.night([shard("a", "22"), B, C, shard("d", "1")])
-    assert book.night([shard("a", "22"), B, C, shard("d", "1")], base=before)["version"] == 4
+    assert book.night([shard("a", "22"), B, C, shard("d", "1")], base=before).number == 4
 
 
 def test_different_thresholds_never_meet_in_one_version(book: Ledger) -> None:
@@ -158,8 +155,8 @@ def test_different_thresholds_never_meet_in_one_version(book: Ledger) -> None:
 def test_the_way_back_is_a_new_version_and_lasts(book: Ledger) -> None:
     book.night([A, B])
     book.night([A, shard("b", "22"), C])
-    name, content = roll_back(book.directory.url, "1")
-    assert (name, content["rolled_back_to"], book.held()) == ("000003", 1, {"a:61": "1", "b:62": "1"})
+    made = roll_back(book.directory.url, "1")
+    assert (made.name, made.rolled_back_to, book.held()) == ("000003", 1, {"a:61": "1", "b:62": "1"})
     listing = [A, shard("b", "22"), C, shard("d", "1")]
     book.night(listing)
     assert book.held() == {"a:61": "1", "b:62": "1", "d:64": "1"}, "what was taken back stays out"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,25 @@ def onnx_encoder(folder: Path) -> TorchEncoder:
 def worst(left: np.ndarray, right: np.ndarray) -> float:
     """The largest 1 - cosine of two sets of unit rows."""
     return float(1 - (left.astype(np.float64) * right).sum(1).min())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exported_once() -> Iterator[None]:
+    """torch's exporter takes seconds for a tower: each tower of the tests goes through it once."""
+    programs: dict[Any, Any] = {}
+
+    def export(tower: Any, *given: Any, **more: Any) -> Any:
+        method = tower._tower
+        if not hasattr(method, "__func__"):
+            return original(tower, *given, **more)
+        if method not in programs:
+            programs[method] = original(tower, *given, **more)
+        return programs[method]
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.onnx.export
+        patch.setattr(torch.onnx, "export", export)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +169,8 @@ class BagOfWords(torch.nn.Module):
 def encoder_with(clip: TorchEncoder, image_tower: torch.nn.Module) -> TorchEncoder:
     return TorchEncoder(
         name="odd", dim=clip.dim, preprocess=clip.preprocess, logit_scale=1.0, logit_bias=None,
-        fingerprint=clip.fingerprint, image_tower=image_tower, text_tower=BagOfWords(), tokenize=clip.tokenize,
-        context_length=77, pad_id=0, end_id=clip.end_id, cut_to_longest=True, device=clip.device, dtype=clip.dtype,
+        fingerprint=clip.fingerprint, image_tower=image_tower, text_tower=BagOfWords(),
+        tokenizer=clip.tokenizer, cut_to_longest=True, device=clip.device, dtype=clip.dtype,
     )  # fmt: skip
 
 
@@ -409,7 +429,7 @@ def test_a_sentencepiece_like_tokenizer_travels_with_the_model(clip: TorchEncode
     pytest.importorskip("transformers", reason="the hf extra is not installed")
     tokenizer = open_clip_tokenizer(text_config, source)
     encoder = encoder_with(clip, BagOfWords())
-    encoder.tokenize, encoder.pad_id, encoder.end_id = tokenizer.encode, tokenizer.pad_id, tokenizer.end_id
+    encoder.tokenizer = tokenizer
 
     out = tmp_path / "out"
     out.mkdir()
@@ -418,6 +438,6 @@ def test_a_sentencepiece_like_tokenizer_travels_with_the_model(clip: TorchEncode
     texts = ["A dog's  DOG!", *TEXTS]
     assert load_tokenizer(out, entry)(texts) == tokenizer.encode(texts)
     assert len(load_tokenizer(out, entry)(["word " * 200])[0]) > 200
-    encoder.tokenize = lambda texts: [[fast.token_to_id("</s>")] for _ in texts]
+    encoder.tokenizer = replace(tokenizer, encode=lambda texts: [[fast.token_to_id("</s>")] for _ in texts])
     with pytest.raises(RefusedError, match="gives other tokens"):
         _write_tokenizer(encoder, out, TEXTS)

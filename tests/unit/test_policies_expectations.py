@@ -16,6 +16,7 @@ from clipfilter.models import Encoder, load_encoder
 from clipfilter.operations.expectations import run_tests
 from clipfilter.policies import load_policy, pack_names, parse_policy
 from clipfilter.policies.language.files import packs_folder
+from tests.support.edition import CAT, NO_CAT, SHOWN_OF_MARKETPLACE_SAFETY
 from tests.support.engine import PHOTOS
 from tests.support.policies import FakeEncoder
 
@@ -38,8 +39,8 @@ rules:
     review: {{above: 1000}}
     on_missing: keep
 tests:
-  - {{image: {PHOTOS}/kitten.jpg, expect: review, rules: {{cat: {{band: review, above: 0.8}}}}}}
-  - {{image: {PHOTOS}/colosseum.jpg, expect: keep, rules: {{cat: {{band: keep, below: 0.5}}}}}}
+  - {{image: {PHOTOS}/kitten.jpg, expect: review, rules: {{cat: {{band: review, above: {CAT}}}}}}}
+  - {{image: {PHOTOS}/colosseum.jpg, expect: keep, rules: {{cat: {{band: keep, below: {NO_CAT}}}}}}}
   - {{image: {PHOTOS}/colosseum.jpg, columns: {{price: 5000}}, expect: review, rules: {{price: review, small: keep}}}}
   - {{size: [640, 480], caption: two words, expect: reject, rules: {{few-words: reject}}}}
   - {{name: no caption, size: [640, 480], expect: keep, rules: {{few-words: missing, price: missing}}}}
@@ -63,7 +64,7 @@ def test_a_policy_that_does_what_its_tests_say(nano: Encoder, tmp_path: Path) ->
     assert [result.problems for result in report.results] == [[]] * 6
     assert report.failed == 0
     first = report.results[0]
-    assert (first.name, first.decision, first.expected) == ("kitten.jpg", "review", "review, cat: review above 0.8")
+    assert (first.name, first.decision, first.expected) == ("kitten.jpg", "review", f"review, cat: review above {CAT}")
     assert first.rules["cat"].nearest in ("a cat", "a kitten")
     assert report.to_json()["passed"] is True
     assert json.loads(json.dumps(report.to_json()))["tests"][1]["decision"] == "keep"
@@ -171,7 +172,7 @@ def test_a_near_miss_that_crowds_a_positive_is_named() -> None:
 def test_show_prints_rules_and_contrast(cli: CliRunner) -> None:
     shown = cli.invoke(app, ["policy", "show", "marketplace-safety"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
-    for words in ("above 0.997", "as nano reads its phrases", "a toy water gun 0.5", "may not tell them apart"):
+    for words in (*SHOWN_OF_MARKETPLACE_SAFETY, "as nano reads its phrases", "may not tell them apart"):
         assert words in shown.output, words
     canonical = cli.invoke(app, ["policy", "show", "marketplace-safety", "--json"])
     assert json.loads(canonical.output) == load_policy("marketplace-safety").canonical()

@@ -315,7 +315,7 @@ def test_numbers_that_disagree_are_said(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="no finished run"):
+    with pytest.raises(RefusedError, match="is not a run directory"):
         write_report(str(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
 

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipfilter.report.charts import bars
-from clipfilter.report.histogram import BINS, Histogram
+from clipfilter.charts import bars
+from clipfilter.charts.histogram import BINS, Histogram
 
 numbers = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=40)
 

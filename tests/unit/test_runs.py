@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from clipfilter.errors import RefusedError
-from clipfilter.runs import Base, Commit, FailedShard, Run, RunVectors, Totals, Version, Work, WorkerDetails
-from clipfilter.runs import typed_ledger as ledger
+from clipfilter.runs import Base, Commit, FailedShard, Run, RunVectors, Totals, Version, Work, WorkerDetails, ledger
 from clipfilter.runs.plan import Plan
 from clipfilter.sources import Shard
 from clipfilter.storage import Directory

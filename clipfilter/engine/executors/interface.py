@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from clipfilter.engine.worker import JobSpec, Task
+from clipfilter.engine.worker import Done, JobSpec, Task
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of one submitted task.
 
-    kind: "done" (`result` holds the commit), "error" (it raised: `message`, and `permanent` when trying again cannot
+    kind: "done" (`result`), "error" (it raised: `message`, and `permanent` when trying again cannot
     help), "died" (its worker was killed), "refused" (the whole job cannot go on).
     """
 
     ticket: int
     kind: Literal["done", "error", "died", "refused"]
-    result: dict[str, Any] | None = None
+    result: Done | None = None
     message: str = ""
     permanent: bool = False
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from clipfilter.engine.executors.interface import TASKS_PER_WORKER, Outcome, Resources
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, local_device
-from clipfilter.engine.worker import JobSpec, Task
+from clipfilter.engine.worker import Done, JobSpec, Task
 from clipfilter.errors import ClipfilterError, RefusedError
 
 log = logging.getLogger("clipfilter.engine")
@@ -109,7 +109,7 @@ class LocalExecutor:
             ticket = message["ticket"]
             worker.tickets.discard(ticket)
             if "done" in message:
-                yield Outcome(ticket, "done", result=message["done"])
+                yield Outcome(ticket, "done", result=Done.from_json(message["done"]))
             elif "refused" in message:
                 yield Outcome(ticket, "refused", message=message["refused"])
             else:

@@ -13,7 +13,7 @@ from typing import Any
 
 from clipfilter.engine.executors.interface import TASKS_PER_WORKER, Outcome, Resources, error_outcome
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count
-from clipfilter.engine.worker import JobSpec, Task
+from clipfilter.engine.worker import Done, JobSpec, Task
 from clipfilter.errors import ClipfilterError, RefusedError
 
 log = logging.getLogger("clipfilter.engine")
@@ -64,7 +64,7 @@ class EncoderActor:
 
     def process(self, ticket: int, task: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"done": self._worker.process(Task(**task))}
+            return {"done": self._worker.process(Task.from_json(task)).to_json()}
         except Exception as error:
             log.exception("task %d failed", ticket)
             outcome = error_outcome(ticket, error)
@@ -105,25 +105,7 @@ class RayExecutor:
         import ray
 
         self._ray = ray
-        try:
-            if address is not None:
-                _knock(address)
-            if address is None:
-                ray.init(
-                    address="local",
-                    num_cpus=cpu_count(),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=100 << 20,
-                )
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise RefusedError(
-                f"no Ray cluster answers at {address or 'this machine'} ({_first_line(error)}); check --address, "
-                "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave --address out to start one here."
-            ) from error
+        _connect(ray, address)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self.hosts = {node["NodeManagerHostname"] for node in nodes}
         total = ray.cluster_resources()
@@ -132,12 +114,11 @@ class RayExecutor:
             self.close()
             raise RefusedError("the Ray cluster has no GPU; use --device cpu, or start its nodes with --num-gpus.")
         per_node = [int(node["Resources"].get("CPU", 0)) for node in nodes]
+        self._gpus_per_worker = gpus_per_worker if gpus else 0.0
         if gpus:
-            self._gpus_per_worker = gpus_per_worker
             count = int(gpus / gpus_per_worker)
             share = int(min(MAX_THREADS, max(1, sum(per_node) // max(1, count))))
         else:
-            self._gpus_per_worker = 0.0
             share = max(1, min([MAX_THREADS, *(cpus for cpus in per_node if cpus)]))
             count = sum(cpus // (threads or share) for cpus in per_node)
         self._resources = Resources(workers or max(1, count), threads or share, "cuda" if gpus else "cpu")
@@ -262,7 +243,7 @@ class RayExecutor:
         except self._ray.exceptions.RayError as error:
             return [Outcome(ticket, "error", message=_first_line(error))]
         if "done" in answer:
-            return [Outcome(ticket, "done", result=answer["done"])]
+            return [Outcome(ticket, "done", result=Done.from_json(answer["done"]))]
         if "refused" in answer:
             return [Outcome(ticket, "refused", message=answer["refused"])]
         return [Outcome(ticket, "error", message=answer["error"], permanent=answer["permanent"])]
@@ -305,6 +286,28 @@ class _Actor:
         self.rows_before = 0
         self.progress: Any = None
         self.asked = 0.0
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Join the cluster at `address`, or start one of this machine; RefusedError where none answers."""
+    try:
+        if address is not None:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cpu_count(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=100 << 20,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RefusedError(
+            f"no Ray cluster answers at {address or 'this machine'} ({_first_line(error)}); check --address, "
+            "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave --address out to start one here."
+        ) from error
 
 
 def _knock(address: str) -> None:

@@ -49,7 +49,7 @@ def main() -> None:
 
     def run(ticket: int, task: Task) -> None:
         try:
-            answer({"ticket": ticket, "done": worker.process(task)})
+            answer({"ticket": ticket, "done": worker.process(task).to_json()})
         except Exception as error:
             traceback.print_exc()
             outcome = error_outcome(ticket, error)
@@ -67,7 +67,7 @@ def main() -> None:
     pool = ThreadPoolExecutor(TASKS_PER_WORKER)
     for line in lines:
         message = json.loads(line)
-        pool.submit(run, message["ticket"], Task(**message["task"]))
+        pool.submit(run, message["ticket"], Task.from_json(message["task"]))
     worker.close()
     os._exit(0)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +12,7 @@ import numpy as np
 
 from clipfilter.errors import RefusedError
 from clipfilter.models.heads.network import Activation, Final, Layers, SafetyChecker, Vocabulary
+from clipfilter.storage import replacing
 
 FORMAT = "1"
 MAX_BYTES = 256 * 1024 * 1024  # of the tensors that are read
@@ -45,14 +44,8 @@ class HeadFile:
         from safetensors.numpy import save
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".head-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save(self.tensors, self.metadata))
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path, shared=True) as unfinished:
+            unfinished.write_bytes(save(self.tensors, self.metadata))
 
     def network(self, shown: str) -> Layers | SafetyChecker:
         """What the file describes; `shown` names it in refusals."""

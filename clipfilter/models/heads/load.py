@@ -12,12 +12,11 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from clipfilter.errors import RefusedError
-from clipfilter.models.checkpoint import file_sha256
 from clipfilter.models.heads.convert import convert
 from clipfilter.models.heads.file import FORMAT, HeadFile, read_head_file
 from clipfilter.models.heads.head import Head
 from clipfilter.models.heads.registry import FILE, HEADS, Original, check_name, same_embeddings
-from clipfilter.storage import local_path
+from clipfilter.storage import file_sha256, local_path, replacing
 
 FOLDER_VARIABLE = "CLIPFILTER_HEADS"
 _MAX_DOWNLOAD_BYTES = 64 * 1024 * 1024
@@ -133,9 +132,8 @@ def _original(name: str, model: str, original: Original) -> Path:
         )
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_name(f".{cached.name}.{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(cached)
+        with replacing(cached, shared=True) as unfinished:
+            unfinished.write_bytes(content)
     except OSError as error:
         raise RefusedError(
             f"the head {name} cannot be kept in {cached.parent} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"

@@ -6,13 +6,20 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipfilter.errors import RefusedError
 from clipfilter.images import PreprocessConfig
-from clipfilter.models._torch import resolve_device, resolve_dtype, torch_with_torchvision, use_threads
+from clipfilter.models._torch import set_up_torch
+from clipfilter.models.checkpoint import read_state_dict
 from clipfilter.models.encoder import TorchEncoder
-from clipfilter.storage import local_path
+from clipfilter.models.tokenizer import TextTokenizer
+from clipfilter.storage import file_sha256, local_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clipfilter.models.nano.network import Nano
 
 HERE = Path(__file__).parent
 NANO_CONFIG, WEIGHTS, VOCABULARY = HERE / "nano.json", HERE / "nano.safetensors", HERE / "vocab.txt"
@@ -25,37 +32,16 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
     without one it is read like the bundled weights. Raises RefusedError for another edition, and for files that do not
     fit.
     """
-    torch_with_torchvision()
-    from tokenizers import BertWordPieceTokenizer
-
-    from clipfilter.models.checkpoint import file_sha256, read_state_dict
-    from clipfilter.models.nano.network import Nano, unpack
-
-    torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
-    use_threads(threads)
-    _, _, local = name.partition("=")
+    torch_device, torch_dtype = set_up_torch(device, dtype, threads)
+    local = name.partition("=")[2]
     weights = local_path(local) if local else WEIGHTS
     state = read_state_dict(weights)
-    config = _config_of(weights) if local else json.loads(NANO_CONFIG.read_text(encoding="utf-8"))
-    edition = f"nano@{config['edition']}"
-    if not local and name not in ("nano", edition):
-        raise RefusedError(f"this version of clipfilter bundles {edition}, not {name}: use nano or {edition}")
-    network = Nano(config["network"])
-    try:
-        network.load_state_dict(unpack(state), strict=True)
-    except RuntimeError as error:
-        fix = "is it one of nano's?" if local else "reinstall clipfilter"
-        reason = str(error).splitlines()[-1].strip()[:200]
-        raise RefusedError(f"the weights {weights} do not fit nano's network: {fix} ({reason})") from None
+    config = _config_of(weights) if local else bundled_config()
+    if not local:
+        check_edition(name)
+    network = _network(config, state, weights, "is it one of nano's?" if local else "reinstall clipfilter")
     network.place(torch_device, torch_dtype)
     preprocess = PreprocessConfig.from_json(config["preprocess"])
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are the engine's to give
-    tokenizer = BertWordPieceTokenizer(str(VOCABULARY), lowercase=True)
-
-    def tokenize(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
-
     return TorchEncoder(
         name=name,
         dim=network.dim,
@@ -63,7 +49,7 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
         logit_scale=float(config["logit_scale"]),
         logit_bias=None,
         fingerprint={
-            "model": f"nano={weights.name}" if local else edition,
+            "model": f"nano={weights.name}" if local else f"nano@{config['edition']}",
             "architecture": config["architecture"],
             "weights_sha256": file_sha256(weights),
             "preprocess": preprocess.to_json(),
@@ -72,10 +58,7 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
         },
         image_tower=network.encode_image,
         text_tower=network.encode_text,
-        tokenize=tokenize,
-        context_length=int(config["context_length"]),
-        pad_id=0,
-        end_id=tokenizer.token_to_id("[SEP]"),
+        tokenizer=_tokenizer(int(config["context_length"])),
         cut_to_longest=True,
         device=torch_device,
         dtype=torch_dtype,
@@ -83,9 +66,45 @@ def load_nano(name: str, *, device: str, dtype: str, threads: int | None) -> Tor
     )
 
 
+def _network(config: dict[str, Any], state: dict[str, Tensor], weights: Path, fix: str) -> Nano:
+    from clipfilter.models.nano.network import Nano, unpack
+
+    network = Nano(config["network"])
+    try:
+        network.load_state_dict(unpack(state), strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise RefusedError(f"the weights {weights} do not fit nano's network: {fix} ({reason})") from None
+    return network
+
+
+def _tokenizer(context_length: int) -> TextTokenizer:
+    from tokenizers import BertWordPieceTokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are the engine's to give
+    tokenizer = BertWordPieceTokenizer(str(VOCABULARY), lowercase=True)
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+    return TextTokenizer(encode, context_length, pad_id=0, end_id=tokenizer.token_to_id("[SEP]"))
+
+
+def bundled_config() -> dict[str, Any]:
+    """nano.json of the bundled weights."""
+    return dict(json.loads(NANO_CONFIG.read_text(encoding="utf-8")))
+
+
+def check_edition(name: str) -> None:
+    """Raise RefusedError unless `name` (`nano` or `nano@EDITION`) is the bundled edition."""
+    edition = f"nano@{bundled_config()['edition']}"
+    if name not in ("nano", edition):
+        raise RefusedError(f"this version of clipfilter bundles {edition}, not {name}: use nano or {edition}")
+
+
 def nano_config_text(weights: Path | None, logit_scale: float) -> str:
     """nano.json of these weights (None: the bundled ones) with another logit scale, as a file's metadata carries it."""
-    config = json.loads(NANO_CONFIG.read_text(encoding="utf-8")) if weights is None else _config_of(weights)
+    config = bundled_config() if weights is None else _config_of(weights)
     return json.dumps({**config, "logit_scale": logit_scale})
 
 

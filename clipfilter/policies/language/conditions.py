@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from pydantic import PlainValidator, WithJsonSchema
 
 from clipfilter.errors import RefusedError
+from clipfilter.policies.columns import BUILTINS, is_numeric, is_text, metadata_values
 from clipfilter.policies.language.fields import fail, number, shown, suggest
 
 MAX_DEPTH = 8
@@ -119,8 +120,6 @@ def leaves(condition: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def check_condition(condition: dict[str, Any], schema: pa.Schema) -> None:
     """Refuse a condition that data with this schema can never answer."""
-    from clipfilter.policies.columns import BUILTINS, is_numeric
-
     for leaf in leaves(condition):
         name = leaf["column"]
         if name in BUILTINS:
@@ -141,13 +140,6 @@ def check_condition(condition: dict[str, Any], schema: pa.Schema) -> None:
             raise RefusedError(f"the condition compares {name!r} with {what}, but the column holds {kind}")
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds texts."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
 def truth(condition: dict[str, Any], table: pa.Table) -> np.ndarray:
     """int8 [n]: 1 where the condition holds, 0 where it does not, -1 where a missing value leaves it open."""
     if "not" in condition:
@@ -163,8 +155,6 @@ def truth(condition: dict[str, Any], table: pa.Table) -> np.ndarray:
 
 
 def _compare(leaf: dict[str, Any], table: pa.Table) -> np.ndarray:
-    from clipfilter.policies.columns import BUILTINS, metadata_values
-
     check_condition(leaf, table.schema)
     name = leaf["column"]
     if name not in BUILTINS:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
-from pydantic import BeforeValidator, ValidationInfo, model_serializer, model_validator
+from pydantic import BeforeValidator, GetJsonSchemaHandler, ValidationInfo, model_serializer, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
+from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS, Decision
 from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import DigestTable, name_digests
 from clipfilter.policies.language.attachments import Attachment, Attachments, attach
 from clipfilter.policies.language.fields import Model, choice, fail, shown, suggest, text
+from clipfilter.policies.language.shapes import FILE
 
-DECISIONS = ("keep", "review", "reject")
 #: The name under which an override stands among the reasons of a row; no rule may have it.
 OVERRIDE_RULE = "override"
 MAX_LISTED = 1000
 
-_NEEDED = ("cf_uid", "decision")
+_NEEDED = (cf.UID, "decision")
 _OPTIONAL = ("by", "date", "note")
 
 
@@ -31,7 +35,7 @@ class Override(Model):
     """What a person decided about one row."""
 
     cf_uid: Annotated[str, BeforeValidator(text("cf_uid", 1000))]
-    decision: Annotated[Literal["keep", "review", "reject"], BeforeValidator(choice("the decision", *DECISIONS))]
+    decision: Annotated[Decision, BeforeValidator(choice("the decision", *DECISIONS))]
     by: Annotated[str, BeforeValidator(text("by", 200))] | None = None
     date: Annotated[str, BeforeValidator(text("date", 40))] | None = None
     note: Annotated[str, BeforeValidator(text("note", 2000))] | None = None
@@ -143,6 +147,10 @@ class Overrides(Model):
                 fail(f"the cf_uid {shown(row.cf_uid)} is there twice", place, "cf_uid")
             seen.add(row.cf_uid)
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "array", "items": handler(Override.__pydantic_core_schema__)}, *FILE["anyOf"]]}
 
     @model_serializer
     def _plain(self) -> Any:

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads as head_models
+from clipfilter.policies.kinds.registry import KINDS, measure_in
 from clipfilter.policies.language.load import sentence_of
-from clipfilter.policies.language.schema import KINDS, Policy
+from clipfilter.policies.language.schema import Policy
 from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml
 
 
@@ -39,7 +40,7 @@ def scores_of(policy: Policy) -> ScorePolicy:
     rules = [
         {key: value for key, value in rule.items() if key in kept}
         for rule in data["rules"]
-        if not {"fraction", "known"} & set(rule)
+        if measure_in(rule).measures
     ]
     if not rules:
         raise RefusedError(f"policy {policy.name!r} has no rule with a score of its own.")

@@ -5,17 +5,22 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
+from clipfilter.decisions import LIMITS, Limit
 from clipfilter.policies.language.fields import choice, fail, identifier, number, shown, suggest
+from clipfilter.policies.language.shapes import TEXTS, WEIGHED_PHRASES
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
 MAX_PHRASES = 256
 MAX_PHRASE_CHARS = 300
 MAX_TEMPLATES = 100
 
-OnMissing = Literal["review", "reject", "keep"]
+OnMissing = Literal[Limit, "keep"]
 
+_TEMPLATES: dict[str, Any] = {
+    "anyOf": [{"enum": list(TEMPLATES)}, {**TEXTS, "items": {"type": "string", "pattern": r"\{\}"}}]
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -107,6 +112,8 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 Sha256 = Annotated[str, BeforeValidator(_sha256)]
 Phrases = Annotated[tuple[str, ...], BeforeValidator(phrases)]
-Templates = Annotated[tuple[str, ...], BeforeValidator(_templates)]
-Generic = Annotated[int, BeforeValidator(_generic)]
-Missing = Annotated[OnMissing, BeforeValidator(choice("on_missing", "review", "reject", "keep"))]
+#: Phrases that may be written with a weight, which is taken off before they come here.
+WeighedPhrases = Annotated[tuple[str, ...], BeforeValidator(phrases), WithJsonSchema(WEIGHED_PHRASES)]
+Templates = Annotated[tuple[str, ...], BeforeValidator(_templates), WithJsonSchema(_TEMPLATES)]
+Generic = Annotated[int, BeforeValidator(_generic), WithJsonSchema({"type": ["boolean", "integer"]})]
+Missing = Annotated[OnMissing, BeforeValidator(choice("on_missing", *LIMITS, "keep"))]

@@ -1,8 +1,7 @@
-"""Text made safe and short for the page: escaped, without control characters, numbers as people read them."""
+"""Text for people: visible and short, without secrets; numbers, times and sizes as people read them."""
 
 from __future__ import annotations
 
-import html
 import math
 import re
 import unicodedata
@@ -15,23 +14,23 @@ _CREDENTIALS = re.compile(r"://[^/\s@]{1,200}@")
 _QUERY = re.compile(r"(://[^\s?#]{1,2000})[?#]\S{1,4000}")
 
 
+def visible(text: object) -> str:
+    """Text without what cannot be seen: control and direction-changing characters are U+FFFD, line breaks stay."""
+    value = str(text)
+    if value.isascii() and value.isprintable():  # long data, at once
+        return value
+    return "".join(c if c == "\n" or shown(c) else "\ufffd" for c in value)
+
+
 def clean(text: object, limit: int = 400) -> str:
-    """One line of plain text: line breaks become spaces, control and direction-changing characters U+FFFD."""
-    value = str(text)[: limit * 4].translate(_SPACES)
-    value = "".join(character if shown(character) else "\ufffd" for character in value)
-    value = " ".join(value.split())
+    """One line of visible text, at most `limit` characters: line breaks and other white space become single spaces."""
+    value = " ".join(visible(str(text)[: limit * 4].translate(_SPACES)).split())
     return value if len(value) <= limit else value[: limit - 1].rstrip() + "…"
 
 
 def clean_block(text: str, limit: int) -> str:
-    """Like `clean`, for several lines."""
-    lines = ("".join(c if shown(c) else "\ufffd" for c in line) for line in text[:limit].split("\n"))
-    return "\n".join(lines) + ("\n… (cut)" if len(text) > limit else "")
-
-
-def esc(text: object, limit: int = 400) -> str:
-    """`clean`, escaped for HTML text and attribute values."""
-    return html.escape(clean(text, limit), quote=True)
+    """Visible text of several lines, cut after `limit` characters."""
+    return visible(text[:limit]) + ("\n… (cut)" if len(text) > limit else "")
 
 
 def place(url: object) -> str:
@@ -46,7 +45,13 @@ def shown(character: str) -> bool:
 
 
 def number(value: float) -> str:
+    """A whole number, its thousands apart."""
     return f"{value:,.0f}"
+
+
+def plural(count: int, word: str) -> str:
+    """For example "1 shard" and "7 shards"."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 def share(part: float, whole: float) -> str:

@@ -1,0 +1,62 @@
+"""Files that appear whole or not at all, and nothing unfinished left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clipfilter.storage import Directory, directory_of, replacing
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_file_takes_the_place_of_another_when_all_went_well(tmp_path: Path, shared: bool) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with replacing(path, shared=shared) as unfinished:
+        unfinished.write_bytes(b"after")
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_trouble_leaves_the_file_as_it_was(tmp_path: Path, shared: bool) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with pytest.raises(KeyError), replacing(path, shared=shared) as unfinished:  # noqa: PT012
+        unfinished.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_a_shared_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with replacing(path, shared=True) as first, replacing(path, shared=True) as second:
+        assert first != second
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert path.read_bytes() == b"first"
+
+
+@pytest.mark.parametrize(
+    ("url", "folder", "name"),
+    [
+        ("/a/b.npy", "/a", "b.npy"),
+        ("/b.npy", "/", "b.npy"),
+        ("b.npy", str(Path.cwd()), "b.npy"),
+        ("a/b.npy", str(Path("a").absolute()), "b.npy"),
+    ],
+)
+def test_the_directory_of_a_file(url: str, folder: str, name: str) -> None:
+    directory, found = directory_of(url)
+    assert (directory.url, found) == (folder, name)
+
+
+def test_a_directory_in_a_block_leaves_nothing_unfinished(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), Directory(str(tmp_path)) as directory:  # noqa: PT012
+        directory.replace("kept.json", b"{}")
+        (directory.scratch() / "half").write_bytes(b"x")
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
