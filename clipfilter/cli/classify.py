@@ -147,8 +147,13 @@ def _classify(
 
 def _counted(tables: Iterable[pa.Table], counts: Counter[str | None]) -> Iterator[pa.Table]:
     for table in tables:
-        counts.update({item["values"]: item["counts"] for item in table[cf.LABEL].value_counts().to_pylist()})
+        counts.update(_won(table))
         yield table
+
+
+def _won(table: pa.Table | pa.RecordBatch) -> dict[str | None, int]:
+    """How many rows each label won; None stands for those that failed."""
+    return {item["values"]: item["counts"] for item in table[cf.LABEL].value_counts().to_pylist()}
 
 
 def _through(tables: Iterable[pa.Table], sinks: list[Any]) -> Iterator[pa.Table]:
@@ -313,5 +318,5 @@ def _print_counts(out: str) -> None:
     run = Run.open(out)
     counts: Counter[str | None] = Counter({None: run.version.totals.failed})
     for _, batch in run.batches("annotated", [cf.LABEL]):
-        counts.update({item["values"]: item["counts"] for item in batch[cf.LABEL].value_counts().to_pylist()})
+        counts.update(_won(batch))
     _print_table(Console(), counts)

@@ -168,18 +168,9 @@ def _night(
     if killed:
         nights = ", ".join(map(str, killed[-_NAMED:]))
         alerts.append(Alert("failure", f"night {nights} never finished; this one took over", {"nights": killed}))
-    dropping = request.missing == "drop" and bool(arrivals.vanished)
-    if dropping and not arrivals.listed:
+    if request.missing == "drop" and arrivals.vanished and not arrivals.listed:
         alerts.append(Alert("failure", "the source lists nothing at all; no rows were dropped from the dataset"))
-        dropping = False
-    messages: list[str] = []
-    if arrivals.units or request.refit or base.version is None:
-        result = run_plan(job, display, growth=growth)
-        version, messages = result.version, result.messages
-    elif dropping:
-        version = growth.version(replace(base.version, commits=[], rolled_back_to=None, order=_DROPPED)).name
-    else:
-        version = base.version.name
+    version, messages = _append(request, job, base, growth, display)
     totals = ledger.read_version(directory, version).totals
 
     shards = {name: getattr(arrivals, name) for name in ("new", "changed", "again", "set_aside")}
@@ -216,6 +207,19 @@ def _night(
     return NightResult(
         directory.url, number, outcome, version, shards, counts, totals, drift, alerts, seconds, code, messages
     )
+
+
+def _append(
+    request: NightRequest, job: JobPlan, base: Base, growth: Appending, display: Display | None
+) -> tuple[str, list[str]]:
+    """Process what is new, or drop what is gone: the name of the newest version, and sentences for the person."""
+    arrivals = growth.arrivals
+    if arrivals.units or request.refit or base.version is None:
+        result = run_plan(job, display, growth=growth)
+        return result.version, result.messages
+    if request.missing == "drop" and arrivals.vanished and arrivals.listed:
+        return growth.version(replace(base.version, commits=[], rolled_back_to=None, order=_DROPPED)).name, []
+    return base.version.name, []
 
 
 def _tonight(directory: Directory, added: list[str]) -> tuple[dict[str, Any], list[str]]:

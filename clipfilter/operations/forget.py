@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.engine import shard_report
 from clipfilter.errors import RefusedError
 from clipfilter.operations.reshard import load_subset
@@ -141,13 +142,13 @@ def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[le
 
 def _matches(directory: Directory, file: DataFile, values: pa.Array) -> Iterator[tuple[str, int]]:
     try:
-        table = _read(directory, file, ["cf_uid", "cf_row"])
+        table = _read(directory, file, [cf.UID, cf.ROW])
     except FileNotFoundError:  # deleted by an interrupted call
         return
     if table is None:
         return
-    chosen = table.filter(pc.is_in(table["cf_uid"], value_set=values))
-    yield from zip(chosen["cf_uid"].to_pylist(), chosen["cf_row"].to_pylist(), strict=True)
+    chosen = table.filter(pc.is_in(table[cf.UID], value_set=values))
+    yield from zip(chosen[cf.UID].to_pylist(), chosen[cf.ROW].to_pylist(), strict=True)
 
 
 def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> bool:
@@ -160,10 +161,10 @@ def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> boo
                 return True
             continue
         try:
-            table = _read(directory, file, ["cf_row"])
+            table = _read(directory, file, [cf.ROW])
         except FileNotFoundError:
             return True
-        if table is not None and pc.any(pc.is_in(table["cf_row"], value_set=wanted)).as_py():
+        if table is not None and pc.any(pc.is_in(table[cf.ROW], value_set=wanted)).as_py():
             return True
     return False
 
@@ -183,7 +184,7 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
     commit = ledger.read_commit(directory, name.path)
     drop = pa.array(sorted(rows), pa.int64())
     tables = {folder: read_table(directory, file) for folder, file in commit.files.items() if folder in _TABLES}
-    left = {f: table.filter(pc.invert(pc.is_in(table["cf_row"], value_set=drop))) for f, table in tables.items()}
+    left = {f: table.filter(pc.invert(pc.is_in(table[cf.ROW], value_set=drop))) for f, table in tables.items()}
     with ShardWriter(directory, _without_names(commit.shard, rows), None) as writer:
         if "embeddings" in left:
             writer.embeddings(left["embeddings"].combine_chunks())
@@ -195,8 +196,8 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
         for copies, decision in _COPIES.items():
             file = commit.files.get(copies)
             if file is not None:
-                old = tables["annotated"].filter(pc.equal(tables["annotated"]["cf_decision"], decision))
-                keep = ~np.isin(np.asarray(old["cf_row"]), np.asarray(drop))
+                old = tables["annotated"].filter(pc.equal(tables["annotated"][cf.DECISION], decision))
+                keep = ~np.isin(np.asarray(old[cf.ROW]), np.asarray(drop))
                 if keep.all():
                     writer.files[copies] = file
                 else:
@@ -217,7 +218,7 @@ def _account_after(commit: Commit, left: dict[FileKind, pa.Table]) -> Account:
     """What became of the rows that are left."""
     failed = left.get("failed", FAILED.empty_table())
     rows = left.get("annotated", left.get("scored", FAILED.empty_table()))
-    report = shard_report(rows, failed, "cf_reasons" in rows.column_names and commit.stage == "decided")
+    report = shard_report(rows, failed, cf.REASONS in rows.column_names and commit.stage == "decided")
     before = {name: count for name, count in commit.counts.items() if name != "escalated"}
     counts = Counts(before | report.counts)
     return replace(commit.account, counts=counts, failed_by_class=report.failed_by_class, rules=report.rules)
@@ -270,7 +271,7 @@ def _copy(
         table = pq.read_table(fetched)
         pq.write_table(table.filter(pa.array(keep)), target, compression="zstd")
     else:
-        _copy_folder(fetched, target, shard, np.asarray(old["cf_row"])[~keep].tolist())
+        _copy_folder(fetched, target, shard, np.asarray(old[cf.ROW])[~keep].tolist())
     stem = re.sub(rf"{shard.id}-[0-9a-f]+(\..*)?$", "", Path(name).name)
     writer.publish(target, folder, "".join(Path(name).suffixes[-1:]), int(keep.sum()), stem)
 

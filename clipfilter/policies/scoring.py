@@ -20,10 +20,10 @@ import pyarrow as pa
 from clipfilter import columns as cf
 from clipfilter.policies import blocks
 from clipfilter.policies.blocks import BLOCK
-from clipfilter.policies.columns import metadata_values
 from clipfilter.policies.kinds.base import Answer, Block, CompiledRule, Found, Plan, Rows
-from clipfilter.policies.language import conditions
-from clipfilter.policies.language.overrides import OverrideTable
+from clipfilter.policies.parts import conditions
+from clipfilter.policies.parts.columns import metadata_values
+from clipfilter.policies.parts.overrides import OverrideTable
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from clipfilter import columns as cf
+from clipfilter.decisions import ESCALATE, LIMITS, MISSING
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, load_policy, pack_names
 from clipfilter.report.data import RuleData, rules_of
@@ -65,13 +67,13 @@ def _rows(run: Run) -> Iterator[tuple[Commit, bool, dict[str, Any]]]:
     """(commit, whether the row failed, row) of every row."""
     for commit in run.commits():
         for file in (commit.files.annotated, commit.files.failed):
-            for batch in run.batches_of(file, lambda name: name.startswith("cf_"), _BATCH):
+            for batch in run.batches_of(file, lambda name: name.startswith(cf.PREFIX), _BATCH):
                 for row in batch.to_pylist():
                     yield commit, file is commit.files.failed, row
 
 
 def _decision(row: dict[str, Any], failed: bool) -> str:
-    return "failed" if failed else str(row.get("cf_decision"))
+    return "failed" if failed else str(row.get(cf.DECISION))
 
 
 class _Exporter:
@@ -95,34 +97,34 @@ class _Exporter:
         if self._kind == AUDIT:
             return self._audit(commit, failed, row, verdicts)
         ours = {
-            "uid": row["cf_uid"],
-            "key": row["cf_key"],
+            "uid": row[cf.UID],
+            "key": row[cf.KEY],
             "decision": _decision(row, failed),
             "policy_sha256": self._plan.policy_sha256,
         }
         if failed:
-            return {"error": {"code": row["cf_error_class"], "message": row["cf_error"]}, "clipfilter": ours}
+            return {"error": {"code": row[cf.ERROR_CLASS], "message": row[cf.ERROR]}, "clipfilter": ours}
         title = f"{self._policy['name']}-{self._policy['version']}"
         return {**SHAPES[self._kind](self._categories, self._rules, verdicts, ours, title), "clipfilter": ours}
 
     def _audit(
         self, commit: Commit, failed: bool, row: dict[str, Any], verdicts: dict[str, RuleVerdict]
     ) -> dict[str, Any]:
-        image = {key: row.get(f"cf_{key}") for key in ("sha256", "width", "height", "format")}
+        image = {key: row.get(f"{cf.PREFIX}{key}") for key in ("sha256", "width", "height", "format")}
         return {
             "format": FORMAT,
-            "uid": row["cf_uid"],
-            "key": row["cf_key"],
+            "uid": row[cf.UID],
+            "key": row[cf.KEY],
             "decision": _decision(row, failed),
-            "reasons": [] if failed else row["cf_reasons"],
+            "reasons": [] if failed else row[cf.REASONS],
             "said": [f"{item.id}: {sentence(item)}" for item in verdicts.values() if item.result in _SAYING],
             "rules": [asdict(item) for item in verdicts.values()],
-            "error": {"class": row["cf_error_class"], "message": row["cf_error"]} if failed else None,
+            "error": {"class": row[cf.ERROR_CLASS], "message": row[cf.ERROR]} if failed else None,
             "image": None if failed else image,
-            "caption": row.get("cf_caption"),
-            "similarity": row.get("cf_similarity"),
+            "caption": row.get(cf.CAPTION),
+            "similarity": row.get(cf.SIMILARITY),
             "shard": {"id": commit.shard.id, "path": commit.shard.path},
-            "row": row["cf_row"],
+            "row": row[cf.ROW],
             "policy": self._policy,
             "model": self._plan.model,
             "decode": self._plan.options.get("decode"),
@@ -131,7 +133,7 @@ class _Exporter:
 
 
 #: Results that are worth a sentence; the rest only passed.
-_SAYING = frozenset({"review", "reject", "missing", "escalate"})
+_SAYING = frozenset({*LIMITS, MISSING, ESCALATE})
 
 
 def _categories(plan: Plan, kind: str, mapping: str | None, rules: dict[str, RuleData]) -> dict[str, tuple[str, ...]]:

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.charts import Histogram
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING
 from clipfilter.policies import Measure, bent, measure_in, measure_of
 from clipfilter.runs import Commit, Plan, Run, Totals, Version, Work
 
-BANDS = ("review", "reject", "missing", "escalate")
-DECISIONS = ("keep", "review", "reject")
+BANDS = (*LIMITS, MISSING, ESCALATE)
 #: How many example messages each class of failure gets, and how many troubled shards are listed.
 FAILURE_EXAMPLES = 4
 LISTED_SHARDS = 20
@@ -177,7 +178,7 @@ def rules_of(plan: Plan, version: Version) -> list[RuleData]:
         measure = measure_in(spec)
         depends = measure.needs_model
         calibrated = own.get("rules", {}).get(spec["id"], {}) if depends else {}
-        named = [name for name in ("review", "reject") if name in spec or name in calibrated]
+        named = [name for name in LIMITS if name in spec or name in calibrated]
         # Where the score is the calibrated probability, calibrated thresholds (raw scores) are carried over to it.
         bends = measure.is_calibrated(spec[measure.kind])
         curve = calibrated.get("probability", {}).get("platt") if bends else None
@@ -246,10 +247,10 @@ def _add_shard(data: RunData, commit: Commit, sums: _ShardSums) -> None:
 
 def _sum_shard(run: Run, rules: list[RuleData], commit: Commit) -> _ShardSums:
     sums = _ShardSums(rules=[(Histogram(), 0, Counter(), 0, [0] * len(rule.bands)) for rule in rules])
-    wanted = {"cf_similarity", "cf_decision", "cf_reasons", *(f"cf_score.{rule.id}" for rule in rules)}
+    wanted = {cf.SIMILARITY, cf.DECISION, cf.REASONS, *(cf.score(rule.id) for rule in rules)}
     for batch in run.batches_of(commit.files.annotated, wanted.__contains__, _BATCH):
         _sum_batch(sums, rules, batch)
-    for batch in run.batches_of(commit.files.failed, ("cf_key", "cf_error_class", "cf_error"), _BATCH):
+    for batch in run.batches_of(commit.files.failed, (cf.KEY, cf.ERROR_CLASS, cf.ERROR), _BATCH):
         _sum_failures(sums.failures, batch, commit.shard.path)
         sums.rows += batch.num_rows
     return sums
@@ -258,17 +259,17 @@ def _sum_shard(run: Run, rules: list[RuleData], commit: Commit) -> _ShardSums:
 def _sum_batch(sums: _ShardSums, rules: list[RuleData], batch: pa.RecordBatch) -> None:
     sums.rows += batch.num_rows
     names = set(batch.schema.names)
-    if "cf_similarity" in names:
-        sums.similarity.add(floats(batch.column("cf_similarity")))
-    if "cf_decision" in names:
-        for item in pc.value_counts(batch.column("cf_decision")).to_pylist():
+    if cf.SIMILARITY in names:
+        sums.similarity.add(floats(batch.column(cf.SIMILARITY)))
+    if cf.DECISION in names:
+        for item in pc.value_counts(batch.column(cf.DECISION)).to_pylist():
             if item["values"] is not None:
                 sums.decisions[item["values"]] += item["counts"]
-    fired, alone = _reasons(rules, batch) if "cf_reasons" in names else (None, None)
+    fired, alone = _reasons(rules, batch) if cf.REASONS in names else (None, None)
     for position, rule in enumerate(rules):
         histogram, unscored, counts, only, beyond = sums.rules[position]
-        if f"cf_score.{rule.id}" in names:
-            values = floats(batch.column(f"cf_score.{rule.id}"))
+        if cf.score(rule.id) in names:
+            values = floats(batch.column(cf.score(rule.id)))
             histogram.add(values)
             unscored += int(np.isnan(values).sum())
             beyond = [count + int(past(values, band).sum()) for count, band in zip(beyond, rule.bands, strict=True)]
@@ -280,7 +281,7 @@ def _sum_batch(sums: _ShardSums, rules: list[RuleData], batch: pa.RecordBatch) -
 
 def _reasons(rules: list[RuleData], batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
     """Rows by rule and band, int64 [rules, bands]; and the rows that each rule alone brought to their decision [rules]."""
-    lists = batch.column("cf_reasons")
+    lists = batch.column(cf.REASONS)
     flat = lists.flatten()
     row = np.asarray(pc.list_parent_indices(lists))
     rule = np.asarray(pc.index_in(flat.field("rule"), pa.array([r.id for r in rules], pa.string())).fill_null(-1))
@@ -312,7 +313,7 @@ def past(values: np.ndarray, band: Band) -> np.ndarray:
 
 
 def _sum_failures(failures: dict[str, FailureClass], batch: pa.RecordBatch, path: str) -> None:
-    classes = batch.column("cf_error_class")
+    classes = batch.column(cf.ERROR_CLASS)
     for item in pc.value_counts(classes).to_pylist():
         name = str(item["values"])
         found = failures.setdefault(name, FailureClass(name))
@@ -321,7 +322,7 @@ def _sum_failures(failures: dict[str, FailureClass], batch: pa.RecordBatch, path
             continue
         seen = {message for message, _, _ in found.examples}
         for row in np.flatnonzero(np.asarray(pc.equal(classes, item["values"]).fill_null(False)))[:256].tolist():
-            message, key = str(batch.column("cf_error")[row].as_py()), str(batch.column("cf_key")[row].as_py())
+            message, key = str(batch.column(cf.ERROR)[row].as_py()), str(batch.column(cf.KEY)[row].as_py())
             if message not in seen and len(found.examples) < FAILURE_EXAMPLES:
                 seen.add(message)
                 found.examples.append((message, key, path))

@@ -9,15 +9,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter import text
-from clipfilter.decisions import ESCALATE, TIGHTEN
+from clipfilter.decisions import ESCALATE, LIMITS, TIGHTEN
 from clipfilter.errors import RefusedError
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.policies import Attachments, Policy, in_words, joined, measure_of
 from clipfilter.report.data import RuleData, rules_of
 from clipfilter.runs import Commit, DataFile, Run
 
-_ROW = ("cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_caption", "cf_decision")
+_ROW = (cf.ROW, cf.KEY, cf.UID, cf.SHA256, cf.WIDTH, cf.HEIGHT, cf.FORMAT, cf.CAPTION, cf.DECISION)
 
 
 @dataclass
@@ -85,14 +86,14 @@ def explain_row(run: str, wanted: str) -> Explanation:
     for commit in opened.commits():
         for file in (commit.files.annotated, commit.files.failed):
             found += [(commit, file is commit.files.failed, row) for row in _rows(opened, file, wanted)]
-        exact = [item for item in found if item[2]["cf_uid"] == wanted]
+        exact = [item for item in found if item[2][cf.UID] == wanted]
         if exact:
             found = exact
             break
     if not found:
         raise RefusedError(f"{run} has no row whose cf_uid or cf_key is {wanted!r}; annotated/ and failed/ list them.")
     if len(found) > 1:
-        uids = ", ".join(row["cf_uid"] for _, _, row in found[:3])
+        uids = ", ".join(row[cf.UID] for _, _, row in found[:3])
         raise RefusedError(f"{len(found)} rows have the key {wanted!r}; give one's cf_uid ({uids}).")
     return _explanation(opened, *found[0])
 
@@ -101,11 +102,11 @@ def _rows(run: Run, file: DataFile | None, wanted: str) -> Iterator[dict[str, An
     """The rows of a file that bear the name; only where one does are the other columns read."""
 
     def bearing(batch: pa.RecordBatch) -> pa.RecordBatch:
-        hit = pc.or_kleene(pc.equal(batch["cf_uid"], wanted), pc.equal(batch["cf_key"], wanted))
+        hit = pc.or_kleene(pc.equal(batch[cf.UID], wanted), pc.equal(batch[cf.KEY], wanted))
         return batch.filter(pc.fill_null(hit, False))
 
-    if any(bearing(batch).num_rows for batch in run.batches_of(file, ("cf_uid", "cf_key"))):
-        for batch in run.batches_of(file, lambda name: name.startswith("cf_")):
+    if any(bearing(batch).num_rows for batch in run.batches_of(file, (cf.UID, cf.KEY))):
+        for batch in run.batches_of(file, lambda name: name.startswith(cf.PREFIX)):
             yield from bearing(batch).to_pylist()
 
 
@@ -113,9 +114,9 @@ def _explanation(run: Run, commit: Commit, failed: bool, row: dict[str, Any]) ->
     plan = run.plan
     policy = plan.policy
     rules = (
-        [] if failed or row.get("cf_decision") is None else [verdict(rule, row) for rule in rules_of(plan, run.version)]
+        [] if failed or row.get(cf.DECISION) is None else [verdict(rule, row) for rule in rules_of(plan, run.version)]
     )
-    image = {key.removeprefix("cf_"): row[key] for key in _ROW[3:7] if row.get(key) is not None}
+    image = {key.removeprefix(cf.PREFIX): row[key] for key in _ROW[3:7] if row.get(key) is not None}
     notes = []
     if any(rule.calibrated is False for rule in rules):
         notes.append(
@@ -132,15 +133,15 @@ def _explanation(run: Run, commit: Commit, failed: bool, row: dict[str, Any]) ->
     if commit.damaged:
         notes.append(f"The shard is damaged: {commit.bytes_unread:,} bytes after its last row were not read.")
     return Explanation(
-        uid=row["cf_uid"],
-        key=row["cf_key"] or "",
-        decision="failed" if failed else row.get("cf_decision") or "none",
+        uid=row[cf.UID],
+        key=row[cf.KEY] or "",
+        decision="failed" if failed else row.get(cf.DECISION) or "none",
         shard={"id": commit.shard.id, "path": commit.shard.path},
-        row=row["cf_row"],
+        row=row[cf.ROW],
         image=image,
-        caption=row.get("cf_caption"),
+        caption=row.get(cf.CAPTION),
         rules=rules,
-        error={"class": row["cf_error_class"], "message": row["cf_error"]} if failed else None,
+        error={"class": row[cf.ERROR_CLASS], "message": row[cf.ERROR]} if failed else None,
         policy=None
         if policy is None
         else {"name": policy["policy"], "version": policy["version"], "sha256": plan.policy_sha256},
@@ -155,14 +156,14 @@ def _explanation(run: Run, commit: Commit, failed: bool, row: dict[str, Any]) ->
 
 def _override(run: Run, row: dict[str, Any]) -> dict[str, Any] | None:
     """What a person decided, with who, when and why as far as the run still has it."""
-    made = next((reason for reason in row.get("cf_reasons") or [] if reason["rule"] == OVERRIDE), None)
+    made = next((reason for reason in row.get(cf.REASONS) or [] if reason["rule"] == OVERRIDE), None)
     if made is None:
         return None
     found = None
     try:
         policy = Policy.from_canonical(run.plan.policy or {})
         if policy.overrides is not None:
-            found = policy.overrides.find(row["cf_uid"], Attachments(run.directory))
+            found = policy.overrides.find(row[cf.UID], Attachments(run.directory))
     except RefusedError:  # the run's copy of the list is gone; the decision is in the row
         pass
     return {**(found or {}), "decision": made["band"]}
@@ -170,8 +171,8 @@ def _override(run: Run, row: dict[str, Any]) -> dict[str, Any] | None:
 
 def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
     """What the rule said about an annotated row (its columns by name)."""
-    value = row.get(f"cf_score.{rule.id}")
-    own = [reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id]
+    value = row.get(cf.score(rule.id))
+    own = [reason for reason in row.get(cf.REASONS) or [] if reason["rule"] == rule.id]
     fired = next((reason for reason in own if reason["band"] != TIGHTEN), None)
     when = rule.spec.get("when")
     on_missing = rule.spec.get("on_missing") or "review"
@@ -203,9 +204,9 @@ def sentence(rule: RuleVerdict) -> str:
     said = _sentence(rule)
     if rule.tightens:
         said += "; so it moved the thresholds of other rules"
-    if rule.severity and rule.result in ("review", "reject", ESCALATE):
+    if rule.severity and rule.result in (*LIMITS, ESCALATE):
         said += f"; severity {rule.severity}"
-    if rule.action and not measure_of(rule.kind).actions and rule.result in ("review", "reject"):
+    if rule.action and not measure_of(rule.kind).actions and rule.result in LIMITS:
         said += f"; action {text.clean(rule.action, 64)}"
     return said
 

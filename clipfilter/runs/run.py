@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.runs import ledger
 from clipfilter.runs.columns import FAILED, is_decision_column
@@ -124,12 +125,6 @@ class Run:
 
     # --- data files --------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def local(self, *files: DataFile) -> Iterator[list[Path]]:
-        """Local paths of data files of this run; those of a remote run are copied for the duration."""
-        with local_files(self.directory, files) as paths:
-            yield paths
-
     def table(self, file: DataFile, columns: Columns = None) -> pa.Table:
         """Some columns of a data file (Parquet or Arrow), by default all."""
         return read_table(self.directory, file, columns)
@@ -234,7 +229,7 @@ def read_tables(
         local_files(embeddings[0], [embeddings[1]]) as (embeddings_file,),
     ):
         table = pq.read_table(rows_file)
-        kept = [n for n in table.column_names if (similarity and n == "cf_similarity") or not is_decision_column(n)]
+        kept = [n for n in table.column_names if (similarity and n == cf.SIMILARITY) or not is_decision_column(n)]
         return table.select(kept), pa.ipc.open_file(pa.memory_map(str(embeddings_file))).read_all()
 
 

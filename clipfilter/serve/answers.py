@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter import columns as cf
 from clipfilter import text
 from clipfilter.charts import Histogram, bars
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING
 from clipfilter.errors import RefusedError
 from clipfilter.report import RuleData, sentence, verdict
-from clipfilter.serve.columns import BANDS, DECISIONS
+from clipfilter.serve.columns import BANDS
 from clipfilter.serve.effect import Changes
 from clipfilter.serve.export import changed_policy
 from clipfilter.serve.labels import LabelFile
 from clipfilter.serve.query import MOST_FOUND, Found, RowsRequest
 from clipfilter.serve.run import ServedRun
 
-_ROW = ("cf_uid", "cf_key", "cf_caption")
+_ROW = (cf.UID, cf.KEY, cf.CAPTION)
 _CAPTION = 600
 
 
@@ -41,7 +43,7 @@ def about(run: ServedRun, labels: LabelFile) -> dict[str, Any]:
         "decisions": run.columns.totals() if plan.policy else {},
         "rules": [_rule(run, rule) for rule in run.rules],
         "scores": [name for name in run.columns.scores if not np.isnan(run.columns.scores[name]).all()],
-        "columns": [name for name in run.vectors.schema.names if not name.startswith(("cf_reasons", "cf_source_json"))],
+        "columns": [name for name in run.vectors.schema.names if not name.startswith((cf.REASONS, cf.SOURCE_JSON))],
         "most_found": MOST_FOUND,
         "labels": {rule.id: label_state(run, labels, rule.id) for rule in run.rules if rule.measure.needs_model},
     }
@@ -130,12 +132,12 @@ def _card(
     columns = run.columns
     decision = int(columns.decision[position])
     score = request.sort or request.label_rule
-    uid = str(row["cf_uid"])
+    uid = str(row[cf.UID])
     return {
         "position": position,
         "uid": uid,
-        "key": text.clean(row.get("cf_key") or uid, 200),
-        "caption": text.clean(row["cf_caption"], _CAPTION) if row.get("cf_caption") else None,
+        "key": text.clean(row.get(cf.KEY) or uid, 200),
+        "caption": text.clean(row[cf.CAPTION], _CAPTION) if row.get(cf.CAPTION) else None,
         "decision": DECISIONS[decision] if decision >= 0 else None,
         "after": DECISIONS[after] if after is not None else None,
         "escalated": bool(columns.escalated[position]),
@@ -162,24 +164,24 @@ def row_explained(run: ServedRun, position: int) -> dict[str, Any]:
     """One row with everything that decided it, in plain words."""
     if position >= run.columns.rows:
         raise RefusedError(f"there is no row {position}.")
-    wanted = [name for name in run.vectors.schema.names if name.startswith("cf_") and name != "cf_source_json"]
+    wanted = [name for name in run.vectors.schema.names if name.startswith(cf.PREFIX) and name != cf.SOURCE_JSON]
     row = run.vectors.rows_at([position], wanted).to_pylist()[0]
     number, _ = run.vectors.locate([position])
-    decision = row.get("cf_decision")
+    decision = row.get(cf.DECISION)
     verdicts = [verdict(rule, row) for rule in run.rules] if decision else []
-    order = ("reject", "escalate", "review", "missing", "keep")
-    verdicts.sort(key=lambda item: order.index(item.result) if item.result in order else len(order))
+    order = {"reject": 0, ESCALATE: 1, "review": 2, MISSING: 3, "keep": 4}
+    verdicts.sort(key=lambda item: order.get(item.result, len(order)))
     return {
         "position": position,
-        "uid": row["cf_uid"],
-        "key": text.clean(row.get("cf_key") or "", 400),
-        "caption": text.clean(row["cf_caption"], 2000) if row.get("cf_caption") else None,
+        "uid": row[cf.UID],
+        "key": text.clean(row.get(cf.KEY) or "", 400),
+        "caption": text.clean(row[cf.CAPTION], 2000) if row.get(cf.CAPTION) else None,
         "decision": decision,
         "escalated": bool(run.columns.escalated[position]),
-        "image": {name: row.get(f"cf_{name}") for name in ("width", "height", "format", "sha256")},
-        "similarity": row.get("cf_similarity"),
+        "image": {name: row.get(f"{cf.PREFIX}{name}") for name in ("width", "height", "format", "sha256")},
+        "similarity": row.get(cf.SIMILARITY),
         "shard": text.clean(run.shards[int(number[0])].shard.path, 400),
-        "row": row["cf_row"],
+        "row": row[cf.ROW],
         "rules": [
             {
                 "id": item.id,
@@ -223,17 +225,17 @@ def labelled_row(run: ServedRun, position: int, rule: str) -> dict[str, Any]:
     score = float(run.columns.scores[rule][position]) if rule in run.columns.scores else math.nan
     if math.isnan(score):
         raise RefusedError(f"this row has no score of {rule!r}, so its label says nothing about a threshold.")
-    names = [name for name in (*_ROW, "cf_shard", "cf_row") if name in run.vectors.schema.names]
+    names = [name for name in (*_ROW, cf.SHARD, cf.ROW) if name in run.vectors.schema.names]
     row = run.vectors.rows_at([position], names).to_pylist()[0]
     number, _ = run.vectors.locate([position])
     band = BANDS[run.columns.band[run.columns.rules.index(rule), position]]
     return {
-        "cf_uid": row["cf_uid"],
-        "cf_key": row.get("cf_key"),
+        cf.UID: row[cf.UID],
+        cf.KEY: row.get(cf.KEY),
         "path": str(run.shards[int(number[0])].shard.path),
-        "cf_shard": row["cf_shard"],
-        "cf_row": row["cf_row"],
-        "caption": row.get("cf_caption"),
+        cf.SHARD: row[cf.SHARD],
+        cf.ROW: row[cf.ROW],
+        "caption": row.get(cf.CAPTION),
         "score": score,
-        "band": band if band in ("review", "reject") else "keep",
+        "band": band if band in LIMITS else "keep",
     }

@@ -14,9 +14,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from clipfilter.decisions import DECISIONS, Decision, Limit
 from clipfilter.errors import RefusedError
 from clipfilter.search import parse_where, query_vector, top_k
-from clipfilter.serve.columns import BANDS, DECISIONS, SIMILARITY
+from clipfilter.serve.columns import BANDS, SIMILARITY
 from clipfilter.serve.labels import LabelFile
 from clipfilter.serve.run import ServedRun
 
@@ -36,9 +37,9 @@ class RowsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    decision: Literal["", "keep", "review", "reject"] = ""
+    decision: Literal["", Decision] = ""
     rule: Name = ""
-    band: Literal["", "review", "reject", "missing", "escalate", "tighten"] = ""
+    band: Literal["", Limit, "missing", "escalate", "tighten"] = ""
     where: Annotated[str, Field(max_length=10_000)] = ""
     labels: Literal["", "sample", "labelled"] = ""
     label_rule: Name = ""

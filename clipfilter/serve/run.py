@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.engine import refuse_other_weights, stored_model
 from clipfilter.errors import RefusedError
 from clipfilter.operations import escalated_rows
@@ -71,7 +72,7 @@ class ServedRun:
             if wanted:
                 values = pa.array(wanted, pa.string())
                 for shard in self.shards:
-                    column = self.run.table(shard.annotated, ["cf_uid"])["cf_uid"]
+                    column = self.run.table(shard.annotated, [cf.UID])[cf.UID]
                     index = pc.index_in(column, value_set=values)
                     rows = np.flatnonzero(np.asarray(index.is_valid()))
                     for row, number in zip(rows.tolist(), index.drop_null().to_pylist(), strict=True):
@@ -92,7 +93,7 @@ class ServedRun:
                 rows = [row for name, row in hidden if name == shard.shard.id]
                 if rows:
                     part = range(shard.start, shard.start + shard.rows)
-                    numbers = self.vectors.rows_at(part, ["cf_row"])["cf_row"].to_numpy()
+                    numbers = self.vectors.rows_at(part, [cf.ROW])[cf.ROW].to_numpy()
                     self.columns.escalated[shard.start : shard.start + shard.rows] |= np.isin(numbers, rows)
 
     def _load(self) -> Encoder:
@@ -121,7 +122,7 @@ class ServedRun:
             mine = np.flatnonzero(numbers == number)
             stored, embeddings = self.vectors.stored(int(number))
             some = pa.array(inside[mine])
-            scored = annotate(stored.take(some), embeddings.take(some), encoder, compiled, None)[f"cf_score.{rule}"]
+            scored = annotate(stored.take(some), embeddings.take(some), encoder, compiled, None)[cf.score(rule)]
             found[mine] = scored.to_numpy().astype(np.float32)
         return found
 

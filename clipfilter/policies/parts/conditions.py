@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from pydantic import PlainValidator, WithJsonSchema
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.columns import BUILTINS, is_numeric, is_text, metadata_values
-from clipfilter.policies.language.fields import fail, number, shown, suggest
+from clipfilter.policies.parts.columns import BUILTINS, is_numeric, is_text, metadata_values
+from clipfilter.policies.parts.fields import fail, number, shown, suggest
 
 MAX_DEPTH = 8
 MAX_VALUES = 1000
