@@ -261,13 +261,3 @@ def _version(directory: Directory, url: str, version: str | int) -> Version:
         shown = ", ".join(str(int(each)) for each in have) or "none"
         raise RefusedError(f"{url} has no version {int(version)}; it has {shown}.")
     return ledger.read_version(directory, name)
-
-
-# --- until everybody uses `Run` --------------------------------------------------------------------------------------
-
-
-def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
-    run = Run(url).origin()
-    newest = ledger.latest_version(run.directory)
-    assert newest is not None
-    return run.directory, newest[0], newest[1], run.plan
