@@ -187,9 +187,9 @@ def main() -> None:
         compiled = compile_policy(parse_policy(make_policy(heads(folder, draw))), WordEncoder())
         matrix = np.ascontiguousarray(compiled.matrix.T)
         path = folder / "embeddings.arrow"
-        write_embeddings(path, options.rows, matrix[: len(compiled.concepts.phrases)], draw)
+        write_embeddings(path, options.rows, matrix[: len(compiled.scorer.plans[0][0].labels)], draw)
         small = folder / "small.arrow"
-        write_embeddings(small, 5 * SHARD, matrix[: len(compiled.concepts.phrases)], draw)
+        write_embeddings(small, 5 * SHARD, matrix[: len(compiled.scorer.plans[0][0].labels)], draw)
         decided(small, compiled)
         bare(small, matrix)
         small_peak = memory()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clipfilter.policies import sigmoid
+
 FOLDS = 5
 BINS = 10
 _ITERATIONS = 100
@@ -20,7 +22,7 @@ class PlattCurve:
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Probabilities, float64 [n], of scores [n]."""
-        return _sigmoid(self.a * np.asarray(scores, np.float64) + self.b)
+        return sigmoid(self.a * np.asarray(scores, np.float64) + self.b)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def fit_platt(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> PlattCurve:
 
     value = loss(a, b)
     for _ in range(_ITERATIONS):
-        p = _sigmoid(a * z + b)
+        p = sigmoid(a * z + b)
         error, curvature = weights * (p - target), weights * p * (1 - p)
         gradient = np.array([np.sum(error * z), np.sum(error)])
         if np.abs(gradient).max() < 1e-9 * len(x):
@@ -135,7 +137,3 @@ def calibration_error(probabilities: np.ndarray, true: np.ndarray, weights: np.n
         if len(part):
             error += abs(float(np.sum(own * (probabilities[part] - true[part]))))
     return error / float(weights.sum())
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * x)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from clipfilter.evaluation import Contrast
-    from clipfilter.policies import Policy, Rule
+    from clipfilter.policies import Policy
 
 
 def show(
@@ -38,7 +37,7 @@ def show(
 
     console = Console()
     _print_policy(console, loaded)
-    if contrast and any(rule.concept is not None for rule in loaded.rules):
+    if contrast and any(rule.measure.compared is not None for rule in loaded.rules):
         from clipfilter.evaluation import contrasts
         from clipfilter.models import load_encoder
 
@@ -62,7 +61,8 @@ def _print_policy(console: Console, policy: Policy) -> None:
             Text(f"{band.direction} {band.value:g}" if band is not None else "", COLOURS[name])
             for name, band in (("review", rule.review), ("reject", rule.reject))
         ]
-        rules.add_row(rule.id, rule.kind, _what(rule), *bands, rule.on_missing or policy.on_missing)
+        said = rule.measure.summary(rule.when is not None)
+        rules.add_row(rule.id, rule.kind, said, *bands, rule.on_missing or policy.on_missing)
     console.print(rules)
     for entry in policy.calibrations:
         say(
@@ -71,27 +71,6 @@ def _print_policy(console: Console, policy: Policy) -> None:
         )
     if policy.tests:
         say(console, (f"{len(policy.tests)} tests; run them with `clipfilter policy test`", "dim"))
-
-
-def _what(rule: Rule) -> str:
-    """What the rule looks at, in a line."""
-    if rule.concept is not None:
-        concept = rule.concept
-        words = [*concept.any_of, *concept.all_of]
-        parts = [f"“{words[0]}”" + (f" and {len(words) - 1} more" if len(words) > 1 else "")] if words else ["learned"]
-        against = len(concept.but_not) + len(concept.generic_phrases)
-        return (
-            f"{parts[0]} against {against} others ({concept.score})"
-            if concept.score != "cosine"
-            else f"{parts[0]} (cosine)"
-        )
-    if rule.alignment is not None:
-        return "cosine of image and caption"
-    value = getattr(rule, rule.kind)
-    if not isinstance(value, str):
-        value = json.dumps(value.model_dump(mode="json", exclude_none=True, exclude_defaults=True), ensure_ascii=False)
-    when = " (when a condition holds)" if rule.when is not None else ""
-    return (value if len(value) <= 80 else value[:77] + "...") + when
 
 
 def _print_contrasts(console: Console, found: list[Contrast], model: str) -> None:

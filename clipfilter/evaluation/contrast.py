@@ -69,20 +69,16 @@ def contrasts(policy: Policy, encoder: Encoder) -> list[Contrast]:
     """
     found = []
     for rule in policy.rules:
-        concept = rule.concept
-        if concept is None or not (concept.any_of or concept.all_of):
+        if rule.measure.compared is None:
             continue
-        positives = [*concept.any_of, *concept.all_of]
-        negatives = [*concept.but_not, *concept.generic_phrases]
+        positives, near, generic = map(list, rule.measure.compared)
+        negatives = [*near, *generic]
         vectors = class_vectors(encoder, [*positives, *negatives], rule.templates or policy.templates)
         cosines = vectors @ vectors.T
         found.append(
             Contrast(
                 rule.id,
-                [
-                    _positive(place, positives, negatives, len(concept.but_not), cosines)
-                    for place in range(len(positives))
-                ],
+                [_positive(place, positives, negatives, len(near), cosines) for place in range(len(positives))],
             )
         )
     return found

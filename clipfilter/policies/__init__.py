@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from clipfilter.policies.blocks import similarity
+from clipfilter.policies.captions import language_detector
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
-from clipfilter.policies.columns import BUILTINS, check_metadata, metadata_values
-from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration, rule_prompts_sha256
-from clipfilter.policies.deciding import escalated
-from clipfilter.policies.evaluate import REASONS, RECHECK, Decisions, Scores
+from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
+from clipfilter.policies.curves import bent, sigmoid
+from clipfilter.policies.deciding import REASONS, Decisions, escalated
 from clipfilter.policies.fraction import (
     BUCKETS,
     Threshold,
@@ -19,21 +20,28 @@ from clipfilter.policies.fraction import (
     low_histogram,
     wanted_rank,
 )
-from clipfilter.policies.kinds import PIXELS
+from clipfilter.policies.kinds.base import Measure
+from clipfilter.policies.kinds.registry import KINDS, measure_in, measure_of
+from clipfilter.policies.kinds.words import Words, Written, joined
 from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
-from clipfilter.policies.language import attachments
 from clipfilter.policies.language.about import Expectation, RuleExpectation
-from clipfilter.policies.language.attachments import ATTACHMENTS_FOLDER, Attachments
-from clipfilter.policies.language.bands import bent
-from clipfilter.policies.language.conditions import in_words
 from clipfilter.policies.language.extends import read_document, resolve
 from clipfilter.policies.language.json_schema import policy_schema
 from clipfilter.policies.language.load import load_policy, pack_names, packs_folder, parse_policy, policy_file
-from clipfilter.policies.language.overrides import OVERRIDE_RULE
-from clipfilter.policies.language.schema import KINDS, MODEL_KINDS, Band, Policy, Rule, check_band, json_sha256, suggest
+from clipfilter.policies.language.rule import Rule
+from clipfilter.policies.language.schema import Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.language.scores import ScorePolicy, named_scores, scores_of
 from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, scalar
+from clipfilter.policies.parts import attachments
+from clipfilter.policies.parts.attachments import ATTACHMENTS_FOLDER, Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.columns import BUILTINS, check_metadata, metadata_values
+from clipfilter.policies.parts.conditions import in_words
+from clipfilter.policies.parts.fields import suggest
+from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
+from clipfilter.policies.recheck import RECHECK
+from clipfilter.policies.scoring import Scores
 
 __all__ = [
     "ATTACHMENTS_FOLDER",
@@ -44,9 +52,7 @@ __all__ = [
     "KINDS",
     "LABEL_COLUMNS",
     "MAX_YAML_BYTES",
-    "MODEL_KINDS",
     "OVERRIDE_RULE",
-    "PIXELS",
     "REASONS",
     "RECHECK",
     "TEMPLATES",
@@ -57,6 +63,7 @@ __all__ = [
     "Expectation",
     "LabelScorer",
     "LabelSet",
+    "Measure",
     "Node",
     "Policy",
     "Rule",
@@ -64,10 +71,11 @@ __all__ = [
     "ScorePolicy",
     "Scores",
     "Threshold",
+    "Words",
+    "Written",
     "YamlRefusedError",
     "attachments",
     "bent",
-    "check_band",
     "check_metadata",
     "class_vectors",
     "compile_policy",
@@ -79,13 +87,17 @@ __all__ = [
     "fraction_thresholds",
     "high_histogram",
     "in_words",
+    "joined",
     "json_sha256",
     "key_score",
     "label_names",
+    "language_detector",
     "load_policy",
     "locate",
     "low_histogram",
     "matching_calibration",
+    "measure_in",
+    "measure_of",
     "metadata_values",
     "named_scores",
     "pack_names",
@@ -101,6 +113,8 @@ __all__ = [
     "rule_prompts_sha256",
     "scalar",
     "scores_of",
+    "sigmoid",
+    "similarity",
     "suggest",
     "wanted_rank",
 ]

@@ -43,22 +43,13 @@ def paired(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return valid, products
 
 
-def similarity(image_emb: np.ndarray, text_emb: np.ndarray | None, has_text: np.ndarray | None) -> np.ndarray:
-    """Cosine of image and caption, float32 [n], exactly as a policy's `alignment` computes it; NaN without a caption.
+def similarity(image_emb: np.ndarray, text_emb: np.ndarray | None) -> np.ndarray:
+    """Cosines of float16 unit vectors [n, d], row by row: float32 [n], computed as a policy's alignment rule does.
 
-    image_emb, text_emb: float16 [n, d], unit norm; has_text: bool [n], or None for all.
+    A row of zeros has the cosine 0; without texts all have.
     """
-    n = len(image_emb)
-    result = np.full(n, np.nan, dtype=np.float32)
-    if text_emb is None or n == 0:
-        return result
-    images, texts = np.empty((2, BLOCK, image_emb.shape[1]), dtype=np.float32)
-    with np.errstate(invalid="ignore"):
-        for start in range(0, n, BLOCK):
-            stop = min(start + BLOCK, n)
-            upcast(image_emb[start:stop], images)
-            upcast(text_emb[start:stop], texts)
-            result[start:stop] = paired(images, texts)[1][: stop - start]
-    if has_text is not None:
-        result[~np.asarray(has_text, dtype=bool)] = np.nan
+    result = np.zeros(len(image_emb), np.float32)
+    for start in range(0, len(image_emb) if text_emb is not None else 0, BLOCK):
+        rows = slice(start, start + BLOCK)
+        result[rows] = np.vecdot(image_emb[rows].astype(np.float32), text_emb[rows].astype(np.float32))  # type: ignore[index]
     return result

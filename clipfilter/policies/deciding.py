@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
-from clipfilter.policies.language.bands import moved
-from clipfilter.policies.language.overrides import OVERRIDE_RULE as OVERRIDE
+from clipfilter.policies.kinds.base import CompiledRule
+from clipfilter.policies.language.schema import DatasetThreshold
+from clipfilter.policies.parts.bands import moved
+from clipfilter.policies.parts.overrides import OVERRIDE_RULE
+from clipfilter.policies.scoring import Scores
 
-if TYPE_CHECKING:
-    from clipfilter.policies.compile import CompiledPolicy, CompiledRule
-    from clipfilter.policies.evaluate import Scores
-
-KEEP, REVIEW, REJECT = 0, 1, 2
 #: What a rule may say of a row.
 BANDS = (*LIMITS, MISSING)
 _ALL_BANDS = (*BANDS, ESCALATE, TIGHTEN, "keep")
@@ -102,7 +100,30 @@ class _Shift:
         self.felt = np.zeros(len(self.amount), dtype=bool)
 
 
-def decide(compiled: CompiledPolicy, scores: Scores, thresholds: dict[str, float | None]) -> Decisions:
+@dataclass(frozen=True)
+class Decider:
+    """The rules of a policy as they decide. labels: what reasons name, by the positions that scores hold."""
+
+    rules: tuple[CompiledRule, ...]
+    dataset_thresholds: tuple[DatasetThreshold, ...]
+    labels: pa.StringArray
+
+    @property
+    def has_severities(self) -> bool:
+        return any(rule.severity is not None for rule in self.rules)
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether a rule names what is to be done beyond its bands."""
+        return any(rule.action is not None and rule.action not in LIMITS for rule in self.rules)
+
+    @property
+    def names(self) -> list[str]:
+        """The ids of the rules, then the name of people's decisions."""
+        return [*(rule.id for rule in self.rules), OVERRIDE_RULE]
+
+
+def decide(policy: Decider, scores: Scores, thresholds: dict[str, float | None]) -> Decisions:
     """The worst of the rules' outcomes for every row, with a reason for every rule that fired.
 
     `thresholds` holds the fixed numbers of dataset-level rules by `DatasetThreshold.key` ("<rule>.reject");
@@ -113,32 +134,32 @@ def decide(compiled: CompiledPolicy, scores: Scores, thresholds: dict[str, float
     """
     n = scores.rows
     codes = np.zeros(n, dtype=np.int8)
-    shifts = _shifts(compiled, scores)
+    shifts = _shifts(policy, scores)
     outcomes: list[_Outcome] = []
-    for position, rule in enumerate(compiled.rules):
-        outcomes += _outcomes(compiled, position, rule, scores, thresholds, shifts.get(rule.id))
-    outcomes += _modifiers(compiled, scores, shifts)
+    for position, rule in enumerate(policy.rules):
+        outcomes += _outcomes(policy, position, rule, scores, thresholds, shifts.get(rule.id))
+    outcomes += _modifiers(policy, scores, shifts)
     for outcome in sorted(outcomes, key=lambda item: item.rank):  # the worst last, which stays
-        codes[outcome.rows] = min(outcome.rank // 10, REJECT)
+        codes[outcome.rows] = min(outcome.rank // 10, len(DECISIONS) - 1)
     if scores.overrides is not None:
         final = np.zeros(n, dtype=bool)
         for outcome in outcomes:
             if outcome.band == ESCALATE:
                 final[outcome.rows] = True
-        outcomes += _overrides(scores.overrides, len(compiled.rules))
+        outcomes += _overrides(scores.overrides, len(policy.rules))
         decided = (scores.overrides >= 0) & ~final
         codes[decided] = scores.overrides[decided]
     return Decisions(
         codes,
-        _reasons(compiled, scores, outcomes),
-        _counts(compiled, outcomes),
-        _severity(compiled, outcomes, n),
-        _action(compiled, outcomes, n),
+        _reasons(policy, scores, outcomes),
+        _counts(policy, outcomes),
+        _severity(policy, outcomes, n),
+        _action(policy, outcomes, n),
     )
 
 
 def _outcomes(
-    compiled: CompiledPolicy,
+    policy: Decider,
     position: int,
     rule: CompiledRule,
     scores: Scores,
@@ -146,7 +167,7 @@ def _outcomes(
     shift: _Shift | None,
 ) -> list[_Outcome]:
     """What one rule says, worst band first."""
-    bands = _bands(rule, compiled, thresholds)
+    bands = _bands(rule, policy, thresholds)
     if not bands and rule.tighten is None:
         return []
     values = scores.values[rule.id]
@@ -174,17 +195,15 @@ def _outcomes(
     return found
 
 
-def _bands(
-    rule: CompiledRule, compiled: CompiledPolicy, thresholds: dict[str, float | None]
-) -> dict[str, tuple[str, float]]:
+def _bands(rule: CompiledRule, policy: Decider, thresholds: dict[str, float | None]) -> dict[str, tuple[str, float]]:
     """Band name -> (direction, threshold) with "above"/"below" for every band of the rule."""
-    if rule.kind == "known":
+    if rule.measure.actions:
         return {} if rule.action is None else {rule.action: ("above", 0.0)}
-    if rule.kind != "fraction":
+    if not rule.measure.ranks:
         pairs = (("review", rule.review), ("reject", rule.reject))
         return {name: (str(rule.direction), float(value)) for name, value in pairs if value is not None}
     bands = {}
-    for entry in compiled.dataset_thresholds:
+    for entry in policy.dataset_thresholds:
         if entry.rule == rule.id:
             if entry.key not in thresholds:
                 raise ValueError(f"the dataset-level threshold {entry.key!r} is not fixed yet")
@@ -211,10 +230,10 @@ def _beyond(values: np.ndarray, direction: str, limit: np.ndarray | np.float32) 
     return np.asarray(values > limit if direction == "above" else values < limit)
 
 
-def _shifts(compiled: CompiledPolicy, scores: Scores) -> dict[str, _Shift]:
+def _shifts(policy: Decider, scores: Scores) -> dict[str, _Shift]:
     """By rule how far its thresholds move; of several modifiers that apply the largest amount counts."""
     shifts: dict[str, _Shift] = {}
-    for position, rule in enumerate(compiled.rules):
+    for position, rule in enumerate(policy.rules):
         if rule.tighten is None:
             continue
         applies = _beyond(scores.values[rule.id], str(rule.direction), np.float32(rule.tighten))
@@ -225,10 +244,10 @@ def _shifts(compiled: CompiledPolicy, scores: Scores) -> dict[str, _Shift]:
     return shifts
 
 
-def _modifiers(compiled: CompiledPolicy, scores: Scores, shifts: dict[str, _Shift]) -> list[_Outcome]:
+def _modifiers(policy: Decider, scores: Scores, shifts: dict[str, _Shift]) -> list[_Outcome]:
     """The modifiers as reasons of the rows that only a moved threshold caught."""
     found = []
-    for position, rule in enumerate(compiled.rules):
+    for position, rule in enumerate(policy.rules):
         if rule.tighten is None:
             continue
         felt = np.zeros(scores.rows, dtype=bool)
@@ -248,44 +267,40 @@ def _overrides(codes: np.ndarray, position: int) -> list[_Outcome]:
     return found
 
 
-def _names(compiled: CompiledPolicy) -> list[str]:
-    return [*(rule.id for rule in compiled.rules), OVERRIDE]
-
-
-def _counts(compiled: CompiledPolicy, outcomes: Sequence[_Outcome]) -> dict[str, dict[str, int]]:
-    counts = {rule.id: dict.fromkeys(BANDS, 0) for rule in compiled.rules}
-    names = _names(compiled)
+def _counts(policy: Decider, outcomes: Sequence[_Outcome]) -> dict[str, dict[str, int]]:
+    counts = {rule.id: dict.fromkeys(BANDS, 0) for rule in policy.rules}
+    names = policy.names
     for outcome in outcomes:
         own = counts.setdefault(names[outcome.rule], {})
         own[outcome.band] = own.get(outcome.band, 0) + len(outcome.rows)
     return counts
 
 
-def _severity(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int) -> np.ndarray | None:
-    if not compiled.has_severities:
+def _severity(policy: Decider, outcomes: Sequence[_Outcome], rows: int) -> np.ndarray | None:
+    if not policy.has_severities:
         return None
     result = np.zeros(rows, dtype=np.int32)
     for outcome in outcomes:
-        if outcome.rule < len(compiled.rules) and outcome.band in (*LIMITS, ESCALATE):
-            own = compiled.rules[outcome.rule].severity or 0
+        if outcome.rule < len(policy.rules) and outcome.band in (*LIMITS, ESCALATE):
+            own = policy.rules[outcome.rule].severity or 0
             result[outcome.rows] = np.maximum(result[outcome.rows], own)
     return result
 
 
-def _action(compiled: CompiledPolicy, outcomes: Sequence[_Outcome], rows: int) -> pa.Array | None:
-    if not compiled.has_actions:
+def _action(policy: Decider, outcomes: Sequence[_Outcome], rows: int) -> pa.Array | None:
+    if not policy.has_actions:
         return None
-    names = list(dict.fromkeys(rule.action for rule in compiled.rules if rule.action))
+    names = list(dict.fromkeys(rule.action for rule in policy.rules if rule.action))
     chosen = np.full(rows, -1, dtype=np.int32)
     for outcome in sorted(outcomes, key=lambda item: -item.rank):
-        own = compiled.rules[outcome.rule].action if outcome.rule < len(compiled.rules) else None
+        own = policy.rules[outcome.rule].action if outcome.rule < len(policy.rules) else None
         if own is not None and own not in LIMITS and outcome.band in (*LIMITS, ESCALATE):
             free = outcome.rows[chosen[outcome.rows] < 0]
             chosen[free] = names.index(own)
     return _strings(chosen, pa.array(names))
 
 
-def _reasons(compiled: CompiledPolicy, scores: Scores, outcomes: Sequence[_Outcome]) -> pa.ListArray:
+def _reasons(policy: Decider, scores: Scores, outcomes: Sequence[_Outcome]) -> pa.ListArray:
     """All reasons as one list<struct> array: outcome after outcome in flat arrays, then sorted by row."""
     fired = sorted((outcome for outcome in outcomes if len(outcome.rows)), key=lambda item: -item.rank)
     rows = _joined(np.intp, [outcome.rows for outcome in fired])
@@ -297,31 +312,31 @@ def _reasons(compiled: CompiledPolicy, scores: Scores, outcomes: Sequence[_Outco
     rule = np.repeat(np.array([outcome.rule for outcome in fired], dtype=np.int32), lengths)
     band = np.repeat(np.array([_ALL_BANDS.index(outcome.band) for outcome in fired], dtype=np.int32), lengths)
     threshold = _joined(np.float32, [outcome.threshold for outcome in fired])
-    scored = [_scored(compiled, outcome) for outcome in fired]
+    scored = [_scored(policy, outcome) for outcome in fired]
     score = _found(scores.values, [name for name, _ in scored], fired, np.float32(np.nan))
     nearest = _found(scores.nearest, [name for _, name in scored], fired, np.int32(-1))
     contrast = _found(scores.contrast, [name for _, name in scored], fired, np.int32(-1))
 
     items = pa.StructArray.from_arrays(
         [
-            _strings(rule[order], pa.array(_names(compiled))),
+            _strings(rule[order], pa.array(policy.names)),
             _strings(band[order], pa.array(_ALL_BANDS)),
             _floats(score[order]),
             _floats(threshold[order]),
-            _strings(nearest[order], compiled.labels),
-            _strings(contrast[order], compiled.labels),
+            _strings(nearest[order], policy.labels),
+            _strings(contrast[order], policy.labels),
         ],
         fields=list(REASON),
     )
     return pa.ListArray.from_arrays(pa.array(offsets), items, type=REASONS)
 
 
-def _scored(compiled: CompiledPolicy, outcome: _Outcome) -> tuple[str, str]:
+def _scored(policy: Decider, outcome: _Outcome) -> tuple[str, str]:
     """The rules that hold the score and the phrases of an outcome; "" for a missing score and for a person's decision."""
-    if outcome.band == "missing" or outcome.rule == len(compiled.rules):
+    if outcome.band == "missing" or outcome.rule == len(policy.rules):
         return "", ""
-    rule = compiled.rules[outcome.rule]
-    return rule.id, rule.of or rule.id
+    rule = policy.rules[outcome.rule]
+    return rule.id, rule.measure.of_rule or rule.id
 
 
 def _found(
@@ -349,7 +364,7 @@ def _floats(values: np.ndarray) -> pa.Array:
     return pa.array(values, type=pa.float32(), mask=np.isnan(values))
 
 
-def annotation(compiled: CompiledPolicy, scores: Scores, decisions: Decisions | None) -> pa.Table:
+def annotation(policy: Decider, scores: Scores, decisions: Decisions | None) -> pa.Table:
     """The columns beside a row: cf_similarity, cf_score.<rule> of every rule, cf_decision, cf_reasons, and where the
     policy has them cf_severity and cf_action.
 
@@ -357,13 +372,13 @@ def annotation(compiled: CompiledPolicy, scores: Scores, decisions: Decisions | 
     thresholds are fixed) the columns of the decision are null.
     """
     n = scores.rows
-    columns: dict[str, pa.Array] = {"cf_similarity": _floats(scores.similarity)}
-    columns |= {f"cf_score.{rule.id}": _floats(scores.values[rule.id]) for rule in compiled.rules}
-    columns["cf_decision"] = pa.nulls(n, pa.string()) if decisions is None else decisions.decision
-    columns["cf_reasons"] = pa.nulls(n, REASONS) if decisions is None else decisions.reasons
-    if compiled.has_severities:
+    columns: dict[str, pa.Array] = {cf.SIMILARITY: _floats(scores.similarity)}
+    columns |= {cf.score(rule.id): _floats(scores.values[rule.id]) for rule in policy.rules}
+    columns[cf.DECISION] = pa.nulls(n, pa.string()) if decisions is None else decisions.decision
+    columns[cf.REASONS] = pa.nulls(n, REASONS) if decisions is None else decisions.reasons
+    if policy.has_severities:
         known = decisions is not None and decisions.severity is not None
-        columns["cf_severity"] = pa.array(decisions.severity) if known else pa.nulls(n, pa.int32())  # type: ignore[union-attr]
-    if compiled.has_actions:
-        columns["cf_action"] = pa.nulls(n, pa.string()) if decisions is None else decisions.action
+        columns[cf.SEVERITY] = pa.array(decisions.severity) if known else pa.nulls(n, pa.int32())  # type: ignore[union-attr]
+    if policy.has_actions:
+        columns[cf.ACTION] = pa.nulls(n, pa.string()) if decisions is None else decisions.action
     return pa.table(columns)

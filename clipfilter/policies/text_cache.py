@@ -13,14 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clipfilter.policies.encoder import TextEncoder
 from clipfilter.storage import replacing
-
-if TYPE_CHECKING:
-    from clipfilter.policies.compile import TextEncoder
 
 #: A folder to keep vectors in, or "off".
 VARIABLE = "CLIPFILTER_TEXT_CACHE"

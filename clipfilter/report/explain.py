@@ -6,21 +6,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter import text
-from clipfilter.decisions import ESCALATE, TIGHTEN
+from clipfilter.decisions import ESCALATE, LIMITS, TIGHTEN
 from clipfilter.errors import RefusedError
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
-from clipfilter.policies import PIXELS, Attachments, Policy, in_words
+from clipfilter.policies import Attachments, Policy, in_words, joined, measure_of
 from clipfilter.report.data import RuleData, rules_of
-from clipfilter.runs import Plan, ledger, read_plan
-from clipfilter.storage import Directory
+from clipfilter.runs import Commit, DataFile, Run
 
-_ROW = ("cf_row", "cf_key", "cf_uid", "cf_sha256", "cf_width", "cf_height", "cf_format", "cf_caption", "cf_decision")
+_ROW = (cf.ROW, cf.KEY, cf.UID, cf.SHA256, cf.WIDTH, cf.HEIGHT, cf.FORMAT, cf.CAPTION, cf.DECISION)
 
 
 @dataclass
@@ -83,63 +81,48 @@ def explain_row(run: str, wanted: str) -> Explanation:
 
     Raises RefusedError when there is no such run or row, or when several rows have that key.
     """
-    directory = Directory(run)
-    plan, newest = read_plan(directory), ledger.latest_version(directory)
-    if plan is None or newest is None:
-        raise RefusedError(f"{run} holds no finished run; give the --out of a run or filter that has finished.")
-    version, content = newest
-    found: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = []
-    for name, commit in ledger.iter_commits(directory, content["commits"]):
-        found += [(name, commit, kind, row) for kind, row in _rows(directory, commit, wanted)]
-        exact = [item for item in found if item[3]["cf_uid"] == wanted]
+    opened = Run.open(run)
+    found: list[tuple[Commit, bool, dict[str, Any]]] = []
+    for commit in opened.commits():
+        for file in (commit.files.annotated, commit.files.failed):
+            found += [(commit, file is commit.files.failed, row) for row in _rows(opened, file, wanted)]
+        exact = [item for item in found if item[2][cf.UID] == wanted]
         if exact:
             found = exact
             break
     if not found:
         raise RefusedError(f"{run} has no row whose cf_uid or cf_key is {wanted!r}; annotated/ and failed/ list them.")
     if len(found) > 1:
-        uids = ", ".join(item[3]["cf_uid"] for item in found[:3])
+        uids = ", ".join(row[cf.UID] for _, _, row in found[:3])
         raise RefusedError(f"{len(found)} rows have the key {wanted!r}; give one's cf_uid ({uids}).")
-    name, commit, kind, row = found[0]
-    return _explanation(directory, plan, version, content, name, commit, kind == "failed", row)
+    return _explanation(opened, *found[0])
 
 
-def _rows(directory: Directory, commit: dict[str, Any], wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file kind, row) of the rows of one shard that bear the name."""
-    for kind in ("annotated", "failed"):
-        if kind not in commit["files"]:
-            continue
-        with directory.open(commit["files"][kind]["name"]) as handle:
-            file = pq.ParquetFile(handle)
-            for group in range(file.num_row_groups):
-                names = file.read_row_group(group, columns=["cf_uid", "cf_key"])
-                hit = pc.or_kleene(pc.equal(names["cf_uid"], wanted), pc.equal(names["cf_key"], wanted))
-                places = np.flatnonzero(pc.fill_null(hit, False).to_numpy(zero_copy_only=False))
-                if len(places):
-                    ours = [name for name in file.schema_arrow.names if name.startswith("cf_")]
-                    rows = file.read_row_group(group, columns=ours).take(pa.array(places))
-                    yield from ((kind, row) for row in rows.to_pylist())
+def _rows(run: Run, file: DataFile | None, wanted: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file that bear the name; only where one does are the other columns read."""
+
+    def bearing(batch: pa.RecordBatch) -> pa.RecordBatch:
+        hit = pc.or_kleene(pc.equal(batch[cf.UID], wanted), pc.equal(batch[cf.KEY], wanted))
+        return batch.filter(pc.fill_null(hit, False))
+
+    if any(bearing(batch).num_rows for batch in run.batches_of(file, (cf.UID, cf.KEY))):
+        for batch in run.batches_of(file, lambda name: name.startswith(cf.PREFIX)):
+            yield from bearing(batch).to_pylist()
 
 
-def _explanation(
-    directory: Directory,
-    plan: Plan,
-    version: str,
-    content: dict[str, Any],
-    name: str,
-    commit: dict[str, Any],
-    failed: bool,
-    row: dict[str, Any],
-) -> Explanation:
+def _explanation(run: Run, commit: Commit, failed: bool, row: dict[str, Any]) -> Explanation:
+    plan = run.plan
     policy = plan.policy
-    rules = [] if failed or row.get("cf_decision") is None else [verdict(rule, row) for rule in rules_of(plan, content)]
-    image = {key.removeprefix("cf_"): row[key] for key in _ROW[3:7] if row.get(key) is not None}
+    rules = (
+        [] if failed or row.get(cf.DECISION) is None else [verdict(rule, row) for rule in rules_of(plan, run.version)]
+    )
+    image = {key.removeprefix(cf.PREFIX): row[key] for key in _ROW[3:7] if row.get(key) is not None}
     notes = []
     if any(rule.calibrated is False for rule in rules):
         notes.append(
             "Thresholds marked uncalibrated are as written in the policy; nobody measured them for this model."
         )
-    override = _override(directory, plan, row)
+    override = _override(run, row)
     if any(rule.result == ESCALATE for rule in rules):
         notes.append(
             "The picture is on a list of known ones that are escalated: it is rejected, never copied and never shown"
@@ -147,40 +130,40 @@ def _explanation(
         )
     elif override is not None:
         notes.append("A person's decision wins over the rules; what they said is recorded all the same.")
-    if commit.get("damaged"):
-        notes.append(f"The shard is damaged: {commit.get('bytes_unread', 0):,} bytes after its last row were not read.")
+    if commit.damaged:
+        notes.append(f"The shard is damaged: {commit.bytes_unread:,} bytes after its last row were not read.")
     return Explanation(
-        uid=row["cf_uid"],
-        key=row["cf_key"] or "",
-        decision="failed" if failed else row.get("cf_decision") or "none",
-        shard={"id": commit["shard"]["id"], "path": commit["shard"]["path"]},
-        row=row["cf_row"],
+        uid=row[cf.UID],
+        key=row[cf.KEY] or "",
+        decision="failed" if failed else row.get(cf.DECISION) or "none",
+        shard={"id": commit.shard.id, "path": commit.shard.path},
+        row=row[cf.ROW],
         image=image,
-        caption=row.get("cf_caption"),
+        caption=row.get(cf.CAPTION),
         rules=rules,
-        error={"class": row["cf_error_class"], "message": row["cf_error"]} if failed else None,
+        error={"class": row[cf.ERROR_CLASS], "message": row[cf.ERROR]} if failed else None,
         policy=None
         if policy is None
         else {"name": policy["policy"], "version": policy["version"], "sha256": plan.policy_sha256},
         model=plan.model,
-        run=directory.url,
-        version=version,
-        commit=name,
+        run=run.url,
+        version=run.version.name,
+        commit=commit.name,
         notes=notes,
         override=override,
     )
 
 
-def _override(directory: Directory, plan: Plan, row: dict[str, Any]) -> dict[str, Any] | None:
+def _override(run: Run, row: dict[str, Any]) -> dict[str, Any] | None:
     """What a person decided, with who, when and why as far as the run still has it."""
-    made = next((reason for reason in row.get("cf_reasons") or [] if reason["rule"] == OVERRIDE), None)
+    made = next((reason for reason in row.get(cf.REASONS) or [] if reason["rule"] == OVERRIDE), None)
     if made is None:
         return None
     found = None
     try:
-        policy = Policy.from_canonical(plan.policy or {})
+        policy = Policy.from_canonical(run.plan.policy or {})
         if policy.overrides is not None:
-            found = policy.overrides.find(row["cf_uid"], Attachments(directory))
+            found = policy.overrides.find(row[cf.UID], Attachments(run.directory))
     except RefusedError:  # the run's copy of the list is gone; the decision is in the row
         pass
     return {**(found or {}), "decision": made["band"]}
@@ -188,8 +171,8 @@ def _override(directory: Directory, plan: Plan, row: dict[str, Any]) -> dict[str
 
 def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
     """What the rule said about an annotated row (its columns by name)."""
-    value = row.get(f"cf_score.{rule.id}")
-    own = [reason for reason in row.get("cf_reasons") or [] if reason["rule"] == rule.id]
+    value = row.get(cf.score(rule.id))
+    own = [reason for reason in row.get(cf.REASONS) or [] if reason["rule"] == rule.id]
     fired = next((reason for reason in own if reason["band"] != TIGHTEN), None)
     when = rule.spec.get("when")
     on_missing = rule.spec.get("on_missing") or "review"
@@ -197,7 +180,7 @@ def verdict(rule: RuleData, row: dict[str, Any]) -> RuleVerdict:
     return RuleVerdict(
         id=rule.id,
         kind=rule.kind,
-        measures=_measures(rule),
+        measures=joined(rule.measure.measured(rule.measured), lambda said: text.clean(said.text, said.limit)),
         score=value,
         result=fired["band"] if fired else unscored if value is None else "keep",
         thresholds=[
@@ -221,9 +204,9 @@ def sentence(rule: RuleVerdict) -> str:
     said = _sentence(rule)
     if rule.tightens:
         said += "; so it moved the thresholds of other rules"
-    if rule.severity and rule.result in ("review", "reject", ESCALATE):
+    if rule.severity and rule.result in (*LIMITS, ESCALATE):
         said += f"; severity {rule.severity}"
-    if rule.action and rule.kind != "known" and rule.result in ("review", "reject"):
+    if rule.action and not measure_of(rule.kind).actions and rule.result in LIMITS:
         said += f"; action {text.clean(rule.action, 64)}"
     return said
 
@@ -233,8 +216,9 @@ def _sentence(rule: RuleVerdict) -> str:
         return f"does not apply to this row (only when {text.clean(rule.when, 300)})"
     if rule.score is None and rule.when is not None and rule.on_missing == "keep":
         return f"does not apply to this row, or could not be evaluated (only when {text.clean(rule.when, 300)})"
-    if rule.kind == "known" and rule.score is not None:
-        return _known(rule, rule.score)
+    said = None if rule.score is None else measure_of(rule.kind).verdict(rule.measures, rule.score, rule.result)
+    if said is not None:
+        return said
     if rule.score is None:
         does = {"review": "sends the row to review", "reject": "rejects the row", "keep": "lets the row pass"}
         return f"could not be evaluated, which {does.get(rule.on_missing, 'sends the row to review')}"
@@ -250,57 +234,11 @@ def _sentence(rule: RuleVerdict) -> str:
             f"{rule.measures} {text.score(rule.score, rule.limit)} is {limit['direction']} "
             f"{text.score(rule.limit, rule.score)}, to which another rule moved the threshold {limit['threshold']:g}"
         )
-    if rule.nearest and rule.kind in ("text", "safety"):
-        said += f"; {'found' if rule.kind == 'text' else 'by'} “{text.clean(rule.nearest, 120)}”"
-    elif rule.nearest:
-        said += f"; nearest to “{text.clean(rule.nearest, 120)}”"
+    if rule.nearest:
+        said += f"; {measure_of(rule.kind).found_as} “{text.clean(rule.nearest, 120)}”"
         said += f", told apart from “{text.clean(rule.contrast, 120)}”" if rule.contrast else ""
     return said
 
 
-def _known(rule: RuleVerdict, score: float) -> str:
-    if score == 0.0:
-        return "is on no list of this rule"
-    bits = round((1.0 - score) * 64)
-    how = "the very file" if "sha256" in rule.measures else f"{bits} of 64 bits differ"
-    does = {ESCALATE: "is escalated", "reject": "is rejected", "review": "goes to review"}
-    return f"is on the list of known pictures ({how}), so it {does.get(rule.result, 'is on record')}"
-
-
 def _limit(limit: dict[str, Any], score: float) -> str:
     return f"{limit['direction']} {text.score(limit['threshold'], score)}"
-
-
-def _measures(rule: RuleData) -> str:
-    """What the rule's score is, in a word or two."""
-    if rule.kind == "metadata":
-        return str(rule.spec["metadata"])
-    if rule.kind == "fraction":
-        return f"the score of {rule.spec['fraction']['of']}"
-    if rule.kind == "concept":
-        return str(rule.spec["concept"].get("score", "probability"))
-    if rule.kind == "safety":
-        return "the highest similarity to a concept above its threshold"
-    if rule.kind == "pixels":
-        return PIXELS[rule.spec["pixels"]].metadata
-    if rule.kind == "text":
-        return _text_measure(rule.spec["text"])
-    if rule.kind == "known":
-        return f"known {'sha256' if 'sha256' in rule.spec['known'] else 'phash'}"
-    if rule.kind == "combine":
-        parts = rule.spec["combine"]["weighted"].items()
-        return "the sum of " + " + ".join(f"{weight:g} {name}" for name, weight in parts)
-    if rule.kind == "head":
-        head = rule.spec["head"]
-        return f"the score of {head if isinstance(head, str) else head['name']}"
-    return "similarity to the caption"
-
-
-def _text_measure(spec: dict[str, Any]) -> str:
-    where = text.clean(spec.get("column") or "the caption", 60)
-    if "language" in spec:
-        wanted = " or ".join(spec["language"][:6]) + (" and others" if len(spec["language"]) > 6 else "")
-        if "language_column" in spec:
-            return f"{text.clean(spec['language_column'], 60)} says {wanted}:"
-        return f"confidence that {where} is in {wanted}:"
-    return f"number of {'patterns' if 'matches' in spec else 'listed words'} in {where}:"

@@ -10,35 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clipfilter.models.heads import HEADS
+from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.report.data import RuleData
 from clipfilter.report.explain import RuleVerdict
 
 Categories = Mapping[str, Sequence[str]]
 Verdicts = Mapping[str, RuleVerdict]
 
-FLAGGED = frozenset({"review", "reject", "escalate"})
+FLAGGED = frozenset({*LIMITS, ESCALATE})
 _BY_BAND = {"review": 0.5, "reject": 1.0, "escalate": 1.0}
 _SAFESEARCH = ("adult", "spoof", "medical", "violence", "racy")
 
 
 def confidence(rule: RuleData, verdict: RuleVerdict) -> float:
     """How sure the rule is that the row is what it looks for, 0 to 1."""
-    if verdict.score is not None and _is_probability(rule):
+    if verdict.score is not None and rule.measure.is_probability(rule.measured):
         score = min(max(float(verdict.score), 0.0), 1.0)
         below = any(band.direction == "below" for band in rule.bands)
         return 1.0 - score if below else score
     return _BY_BAND.get(verdict.result, 0.0)
-
-
-def _is_probability(rule: RuleData) -> bool:
-    if rule.kind == "concept":
-        return rule.spec["concept"].get("score", "probability") in ("probability", "calibrated")
-    if rule.kind == "head":
-        head = rule.spec["head"]
-        known = HEADS.get(head if isinstance(head, str) else head["name"])
-        return known is not None and known.score == "probability"
-    return False
 
 
 def _scores(categories: Categories, rules: Mapping[str, RuleData], verdicts: Verdicts) -> dict[str, tuple[float, bool]]:

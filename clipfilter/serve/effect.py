@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
-from clipfilter.policies import RECHECK, wanted_rank
+from clipfilter.policies import wanted_rank
 from clipfilter.report import RuleData
-from clipfilter.serve.columns import DECISIONS, RunColumns
+from clipfilter.serve.columns import RunColumns
 
 #: rule -> band -> new value, as a policy writes it (a fraction for fraction rules, else a threshold).
 Changes = Mapping[str, Mapping[str, float]]
@@ -28,11 +29,7 @@ Changes = Mapping[str, Mapping[str, float]]
 Rescore = Callable[[Changes, str, np.ndarray], np.ndarray]
 
 #: What a rule may say for its band to be a function of its own score alone; rows that `when` excludes have no score.
-_PLAIN = {
-    "id", "concept", "alignment", "head", "safety", "metadata", "pixels", "text", "combine", "fraction", "templates",
-    "when", "review", "reject", "severity", "action", "on_missing",
-}  # fmt: skip
-_WHOLE = {"width", "height", "min_side", "max_side", "pixels", "caption_words", "caption_chars"}
+_PLAIN = {"id", "templates", "when", *LIMITS, "severity", "action", "on_missing"}
 _REMEMBERED = 16
 
 
@@ -75,7 +72,8 @@ class Effects:
 
     def movable(self, rule: RuleData) -> str | None:
         """None where the rule's thresholds can be moved here, else a sentence why not."""
-        odd = sorted(set(rule.spec) - _PLAIN)
+        own = set() if rule.measure.actions else {rule.kind}
+        odd = sorted(set(rule.spec) - _PLAIN - own)
         odd += [f"{other.id} tightens it" for other in self.rules if rule.id in _tightened(other)]
         if odd:
             return (
@@ -200,12 +198,12 @@ class Effects:
         order, scores = self.columns.ascending(rule.id)
         found = [np.empty(0, np.int32)]
         for limit in limits:
-            if limit.threshold == limit.old or rule.kind == "fraction":
+            if limit.threshold == limit.old or rule.measure.ranks:
                 continue
-            whole = rule.kind == "text" or rule.spec.get("metadata") in _WHOLE
-            if whole and limit.value == float(np.float32(limit.value)):
+            if rule.measure.is_whole(rule.measured) and limit.value == float(np.float32(limit.value)):
                 continue  # whole numbers and an exact threshold: float32 tells them apart
-            reach = _reach(rule, limit.value)
+            # Generous, since it only costs time.
+            reach = rule.measure.reach(limit.value) + 4 * float(np.spacing(np.float32(abs(limit.value))))
             ends = np.float32(limit.value - reach), np.float32(limit.value + reach)
             found.append(order[np.searchsorted(scores, ends[0], "left") : np.searchsorted(scores, ends[1], "right")])
         return np.unique(np.concatenate(found))
@@ -233,15 +231,6 @@ def _outcome(scores: np.ndarray, limits: list[_Limit]) -> np.ndarray:
         beyond = scores > single if limit.direction == "above" else scores < single
         result[beyond] = DECISIONS.index(limit.name)
     return result
-
-
-def _reach(rule: RuleData, value: float) -> float:
-    """How far a stored score may be from the one that decides at a threshold there; generous, since it only costs time."""
-    ulps = 4 * float(np.spacing(np.float32(abs(value))))
-    if rule.kind in ("metadata", "pixels"):
-        return ulps
-    # The engine's own reach for heads and sums grows with their weights, which a run does not record.
-    return (1e-3 * max(1.0, abs(value)) if rule.kind in ("head", "combine") else 2 * RECHECK) + ulps
 
 
 def _tightened(rule: RuleData) -> list[str]:

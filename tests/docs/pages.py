@@ -14,9 +14,8 @@ from pathlib import Path
 from tests.support.commands import fork_server
 
 REPO = Path(__file__).parents[2]
-#: Pages whose examples have tests of their own (tests/unit/test_policies_load.py, tests/integration/test_newcomer_walk.py)
-#: or are sketches of an API.
-ELSEWHERE = {REPO / "docs/reference/policy.md", REPO / "docs/reference/sources.md", REPO / "docs/guide/look.md"}
+#: Pages between whose commands a person acts: the test that walks through them runs their blocks.
+WALKED = {REPO / "docs/guide/look.md": "tests/integration/test_newcomer_walk.py"}
 _LANGUAGES = ("console", "bash", "python")
 _SECONDS = 300
 
@@ -31,7 +30,8 @@ class Block:
     """One fenced block.
 
     Markers are HTML comments on the line above the fence: `no-run: reason` exempts the block from being run, `exit: N`
-    is the exit code of its last command (the others exit with 0), `file: NAME` writes a block into the page's folder.
+    is the exit code of its last command (the others exit with 0), `file: NAME` writes a block into the page's folder,
+    `varies: COLUMN` says that the numbers below a column's name depend on the machine.
     """
 
     page: Path
@@ -100,8 +100,6 @@ def commands(block: Block) -> list[Command]:
 
 def runs(page: Path) -> list[Block]:
     """The blocks of a page that are run, or written to files, in order."""
-    if page in ELSEWHERE:
-        return []
     return [b for b in blocks(page) if "no-run" not in b.markers and (b.language in _LANGUAGES or "file" in b.markers)]
 
 
@@ -140,14 +138,63 @@ def run(block: Block, folder: Path) -> list[tuple[Command, int, str]]:
     return results
 
 
+#: What differs between machines, moments and folders, and what stands for it in a comparison.
+_VARYING = (
+    (r"\b[0-9a-f]{12,}\b", "HASH"),
+    (r"/\S*/(?=[\w.-]+)", ""),
+    (r"[█▏]+", ""),
+    (r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?Z?)?", "DATE"),
+    (r"\d[\d,.]*(?: \d{3})* ?(?:images|rows|pairs|img)(?:/s| per second| a second)\b", "SPEED"),
+    (r"\d[\d,.]* ?(?:ms|s|seconds?|min|minutes?|h|hours?)\b", "TIME"),
+    (r"\d[\d,.]* ?[kKMG]i?B\b", "SIZE"),
+)
+_NUMBER = re.compile(r"(?<![A-Za-z_\d.])[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:e-?\d+)?")
+
+
+def _settled(line: str) -> str:
+    for pattern, word in _VARYING:
+        line = re.sub(pattern, word, line)
+    return line
+
+
 def shape(line: str) -> str:
     """A line of output without what may differ between machines: numbers, bars, hashes, the working folder, spacing."""
-    line = re.sub(r"\b[0-9a-f]{12,}\b", "HASH", line)
-    line = re.sub(r"/\S*/(?=[\w.-]+)", "", line)
-    line = re.sub(r"[█▏]+", "", line)
-    line = re.sub(r"[-+]?\d[\d,.]*%?", "0", line)
+    line = re.sub(r"[-+]?\d[\d,.]*%?", "0", _settled(line))
     line = re.sub(r"(0\s+)+0\b", "0", line)
     return " ".join(line.split())
+
+
+def shows(page: str, printed: str) -> bool:
+    """Whether a page's line is what was printed: the same words, and the same numbers but for times, sizes and speeds.
+
+    Whole numbers must be equal; of others the last digit may be off by one, as rounding differs between processors.
+    """
+    if shape(page) != shape(printed):
+        return False
+    ours, theirs = (_NUMBER.findall(_settled(line)) for line in (page, printed))
+    return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+
+
+def without(column: str, lines: list[str]) -> list[str]:
+    """Lines of output without the numbers that end below the end of a column's name."""
+    found, end = [], 0
+    for line in lines:
+        at = line.find(column)
+        if at >= 0:
+            end = at + len(column)
+        elif end and line[end - 1 : end].isdigit():
+            start = len(line[:end].rstrip("0123456789.,"))
+            line = line[:start] + " " * (end - start) + line[end:]
+        found.append(line)
+    return found
+
+
+def _same(one: str, other: str) -> bool:
+    decimals = len(one.partition(".")[2])
+    if "." not in one or "e" in one or decimals != len(other.partition(".")[2]):
+        return one == other
+    unit = 10.0**-decimals
+    return abs(float(one.replace(",", "")) - float(other.replace(",", ""))) < 1.5 * unit
 
 
 def links(page: Path) -> Iterator[tuple[int, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from clipfilter.operations.verify import verify_run
 from tests.support.engine import (
     FRACTION_POLICY,
     REPO,
-    SHARED,
     commits,
     data_files,
     photos,
@@ -40,17 +38,8 @@ SEVERAL = BeamOptions(options={"direct_running_mode": "multi_processing", "direc
 
 
 def pairs() -> list[tuple[bytes, str]]:
-    """Pictures and captions: the first of Flickr8k where it is there, else the repo's sample photographs."""
-    tar_file = SHARED / "data/flickr8k/00000.tar"
-    if not tar_file.is_file():
-        return [(data, caption) for _, data, caption in photos()]
-    with tarfile.open(tar_file) as tar:
-        found = {member.name: tar.extractfile(member).read() for _, member in zip(range(720), tar, strict=False)}  # type: ignore[union-attr]
-    return [
-        (data, found[n[:-3] + "txt"].decode())
-        for n, data in found.items()
-        if n.endswith("jpg") and n[:-3] + "txt" in found
-    ]
+    """Pictures and captions: the repo's sample photographs."""
+    return [(data, caption) for _, data, caption in photos()]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +70,9 @@ def filtered(many: JobResult, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder / "out", policy
 
 
-@pytest.mark.parametrize("options", [BeamOptions(), SEVERAL], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    "options", [BeamOptions(), pytest.param(SEVERAL, marks=pytest.mark.soak)], ids=["one process", "two processes"]
+)
 def test_every_row_is_decided_as_filter_decides_it(
     many: JobResult, filtered: tuple[Path, str], options: BeamOptions, tmp_path: Path
 ) -> None:

@@ -98,9 +98,10 @@ def test_signals_stop_at_once_leave_nothing_behind_and_say_how_to_resume(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     for shard in range(6):
-        write_webdataset(tmp_path / "tars" / f"{shard}.tar", samples(80, shard * 80))
+        write_webdataset(tmp_path / "tars" / f"{shard}.tar", samples(24, shard * 24))
     out = tmp_path / "out"
     arguments = ["run", str(tmp_path / "tars"), "--policy", "caption-match", "--out", str(out), "-q"]
+    arguments += ["--batch-size", "8"]
     process = subprocess.Popen(
         [sys.executable, "-m", "clipfilter", *arguments], stderr=subprocess.PIPE, text=True, cwd=REPO
     )  # fmt: skip

@@ -51,6 +51,7 @@ def scrape(url: str) -> dict[tuple[str, str, str], float]:
         return parse(answer.read().decode())
 
 
+@pytest.mark.processes
 def test_an_endpoint_is_scraped_during_a_run_and_agrees_with_its_commits(
     dataset: Path, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

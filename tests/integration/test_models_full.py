@@ -45,6 +45,8 @@ FAMILIES = {
     "MobileCLIP2-S0": (torch.float32, "clip"),
     "xlm-roberta-base-ViT-B-32": (torch.float16, "xlm-roberta"),
 }
+#: Those that `make test` has time for: no small model of the unit tests has their image towers.
+EVERY_TIME = ("RN50", "MobileCLIP2-S0")
 
 
 def write_tokenizer(folder: Path, family: str) -> None:
@@ -80,7 +82,9 @@ def create(architecture: str, family: str, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[] if name in EVERY_TIME else pytest.mark.soak) for name in FAMILIES]
+)
 def test_a_full_architecture_gives_open_clips_vectors(architecture: str, tmp_path: Path) -> None:
     dtype, family = FAMILIES[architecture]
     write_tokenizer(tmp_path, family)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clipfilter.policies.evaluate import REASONS
+from clipfilter.policies import REASONS
 from clipfilter.runs import Commit, FailedShard, Version, Work, WorkerDetails, ledger
 from clipfilter.runs.columns import FAILED
 from clipfilter.runs.plan import Plan, settle_plan

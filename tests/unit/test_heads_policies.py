@@ -16,9 +16,9 @@ from clipfilter.errors import RefusedError
 from clipfilter.models import load_encoder
 from clipfilter.models.heads import HeadFile, load_head
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, parse_policy
-from clipfilter.policies.compile import rule_prompts_sha256
 from clipfilter.policies.fraction import dataset_thresholds
-from clipfilter.policies.language.schema import json_sha256
+from clipfilter.policies.kinds.head import CurvedHead, OpenedHead
+from clipfilter.policies.language.schema import json_sha256, rule_prompts_sha256
 from clipfilter.report import write_report
 from clipfilter.report.explain import explain_row, sentence
 from tests.support.engine import commits, data_files, write_tars
@@ -52,6 +52,13 @@ def compiled(*rules: str, **encoder: Any) -> CompiledPolicy:
 
 def score(policy: CompiledPolicy, rows: np.ndarray) -> Any:
     return policy.score(rows, None, None, pa.table({"x": pa.nulls(len(rows))}))
+
+
+def _members(policy: CompiledPolicy, kind: type) -> list[Any]:
+    """The policy's heads of one sort."""
+    return [
+        member for plan, _ in policy.scorer.plans for member in getattr(plan, "members", ()) if isinstance(member, kind)
+    ]
 
 
 def exact(path: Path, rows: np.ndarray) -> np.ndarray:
@@ -143,7 +150,7 @@ def test_scores_are_the_heads_own_and_linear_ones_are_columns_of_the_one_product
     alone = compiled(CONCEPT)
     rows = embeddings(3000)
     found = score(both, rows)
-    hidden = len(both.heads.opened[0].network.weights[0])
+    hidden = len(_members(both, OpenedHead)[0].network.weights[0])
     assert both.matrix.shape == (DIM, alone.matrix.shape[1] + 2 + hidden)  # of the perceptron its first layer
     for name, path in three.items():
         np.testing.assert_allclose(found.values[name], exact(path, rows), atol=2e-5)
@@ -169,8 +176,8 @@ def test_heads_of_layers_decide_as_float64_does(tmp_path: Path, size: float, ope
     truth = exact(path, rows)
     for threshold in (np.sort(truth)[::40, None] * [1 - 1e-12, 1 + 1e-12]).ravel().tolist():
         plan = compiled(f"{{id: mlp, head: 'file:{path}', reject: {{above: {threshold!r}}}}}")
-        assert bool(plan.heads.opened) is opened
-        assert bool(plan.heads.curved) is not opened
+        assert bool(_members(plan, OpenedHead)) is opened
+        assert bool(_members(plan, CurvedHead)) is not opened
         values = score(plan, rows).values["mlp"]
         np.testing.assert_array_equal(values > np.float32(threshold), truth > threshold)
         np.testing.assert_allclose(values, truth, rtol=1e-5, atol=1e-4)

@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 from scipy.special import expit, logsumexp
 
-from clipfilter.policies.evaluate import ConceptPlan, concept_scores
+from clipfilter.policies.kinds.base import CompiledRule
+from clipfilter.policies.kinds.concept import Concept
+from clipfilter.policies.kinds.concept_plan import ConceptPlan, Part, concept_scores
 
 SIZES = [(5, 4), (1, 0), (2, 7), (5, 4), (3, 1)]  # positives and near misses of every rule; all share the generics
 GENERIC = 6
+
+
+def rule(number: int) -> CompiledRule:
+    """A rule that rejects above 0.5."""
+    measure = Concept(any_of=["a thing"])
+    return CompiledRule(
+        f"rule-{number}", measure, ("{}",), "above", None, 0.5, "review", ranked=False, calibrated=False
+    )
 
 
 def plan(scale: float, kinds: list[str], sigmoid: bool = False) -> tuple[ConceptPlan, list[list[list[int]]]]:
@@ -31,11 +41,10 @@ def plan(scale: float, kinds: list[str], sigmoid: bool = False) -> tuple[Concept
     k += GENERIC
     built = ConceptPlan.build(
         weights=np.eye(k, dtype=np.float32),
-        phrases=tuple(f"p{column}" for column in range(k)),
+        labels=tuple(f"p{column}" for column in range(k)),
         starts=starts,
-        members=[tuple(member) for member in members],
-        thresholds=[[0.5]] * len(kinds),
-        always_explained=set(),
+        parts=[Part(*member) for member in members],
+        rules=[rule(number) for number in range(len(kinds))],
         logit_scale=scale,
         logit_bias=-1.0,
         sigmoid=sigmoid,
@@ -45,7 +54,7 @@ def plan(scale: float, kinds: list[str], sigmoid: bool = False) -> tuple[Concept
 
 def sorted_columns(built: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
     """The cosines in the plan's own order of columns."""
-    return cosines[[int(name[1:]) for name in built.phrases]]
+    return cosines[[int(name[1:]) for name in built.labels]]
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.6])

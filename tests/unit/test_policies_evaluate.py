@@ -14,9 +14,12 @@ import pytest
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, load_policy, parse_policy
-from clipfilter.policies.evaluate import REASONS, settle, similarity
+from clipfilter.policies.blocks import similarity
+from clipfilter.policies.deciding import REASONS
 from clipfilter.policies.fraction import dataset_thresholds
+from clipfilter.policies.kinds.concept_plan import ConceptPlan, concept_scores
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, TEMPLATES
+from clipfilter.policies.recheck import settle
 from tests.support.policies import FakeEncoder, embeddings
 
 CONCEPTS = """\
@@ -71,6 +74,13 @@ def sizes(rows: int, seed: int = 0) -> pa.Table:
 
 def compiled(text: str = CONCEPTS, **encoder: Any) -> CompiledPolicy:
     return compile_policy(parse_policy(text), FakeEncoder(**encoder))
+
+
+def concepts(policy: CompiledPolicy) -> ConceptPlan:
+    """The arrays of the policy's concept rules."""
+    plan, _ = policy.scorer.plans[0]
+    assert isinstance(plan, ConceptPlan)
+    return plan
 
 
 def near(policy: CompiledPolicy, rows: int, seed: int = 0, pull: float = 0.5) -> np.ndarray:
@@ -161,9 +171,9 @@ def test_nearest_and_contrast_are_the_strongest_phrases() -> None:
         def strongest(phrases: tuple[str, ...], x: np.ndarray = x) -> str:
             return max(phrases, key=lambda phrase: x @ naive_vector(encoder, phrase, TEMPLATES["photo"]))
 
-        assert policy.concepts.phrases[scores.nearest["weapons"][row]] == strongest(rule.concept.any_of)
+        assert concepts(policy).labels[scores.nearest["weapons"][row]] == strongest(rule.concept.any_of)
         negatives = (*rule.concept.but_not, *rule.concept.generic_phrases)
-        assert policy.concepts.phrases[scores.contrast["weapons"][row]] == strongest(negatives)
+        assert concepts(policy).labels[scores.contrast["weapons"][row]] == strongest(negatives)
 
 
 # ------------------------------------------------------------------ reproducibility
@@ -181,7 +191,7 @@ def test_a_score_does_not_depend_on_the_rows_that_follow(rows: int) -> None:
     for name, values in whole.nearest.items():
         np.testing.assert_array_equal(part.nearest[name], values[:rows])
     np.testing.assert_array_equal(part.similarity, whole.similarity[:rows])
-    np.testing.assert_array_equal(similarity(images, texts, has), whole.similarity)
+    np.testing.assert_array_equal(np.where(has, similarity(images, texts), np.float32(np.nan)), whole.similarity)
 
 
 def test_memory_maps_and_plain_arrays_score_alike() -> None:
@@ -265,10 +275,8 @@ def test_a_score_at_its_threshold_is_settled_in_float64() -> None:
 
 def naive_exact(policy: CompiledPolicy, image: np.ndarray) -> float:
     """The weapons score in float64 from the compiled matrix and the stored float16 embedding."""
-    from clipfilter.policies.evaluate import concept_scores
-
-    cosines = policy.concepts.weights.astype(np.float64) @ image.astype(np.float64)
-    return float(concept_scores(policy.concepts, cosines[:, None])[0, 0])
+    cosines = concepts(policy).weights.astype(np.float64) @ image.astype(np.float64)
+    return float(concept_scores(concepts(policy), cosines[:, None])[0, 0])
 
 
 def test_settled_scores_keep_their_side() -> None:

@@ -8,8 +8,7 @@ import pytest
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies import compile_policy, load_policy, parse_policy
-from clipfilter.policies.compile import rule_prompts_sha256
-from clipfilter.policies.language.schema import json_sha256
+from clipfilter.policies.language.schema import json_sha256, rule_prompts_sha256
 from tests.support.policies import FakeEncoder
 
 BASE = """\

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from clipfilter.errors import RefusedError
 from clipfilter.images.facts import image_facts
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, load_policy, parse_policy, text_cache
-from clipfilter.policies.compile import rule_prompts_sha256
-from clipfilter.policies.kinds import PIXELS
-from clipfilter.policies.language.conditions import truth
+from clipfilter.policies.kinds.pixels import PIXELS
+from clipfilter.policies.language.schema import rule_prompts_sha256
+from clipfilter.policies.parts.conditions import truth
 from tests.support.engine import PHOTOS
 from tests.support.policies import FakeEncoder, embeddings
 
@@ -340,9 +340,10 @@ def test_scores_near_a_moved_threshold_are_settled_in_float64() -> None:
     images = near(probe, 300)
     exact = probability(cosines(images, ["a cat"]), cosines(images, ["a dog"]))
     # What is compared is the compiled float32 vector, so take the plan's own float64 score.
-    from clipfilter.policies.evaluate import concept_scores
+    from clipfilter.policies.kinds.concept_plan import concept_scores
 
-    exact = concept_scores(probe.concepts, probe.concepts.weights.astype(np.float64) @ images.astype(np.float64).T)[0]
+    plan, _ = probe.scorer.plans[0]
+    exact = concept_scores(plan, plan.weights.astype(np.float64) @ images.astype(np.float64).T)[0]
     row = int(np.argmin(np.abs(exact - 0.6)))
     for shift in (-3e-9, 3e-9):
         threshold = float(exact[row] + 0.1 + shift)

@@ -345,15 +345,16 @@ def test_every_example_of_the_reference_loads() -> None:
     for block in blocks:
         whole = block if block.startswith("policy:") else "policy: p\nversion: 1\nrules:\n" + block
         assert parse_policy(whole).rules
-    sentence = re.search(r"```text\npolicy.yaml:9:7: (.*?)\n```", text)
+    sentence = re.search(r"^clipfilter: typo.yaml:9:7: (.*?)\n```", text, re.MULTILINE)
     assert sentence
     with pytest.raises(RefusedError, match=re.escape(sentence[1])):
         parse_policy(GOOD.replace("but_not", "butnot"))
 
 
 def test_the_reference_names_every_key_and_every_ensemble() -> None:
-    from clipfilter.policies.columns import BUILTINS
-    from clipfilter.policies.language.schema import Band, Calibration, Concept, Rule
+    from clipfilter.policies.kinds.concept import Concept
+    from clipfilter.policies.language.schema import Band, Calibration, Rule
+    from clipfilter.policies.parts.columns import BUILTINS
 
     text = (Path(__file__).parents[2] / "docs" / "reference" / "policy.md").read_text()
     keys = {name for model in (Policy, Rule, Concept, Band, Calibration) for name in model.model_fields}

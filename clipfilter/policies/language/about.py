@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, WithJsonSchema, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from clipfilter.decisions import DECISIONS, Decision
-from clipfilter.policies.language.fields import Model, choice, fail, number, shown, suggest, text
+from clipfilter.policies.parts.fields import Model, choice, fail, number, shown, suggest, text
+from clipfilter.policies.parts.shapes import TEXTS, VARIABLE
 
 MAX_TESTS = 500
 MAX_CATEGORIES = 200
@@ -48,6 +51,15 @@ class RuleExpectation(Model):
     above: Number | None = None
     below: Number | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, value: Any) -> Any:
+        return {"band": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"enum": list(OUTCOMES)}, VARIABLE, handler(schema)]}
+
     @model_validator(mode="after")
     def _something(self) -> RuleExpectation:
         if self.band is None and self.above is None and self.below is None:
@@ -55,10 +67,6 @@ class RuleExpectation(Model):
         if self.above is not None and self.below is not None and self.above >= self.below:
             fail(f"no score is above {self.above:g} and below {self.below:g}", "above")
         return self
-
-
-def _rule_expectation(value: Any) -> Any:
-    return {"band": value} if isinstance(value, str) else value
 
 
 def _map_of_lists(what: str, names: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -98,7 +106,11 @@ def _likelihood(value: Any) -> None:
         )
 
 
-Categories = dict[str, tuple[str, ...]]
+_CATEGORIES = {"type": "object", "additionalProperties": TEXTS, "minProperties": 1}
+Categories = Annotated[dict[str, tuple[str, ...]], WithJsonSchema(_CATEGORIES)]
+Likelihoods = Annotated[
+    dict[str, tuple[str, ...]], WithJsonSchema({**_CATEGORIES, "propertyNames": {"enum": list(SAFESEARCH)}})
+]
 
 
 class Interchange(Model):
@@ -109,7 +121,7 @@ class Interchange(Model):
 
     openai: Annotated[Categories, BeforeValidator(_map_of_lists("openai", _category))] | None = None
     rekognition: Annotated[Categories, BeforeValidator(_map_of_lists("rekognition", _category))] | None = None
-    safesearch: Annotated[Categories, BeforeValidator(_map_of_lists("safesearch", _likelihood))] | None = None
+    safesearch: Annotated[Likelihoods, BeforeValidator(_map_of_lists("safesearch", _likelihood))] | None = None
 
     @model_validator(mode="after")
     def _something(self) -> Interchange:
@@ -144,10 +156,7 @@ class Expectation(Model):
     caption: Annotated[str, BeforeValidator(text("caption", 5000))] | None = None
     columns: dict[str, Number] = {}  # noqa: RUF012
     expect: Expected | None = None
-    rules: (
-        Annotated[dict[str, Annotated[RuleExpectation, BeforeValidator(_rule_expectation)]], BeforeValidator(_rule_map)]
-        | None
-    ) = None
+    rules: Annotated[dict[str, RuleExpectation], Field(min_length=1), BeforeValidator(_rule_map)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Expectation:

@@ -14,17 +14,16 @@ from typing import Any, NoReturn
 
 from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.fields import suggest
+from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.files import SUFFIXES, pack_path, read_policy_file
 from clipfilter.policies.language.yaml_nodes import MAX_NODES, Node, Place, YamlRefusedError, read_yaml
+from clipfilter.policies.parts.fields import suggest
 
 KEYS = ("extends", "variables", "remove")
 #: What a file says about itself; an extending file says it anew or goes without.
 _OWN = ("policy", "version", "description", "card", "tests")
 #: Values in which `${` means nothing.
 _LITERAL = ("policy", "version", "calibrations")
-#: Where rules name files, which lie beside the policy that names them.
-_FILES = (("concept", "vectors"), ("safety", "file"), ("text", "block_list"), ("known", "sha256"), ("known", "phash"))
 
 MAX_DEPTH = 8
 MAX_FILES = 32
@@ -80,10 +79,13 @@ def _with_files(data: dict[str, Node], file: str) -> dict[str, Node]:
         return Node(path, node.line, node.column, file=node.file)
 
     def rule(node: Node) -> Node:
-        for kind, key in _FILES:
-            part = node.data.get(kind) if isinstance(node.data, dict) else None
-            if part is not None and isinstance(part.data, dict) and key in part.data:
-                moved = _map(part.data | {key: seen(part.data[key])}, part, part.keys)
+        for kind, measure in KINDS.items() if isinstance(node.data, dict) else ():
+            part = node.data.get(kind)
+            if part is None or not isinstance(part.data, dict):
+                continue
+            named = [key for key in measure.file_keys if key in part.data]
+            if named:
+                moved = _map(part.data | {key: seen(part.data[key]) for key in named}, part, part.keys)
                 node = _map(node.data | {kind: moved}, node, node.keys)
         return node
 
@@ -285,9 +287,10 @@ def _merged_rules(base: Node, child: Node) -> Node:
             continue
         before = rules[place]
         merged = _over(before, node)
-        concepts = before.data.get("concept"), node.data.get("concept")
-        if concepts[0] is not None and concepts[1] is not None and _both(dict, *concepts):
-            merged.data["concept"] = _over(*concepts)
+        for kind in (kind for kind, measure in KINDS.items() if measure.merges):
+            old, new = before.data.get(kind), node.data.get(kind)
+            if old is not None and new is not None and _both(dict, old, new):
+                merged.data[kind] = _over(old, new)
         rules[place] = merged
     return Node(rules, child.line, child.column, file=child.file)
 

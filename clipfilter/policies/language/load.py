@@ -10,13 +10,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from clipfilter.errors import RefusedError
+from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.extends import KEYS, kind, read_document, refuse, resolve
-from clipfilter.policies.language.fields import suggest
 from clipfilter.policies.language.files import SUFFIXES, pack_path, read_policy_file
 from clipfilter.policies.language.files import pack_names as pack_names
 from clipfilter.policies.language.files import packs_folder as packs_folder
-from clipfilter.policies.language.schema import Policy, json_sha256
+from clipfilter.policies.language.schema import Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.language.yaml_nodes import Node, Place
+from clipfilter.policies.parts.fields import suggest
 
 
 def load_policy(path_or_pack_name: str | Path) -> Policy:
@@ -67,8 +68,6 @@ def parse_policy(raw: bytes | str, source: str = "policy") -> Policy:
 
 def _fitting(policy: Policy) -> list[bool]:
     """Which calibrations have the policy's own prompts; an inherited one with others belongs to another policy."""
-    from clipfilter.policies.compile import rule_prompts_sha256
-
     prompts = json_sha256(rule_prompts_sha256(policy))
     return [entry.prompts_sha256 == prompts for entry in policy.calibrations]
 
@@ -77,7 +76,8 @@ def _validated(root: Node, source: str) -> Policy:
     empty = _first_empty(root)
     if empty is not None:
         key, place = empty
-        fix = "; write `alignment: {}`" if key == "alignment" else "; give it one or remove the line"
+        empty_map = key in KINDS and not KINDS[key].model_fields
+        fix = f"; write `{key}: {{}}`" if empty_map else "; give it one or remove the line"
         refuse(place, f"{key!r} has no value{fix}")
     try:
         # Files that the policy names lie beside it.

@@ -9,38 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.errors import RefusedError
-from clipfilter.policies.kinds import Concept
+from clipfilter.policies.kinds.base import Measure
+from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.about import Card, Expectation, Interchange, check_rules
-from clipfilter.policies.language.attachments import Attachment
-from clipfilter.policies.language.bands import Band, Tighten, check_order, moved
-from clipfilter.policies.language.calibrated import CalibratedBand, Calibration
-from clipfilter.policies.language.fields import Model as _Model
-from clipfilter.policies.language.fields import fail, suggest
-from clipfilter.policies.language.fields import shown as _shown
-from clipfilter.policies.language.fields import text as _text
-from clipfilter.policies.language.overrides import OverridesField
-from clipfilter.policies.language.rule import (
-    KINDS,
-    KNOWN_ACTIONS,
-    MODEL_KINDS,
-    Rule,
-    check_band,
-    is_probability,
-)
-from clipfilter.policies.language.values import Identifier, Missing, Templates, Whole
+from clipfilter.policies.language.rule import Rule, check_band
+from clipfilter.policies.parts.attachments import Attachment
+from clipfilter.policies.parts.bands import Band, Tighten, check_order, moved
+from clipfilter.policies.parts.calibrated import CalibratedBand, Calibration
+from clipfilter.policies.parts.fields import Model, fail, shown, suggest, text, within
+from clipfilter.policies.parts.overrides import OverridesField
+from clipfilter.policies.parts.values import Identifier, Missing, Templates, Whole
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
-
-__all__ = [
-    "KINDS", "MODEL_KINDS", "Band", "CalibratedBand", "Calibration", "Concept", "DatasetThreshold", "Policy", "Rule",
-    "Tighten", "check_band", "check_order", "json_sha256", "suggest",
-]  # fmt: skip
 
 MAX_TOTAL_PHRASES = 4096
 MAX_RULES = 200
@@ -57,24 +46,37 @@ class DatasetThreshold:
     tail: str  # "top" | "bottom"
 
 
-class Policy(_Model):
+class Policy(Model):
     """A whole policy. `canonical()` is its one resolved form and `sha256` the hash of that."""
 
     #: Whether every rule must have a band; a policy that only scores has none.
     decides: ClassVar[bool] = True
 
-    policy: Identifier
-    version: Whole
-    description: Annotated[str, BeforeValidator(_text("description", 2000))] | None = None
-    templates: Templates = TEMPLATES[DEFAULT_TEMPLATES]
-    rules: tuple[Rule, ...]
-    on_missing: Missing = "review"
-    calibrations: tuple[Calibration, ...] = ()
-    overrides: OverridesField | None = None
+    policy: Annotated[Identifier, Field(description="The policy's name: letters, digits, - and _.")]
+    version: Annotated[Whole, Field(description="A whole number; raise it with every change.")]
+    description: Annotated[str, BeforeValidator(text("description", 2000))] | None = None
+    templates: Annotated[
+        Templates, Field(description="Prompt ensemble of the concept rules: a name, or texts that hold {} once.")
+    ] = TEMPLATES[DEFAULT_TEMPLATES]
+    rules: Annotated[tuple[Rule, ...], Field(description="The decision is the worst that any rule says.")]
+    on_missing: Annotated[
+        Missing,
+        Field(description="What happens where a rule cannot be evaluated, for example without a caption."),
+    ] = "review"
+    calibrations: Annotated[
+        tuple[Calibration, ...],
+        Field(description="Thresholds that belong to one model, written by `clipfilter policy calibrate`."),
+    ] = ()
+    overrides: Annotated[
+        OverridesField | None, Field(description="Human decisions by cf_uid; they win over the rules.")
+    ] = None
     # About the policy; none of it changes a decision, so none of it is in `canonical()`.
     card: Card | None = None
-    tests: tuple[Expectation, ...] = ()
-    interchange: Interchange | None = None
+    tests: Annotated[tuple[Expectation, ...], Field(description="What `clipfilter policy test` checks.")] = ()
+    interchange: Annotated[
+        Interchange | None,
+        Field(description="Which rules stand for which category in the answers of other services."),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,83 +91,60 @@ class Policy(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:
+        rules = self._check_rules()
+        for position, entry in enumerate(self.calibrations):
+            self._check_calibration(entry, rules, position)
+        for position, rule in enumerate(self.rules):
+            if rule.tighten is not None:
+                self._check_tighten(rule, rule.tighten, rules, position)
+        self._check_idle()
+        check_rules(self.tests, self.interchange, rules)
+        return self
+
+    def _check_rules(self) -> dict[str, Rule]:
+        """The rules by id, each checked beside those before it."""
         if not self.rules:
             fail("a policy needs at least one rule", "rules")
         if len(self.rules) > MAX_RULES:
             fail(f"there are {len(self.rules)} rules, more than the {MAX_RULES} allowed", "rules", MAX_RULES)
         seen: dict[str, Rule] = {}
+        ids = {rule.id for rule in self.rules}
         phrases = 0
         for position, rule in enumerate(self.rules):
-            phrases += rule.concept.phrases if rule.concept is not None else 0
+            phrases += rule.measure.phrases
             if phrases > MAX_TOTAL_PHRASES:
                 fail(f"the rules have more than the {MAX_TOTAL_PHRASES:,} phrases allowed in all", "rules", position)
             if rule.id in seen:
                 fail(f"two rules have the id {rule.id!r}", "rules", position, "id")
-            if rule.fraction is not None:
-                self._check_fraction(rule, seen, position)
-            if rule.combine is not None:
-                self._check_combine(rule, seen, position)
-            if self.decides and rule.known is not None and rule.action is None:
-                fail(
-                    f"the known rule {rule.id!r} needs an action: {', '.join(KNOWN_ACTIONS)}", "rules", position, "known",
-                    key=True,
-                )  # fmt: skip
+            with within("rules", position):
+                rule.measure.check_place(rule, seen, ids, self.decides)
             seen[rule.id] = rule
-        for position, entry in enumerate(self.calibrations):
-            self._check_calibration(entry, seen, position)
-        for position, rule in enumerate(self.rules):
-            if rule.tighten is not None:
-                self._check_tighten(rule, rule.tighten, seen, position)
-        used = {rule.fraction.of for rule in self.rules if rule.fraction is not None}
-        used |= {name for rule in self.rules if rule.combine is not None for name in rule.combine.weighted}
+        return seen
+
+    def _check_idle(self) -> None:
+        """Refuse rules that nothing comes of."""
         calibrated = {name for entry in self.calibrations for name in entry.rules}
         for position, rule in enumerate(self.rules):
-            idle = rule.review is None and rule.reject is None and rule.tighten is None and rule.known is None
-            if self.decides and idle and rule.id not in used | calibrated:
+            idle = rule.review is None and rule.reject is None and rule.tighten is None and not rule.measure.actions
+            if self.decides and idle and rule.id not in self.used | calibrated:
                 fail(
                     f"the rule {rule.id!r} would decide nothing: "
                     "give it a review or reject band, or rank it in a fraction rule",
                     "rules", position,
                 )  # fmt: skip
-        check_rules(self.tests, self.interchange, seen)
-        return self
-
-    def _check_fraction(self, rule: Rule, seen: dict[str, Rule], position: int) -> None:
-        assert rule.fraction is not None
-        of = rule.fraction.of
-        at = ("rules", position, "fraction", "of")
-        if of == rule.id:
-            fail(f"the fraction rule {of!r} ranks itself; `of` names an earlier rule of another kind", *at)
-        if of not in seen:
-            if any(other.id == of for other in self.rules):
-                fail(f"the rule {of!r} comes later; put it before {rule.id!r}", *at)
-            fail(f"there is no rule {_shown(of)} before {rule.id!r}" + suggest(of, seen), *at)
-        if seen[of].fraction is not None:
-            fail(f"{of!r} is itself a fraction; `of` names a rule with a score of its own", *at)
-
-    def _check_combine(self, rule: Rule, seen: dict[str, Rule], position: int) -> None:
-        assert rule.combine is not None
-        for name in rule.combine.weighted:
-            at = ("rules", position, "combine", "weighted", name)
-            if name not in seen:
-                if any(other.id == name for other in self.rules):
-                    fail(f"the rule {name!r} does not come before {rule.id!r}; put it there", *at, key=True)
-                fail(f"there is no rule {_shown(name)} before {rule.id!r}" + suggest(name, seen), *at, key=True)
-            if seen[name].fraction is not None or seen[name].known is not None:
-                fail(f"{name!r} is of kind {seen[name].kind}, whose score cannot be weighed", *at, key=True)
 
     def _check_tighten(self, rule: Rule, tighten: Tighten, rules: dict[str, Rule], position: int) -> None:
         for place, name in enumerate(tighten.rules):
             at = ("rules", position, "tighten", "rules", place)
             target = rules.get(name)
             if target is None:
-                fail(f"there is no rule {_shown(name)}" + suggest(name, rules), *at)
+                fail(f"there is no rule {shown(name)}" + suggest(name, rules), *at)
             if name == rule.id:
                 fail(f"the rule {name!r} cannot tighten itself", *at)
-            if target.fraction is not None or target.known is not None:
+            if not target.measure.measures:
                 fail(f"{name!r} is of kind {target.kind}, which has no threshold that could move", *at)
             for band in (target.review, target.reject):
-                if band is not None and is_probability(target):
+                if band is not None and target.measure.has_probability:
                     shifted = moved(band.direction, band.value, tighten.by)
                     if not 0.0 < shifted < 1.0:
                         fail(f"by {tighten.by:g} moves the threshold {band.value:g} of {name!r} to {shifted:g}", *at)
@@ -180,11 +159,11 @@ class Policy(_Model):
             rule = rules.get(name)
             if rule is None:
                 fail(
-                    f"the calibration names {_shown(name)}, but there is no such rule" + suggest(name, rules),
+                    f"the calibration names {shown(name)}, but there is no such rule" + suggest(name, rules),
                     *here,
                     key=True,
                 )
-            if rule.kind not in MODEL_KINDS:
+            if not rule.measure.needs_model:
                 fail(f"{name!r} is of kind {rule.kind}, whose threshold depends on no model", *here, key=True)
             merged = rule
             for which in LIMITS:
@@ -197,7 +176,7 @@ class Policy(_Model):
                     fail(
                         f"the rule {name!r} points {written.direction}, its calibration {band.direction}", *here, which
                     )
-                check_band(rule, which, band, (*here, which))
+                check_band(rule, band, *here, which)
                 merged = merged.model_copy(update={which: band})
             if merged.review is not None and merged.reject is not None:
                 check_order(name, merged.review, merged.reject, *here)
@@ -207,18 +186,23 @@ class Policy(_Model):
         return self.policy
 
     @property
+    def used(self) -> set[str]:
+        """The ids of rules whose scores other rules read."""
+        return {name for rule in self.rules for name in rule.measure.uses}
+
+    @property
     def dataset_thresholds(self) -> tuple[DatasetThreshold, ...]:
         """The thresholds that must be computed over all rows before this policy can decide."""
         return tuple(
             DatasetThreshold(
                 key=f"{rule.id}.{name}",
                 rule=rule.id,
-                of=rule.fraction.of,
+                of=str(rule.measure.of_rule),
                 fraction=band.value,
                 tail=band.direction.removeprefix("outside_"),
             )
             for rule in self.rules
-            if rule.fraction is not None
+            if rule.measure.ranks
             for name, band in (("review", rule.review), ("reject", rule.reject))
             if band is not None
         )
@@ -242,19 +226,9 @@ class Policy(_Model):
         for rule in self.rules:
             entry = rule.model_dump(mode="json", exclude_none=True)
             entry["on_missing"] = rule.on_missing or self.on_missing
-            if rule.head is not None and rule.head.sha256 is None:
-                entry["head"] = rule.head.name
-            if rule.concept is not None or (rule.safety is not None and rule.safety.file is None):
+            entry[rule.kind] = rule.measure.plain()
+            if rule.measure.prompted:
                 entry["templates"] = list(rule.templates or self.templates)
-            if rule.concept is not None:
-                for name in ("any_of", "all_of", "but_not", "weights"):
-                    if not entry["concept"][name]:
-                        del entry["concept"][name]
-                entry["concept"]["generic"] = rule.concept.generic or False
-            if rule.safety is not None:
-                for name in ("concepts", "special_care"):
-                    if not entry["safety"][name]:
-                        del entry["safety"][name]
             rules.append(entry)
         calibrations = [entry.model_dump(mode="json", exclude_none=True) for entry in self.calibrations]
         return {
@@ -267,7 +241,7 @@ class Policy(_Model):
     @property
     def attachments(self) -> tuple[Attachment, ...]:
         """The files that belong to the policy, each once."""
-        found = [wanted for rule in self.rules for wanted in rule.attachments]
+        found = [wanted for rule in self.rules for wanted in rule.measure.attachments]
         if self.overrides is not None and self.overrides.source is not None:
             found.append(self.overrides.source)
         return tuple(dict.fromkeys(found))
@@ -287,3 +261,33 @@ def json_sha256(value: Any) -> str:
     """sha256 of JSON data, the same wherever it is computed: sorted keys, no spaces, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def rule_prompts_sha256(policy: Policy) -> dict[str, str]:
+    """For every rule whose score depends on the model the hash of all that it depends on besides: phrases, templates,
+    kind of score, vectors; the files of heads and safety checkers."""
+    identities = {rule.id: rule.measure.identity(rule.templates or policy.templates) for rule in policy.rules}
+    return {name: json_sha256(identity) for name, identity in identities.items() if identity is not None}
+
+
+@contextmanager
+def trial_kind(measure: type[Measure]) -> Iterator[None]:
+    """A kind of rule beside those of the registry while this lasts: for a test that tries it out, in one thread."""
+
+    def rebuild() -> None:
+        models: list[type[Model]] = [Rule, Policy, *Policy.__subclasses__()]
+        for model in models:
+            model.model_rebuild(force=True)
+
+    KINDS[measure.kind] = measure
+    Rule.__pydantic_fields__[measure.kind] = FieldInfo(
+        annotation=measure | None,  # type: ignore[arg-type]
+        default=None,
+        description=measure.about,
+    )
+    rebuild()
+    try:
+        yield
+    finally:
+        del KINDS[measure.kind], Rule.__pydantic_fields__[measure.kind]
+        rebuild()

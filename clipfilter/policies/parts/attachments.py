@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationInfo
+from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.fields import Model, fail, shown
-from clipfilter.policies.language.values import Sha256
+from clipfilter.policies.parts.fields import Model, fail, shown
+from clipfilter.policies.parts.shapes import FILE
+from clipfilter.policies.parts.values import Sha256
 from clipfilter.storage import Directory, file_sha256
 
 ATTACHMENTS_FOLDER = "policy"
@@ -53,7 +54,7 @@ def attach(value: Any, info: ValidationInfo) -> Any:
     return named
 
 
-Attached = Annotated[Attachment, BeforeValidator(attach)]
+Attached = Annotated[Attachment, BeforeValidator(attach), WithJsonSchema(FILE)]
 
 
 def remember(path: Path) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from clipfilter.decisions import LIMITS, Limit
-from clipfilter.policies.language.fields import choice, fail, identifier, number, shown, suggest
+from clipfilter.policies.parts.fields import choice, fail, identifier, number, shown, suggest
+from clipfilter.policies.parts.shapes import TEXTS, WEIGHED_PHRASES
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
 MAX_PHRASES = 256
@@ -17,6 +18,9 @@ MAX_TEMPLATES = 100
 
 OnMissing = Literal[Limit, "keep"]
 
+_TEMPLATES: dict[str, Any] = {
+    "anyOf": [{"enum": list(TEMPLATES)}, {**TEXTS, "items": {"type": "string", "pattern": r"\{\}"}}]
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -108,6 +112,8 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 Sha256 = Annotated[str, BeforeValidator(_sha256)]
 Phrases = Annotated[tuple[str, ...], BeforeValidator(phrases)]
-Templates = Annotated[tuple[str, ...], BeforeValidator(_templates)]
-Generic = Annotated[int, BeforeValidator(_generic)]
+#: Phrases that may be written with a weight, which is taken off before they come here.
+WeighedPhrases = Annotated[tuple[str, ...], BeforeValidator(phrases), WithJsonSchema(WEIGHED_PHRASES)]
+Templates = Annotated[tuple[str, ...], BeforeValidator(_templates), WithJsonSchema(_TEMPLATES)]
+Generic = Annotated[int, BeforeValidator(_generic), WithJsonSchema({"type": ["boolean", "integer"]})]
 Missing = Annotated[OnMissing, BeforeValidator(choice("on_missing", *LIMITS, "keep"))]

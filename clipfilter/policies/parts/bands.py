@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from clipfilter.policies.language.fields import Model, fail, shown
-from clipfilter.policies.language.values import Identifier, Number
+from clipfilter.policies.parts.fields import Model, fail, shown
+from clipfilter.policies.parts.values import Identifier, Number
 
 DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
 
@@ -19,6 +18,8 @@ class Band(Model):
     `outside_top: f` and `outside_bottom: f` (fraction rules) hold the rows outside the best or worst fraction
     f.
     """
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
     above: Number | None = None
     below: Number | None = None
@@ -41,6 +42,11 @@ class Band(Model):
     @property
     def value(self) -> float:
         return float(getattr(self, self.direction))
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the threshold is a share of all rows, not a score."""
+        return self.direction.startswith("outside_")
 
 
 def _rules(value: Any) -> Any:
@@ -76,11 +82,6 @@ class Tighten(Model):
 def moved(direction: str, threshold: float, by: float) -> float:
     """A threshold moved so that more lies beyond it."""
     return threshold - by if direction == "above" else threshold + by
-
-
-def bent(curve: tuple[float, float], score: float) -> float:
-    """The calibrated probability of a score by Platt's curve (a, b): 1 / (1 + exp(-(a score + b)))."""
-    return 0.5 * (1.0 + math.tanh(0.5 * (curve[0] * score + curve[1])))
 
 
 def check_order(rule_id: str, review: Band, reject: Band, *at: str | int) -> None:

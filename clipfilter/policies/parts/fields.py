@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +18,16 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 def fail(message: str, *at: str | int, key: bool = False) -> NoReturn:
     """Refuse with one sentence; `at` is the path below the model being validated, `key` points at the key itself."""
     raise PydanticCustomError("policy", "{message}", {"message": message, "at": at, "at_key": key})
+
+
+@contextmanager
+def within(*at: str | int) -> Iterator[None]:
+    """Put `at` before the place of whatever is refused inside."""
+    try:
+        yield
+    except PydanticCustomError as error:
+        found = error.context or {}
+        fail(str(found["message"]), *at, *found["at"], key=found["at_key"])
 
 
 def shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is linear in a policy, as arrays: phrases, heads and safety checkers as columns of one matrix, and their scores."""
+"""Concept rules as arrays: phrases as columns of the policy's matrix, and their scores from the cosines."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from clipfilter.models.heads import Layers
+from clipfilter.policies.curves import sigmoid
+from clipfilter.policies.kinds.base import Block, CompiledRule, Found
+from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
 
-if TYPE_CHECKING:
-    from clipfilter.models.heads import Head
-
-RECHECK = 1e-5
-_OPENED_NEAR = 0.02  # where an error could move a score further than this, too many rows would be computed twice
 _VANISHING = 1e-30  # a sum of exponentials below this has lost digits
-_PIECE = 64  # columns reduced at once: with BLOCK rows 256 KiB, which stay in a processor's cache from step to step
+_PIECE = 64  # columns reduced at once: with 1024 rows 256 KiB, which stay in a processor's cache from step to step
+
+
+class Part(NamedTuple):
+    """What one rule looks for: groups of columns, -1 where there is none, and what is made of their cosines."""
+
+    rule: str
+    positives: int
+    near: int
+    generic: int
+    score: str  # probability | margin | cosine
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,11 @@ class ConceptPlan:
     of one size are reduced at once. A group index of G means "no such group".
     """
 
-    weights: np.ndarray  # float32 [k + h, dim]: unit rows of the phrases, then those of the heads and safety checkers
-    phrases: tuple[str, ...]  # of every column
+    names: ClassVar[int] = 2  # the positive with the highest cosine and the strongest negative
+
+    weights: np.ndarray  # float32 [k, dim], unit rows
+    labels: tuple[str, ...]  # of every column
+    prompts: tuple[str, ...]
     bounds: tuple[tuple[int, int], ...]  # columns of every group
     pieces: tuple[Piece, ...]  # all groups, in the order of their size
     group_of: np.ndarray  # intp [k]
@@ -54,9 +64,8 @@ class ConceptPlan:
     score_kinds: tuple[str, ...]  # [P] probability | margin | cosine
     backgrounds: tuple[tuple[int, float], ...]  # part, the cosine that stands for "none of these"
     curves: tuple[tuple[int, float, float], ...]  # rule, a, b of calibrated scores 1 / (1 + exp(-(a score + b)))
-    thresholds: np.ndarray  # float32 [T, R], NaN where a rule has fewer than T
-    doubt: np.ndarray  # float32 [R], how near to its thresholds a float32 score is computed again
-    always_explained: frozenset[str]
+    recheck: Recheck
+    explained: tuple[np.ndarray, np.ndarray]  # float32 [R] each: phrases are named above the first or below the second
     logit_scale: float
     logit_bias: float
     sigmoid: bool
@@ -65,81 +74,135 @@ class ConceptPlan:
 
     @cached_property
     def exact_weights(self) -> np.ndarray:
-        """float64 [k, dim]: the phrases, for rows that are computed again."""
-        return self.weights[: len(self.phrases)].astype(np.float64)
+        """float64 [k, dim], for rows that are computed again."""
+        return self.weights.astype(np.float64)
 
     @classmethod
     def build(
         cls,
         *,
         weights: np.ndarray,
-        phrases: tuple[str, ...],
+        labels: tuple[str, ...],
         starts: Sequence[int],
-        members: Sequence[tuple[str, int, int, int, str]],
-        thresholds: Sequence[Sequence[float]],
-        always_explained: set[str],
+        parts: Sequence[Part],
+        rules: Sequence[CompiledRule],
         logit_scale: float,
         logit_bias: float,
         sigmoid: bool,
         counted: np.ndarray | None = None,
-        curves: Mapping[str, tuple[float, float]] | None = None,
         backgrounds: Mapping[str, float] | None = None,
+        prompts: tuple[str, ...] = (),
     ) -> ConceptPlan:
-        """members: (rule, groups of positives, near misses and generics or -1, score) of every part, those of a rule
-        one after the other; thresholds: of every rule; counted: float64 [k] in the order of `phrases`."""
-        stops = [*starts[1:], len(phrases)] if starts else []
-        given = list(zip(starts, stops, strict=True))
-        by_size = sorted(range(len(given)), key=lambda group: given[group][1] - given[group][0])
-        columns = [column for group in by_size for column in range(*given[group])]
-        sizes = np.array([given[group][1] - given[group][0] for group in by_size] + [0], dtype=np.float64)
-        order = None if counted is None else counted[columns]
-        masses = (
-            sizes if counted is None else np.array([counted[slice(*given[group])].sum() for group in by_size] + [0.0])
-        )
-        rules = list(dict.fromkeys(member[0] for member in members))
-        first = [member[0] for member in members]
-        bent = {rules.index(name): curve for name, curve in (curves or {}).items()}
-        ends = np.cumsum(sizes[:-1]).astype(int).tolist()
-        bounds = tuple(zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
-        renumbered = np.full(len(given) + 1, len(given), dtype=np.intp)
-        renumbered[by_size] = np.arange(len(given))
-        groups = renumbered[np.array([member[1:4] for member in members], dtype=np.intp).reshape(-1, 3)]
-        positives, near, generic = groups.T.copy()
+        """weights, labels, counted: of the columns; starts: the first column of every group; parts: those of a rule one
+        after the other, rules in the order of `rules`; backgrounds: cosines by rule."""
+        order = _Order.by_size(starts, len(labels), counted)
+        owners = [part.rule for part in parts]
+        first = [owners.index(rule.id) for rule in rules]
+        positives, near, generic = order.groups([part[1:4] for part in parts]).T.copy()
+        own = [[part for part, owner in enumerate(owners) if owner == rule.id] for rule in rules]
         return cls(
-            weights=np.ascontiguousarray(np.concatenate([weights[columns], weights[len(phrases) :]]), dtype=np.float32),
-            phrases=tuple(phrases[column] for column in columns),
-            bounds=bounds,
-            pieces=tuple(_pieces(bounds)),
-            group_of=np.repeat(np.arange(len(bounds)), sizes[:-1].astype(np.intp)),
-            counted=order,
-            rules=tuple(rules),
-            parts=np.array([first.index(name) for name in rules], dtype=np.intp),
+            weights=np.ascontiguousarray(weights[order.columns], dtype=np.float32),
+            labels=tuple(labels[column] for column in order.columns),
+            prompts=prompts,
+            bounds=order.bounds,
+            pieces=tuple(_pieces(order.bounds)),
+            group_of=np.repeat(np.arange(len(order.bounds)), [stop - start for start, stop in order.bounds]),
+            counted=order.counted,
+            rules=tuple(rule.id for rule in rules),
+            parts=np.array(first, dtype=np.intp),
             positives=positives,
             near=near,
             generic=generic,
-            counts=np.stack([masses[positives], masses[near] + masses[generic]]),
-            score_kinds=tuple(member[4] for member in members),
+            counts=np.stack([order.masses[positives], order.masses[near] + order.masses[generic]]),
+            score_kinds=tuple(part.score for part in parts),
             backgrounds=tuple(
-                (part, backgrounds[name]) for part, name in enumerate(first) if backgrounds and name in backgrounds
+                (part, backgrounds[name]) for part, name in enumerate(owners) if backgrounds and name in backgrounds
             ),
-            curves=tuple((rule, *curve) for rule, curve in sorted(bent.items())),
-            thresholds=np.array(list(itertools.zip_longest(*thresholds, fillvalue=np.nan)), dtype=np.float32),
+            curves=tuple((place, *rule.curve) for place, rule in enumerate(rules) if rule.curve is not None),
             # A curve moves an error by at most its steepest slope, a / 4.
-            doubt=np.array(
-                [RECHECK * max(1.0, abs(bent.get(rule, (0.0, 0.0))[0]) / 4) for rule in range(len(thresholds))],
-                dtype=np.float32,
+            recheck=Recheck.of(
+                [rule.thresholds for rule in rules],
+                [RECHECK * max(1.0, abs((rule.curve or (0.0, 0.0))[0]) / 4) for rule in rules],
             ),
-            always_explained=frozenset(always_explained),
+            explained=_explained(rules),
             logit_scale=logit_scale,
             logit_bias=logit_bias,
             sigmoid=sigmoid,
-            positive_columns=_rectangle(
-                [tuple(g for g, name in zip(positives, first, strict=True) if name == rule) for rule in rules], bounds
-            ),
-            negative_columns=_rectangle(
-                [(near[first.index(rule)], generic[first.index(rule)]) for rule in rules], bounds
-            ),
+            positive_columns=_rectangle([positives[places] for places in own], order.bounds),
+            negative_columns=_rectangle([(near[place], generic[place]) for place in first], order.bounds),
         )
+
+    def score(self, block: Block, products: np.ndarray, out: Found) -> None:
+        """Scores of one block, those near a threshold computed again, and phrases of the rows that a band can concern."""
+        assert out.nearest is not None
+        assert out.contrast is not None
+        values, half = out.values, block.half
+        values[:] = concept_scores(self, products)[:, : len(half)]
+        values[:, ~block.valid] = np.nan
+        self.recheck.settle(values, lambda rows: concept_scores(self, exact_products(self.exact_weights, half, rows)))
+        asked = (values > self.explained[0][:, None]) | (values < self.explained[1][:, None])
+        of_rule, at = np.divmod(np.flatnonzero(asked), len(half))  # faster than np.nonzero in 2-D
+        out.nearest[of_rule, at] = _strongest(self.positive_columns, products, of_rule, at)
+        out.contrast[of_rule, at] = _strongest(self.negative_columns, products, of_rule, at)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The columns, sorted by the size of their groups."""
+
+    columns: list[int]  # where each stood before
+    bounds: tuple[tuple[int, int], ...]
+    numbers: np.ndarray  # intp [G + 1], the new number of each group; the last stands for "no such group"
+    counted: np.ndarray | None  # float64 [k], as given
+    masses: np.ndarray  # float64 [G + 1] how much the phrases of each group count
+
+    @classmethod
+    def by_size(cls, starts: Sequence[int], k: int, counted: np.ndarray | None) -> _Order:
+        given = list(itertools.pairwise([*starts, k]))
+        by_size = sorted(range(len(given)), key=lambda group: given[group][1] - given[group][0])
+        columns = [column for group in by_size for column in range(*given[group])]
+        sizes = [given[group][1] - given[group][0] for group in by_size]
+        numbers = np.full(len(given) + 1, len(given), dtype=np.intp)
+        numbers[by_size] = np.arange(len(given))
+        masses = sizes if counted is None else [counted[slice(*given[group])].sum() for group in by_size]
+        return cls(
+            columns,
+            tuple(itertools.pairwise([0, *itertools.accumulate(sizes)])),
+            numbers,
+            None if counted is None else counted[columns],
+            np.array([*masses, 0.0], dtype=np.float64),
+        )
+
+    def groups(self, given: Sequence[Sequence[int]]) -> np.ndarray:
+        """intp [P, 3], the new numbers of these groups."""
+        return self.numbers[np.array(given, dtype=np.intp).reshape(-1, 3)]
+
+
+def _explained(rules: Sequence[CompiledRule]) -> tuple[np.ndarray, np.ndarray]:
+    """Of which scores the nearest phrases may be asked, float32 [R] each: those above the first and those below the second,
+    which are in a band; all where the dataset ranks the rule."""
+    above = np.full(len(rules), np.inf, dtype=np.float32)
+    below = np.full(len(rules), -np.inf, dtype=np.float32)
+    for position, rule in enumerate(rules):
+        if rule.ranked:
+            above[position] = -np.inf
+        elif rule.direction == "below":
+            below[position] = max(rule.thresholds)
+        elif rule.direction == "above":
+            above[position] = min(rule.thresholds)
+    return above, below
+
+
+def _strongest(columns: np.ndarray, cosines: np.ndarray, of_rule: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Of each pair (rule, row) the rule's column with the highest cosine, int32 [pairs]; -1 where it has no columns.
+
+    columns: intp [R, c]; cosines: [k, m]; of_rule, at: intp [pairs].
+    """
+    if not len(at) or not columns.shape[1]:
+        return np.full(len(at), -1, dtype=np.int32)
+    own = columns[of_rule]
+    best = cosines[own, at[:, None]].argmax(axis=1)
+    return np.asarray(own[np.arange(len(at)), best], dtype=np.int32)
 
 
 def _pieces(bounds: Sequence[tuple[int, int]]) -> Iterator[Piece]:
@@ -154,81 +217,12 @@ def _pieces(bounds: Sequence[tuple[int, int]]) -> Iterator[Piece]:
         first = end
 
 
-def _rectangle(groups: Sequence[tuple[int, ...]], bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+def _rectangle(groups: Sequence[Sequence[int]], bounds: Sequence[tuple[int, int]]) -> np.ndarray:
     """The columns of each rule's groups, intp [R, widest]; the first is repeated to fill a row up, -1 where none are."""
     lists = [[c for group in own if group < len(bounds) for c in range(*bounds[group])] for own in groups]
     width = max((len(own) for own in lists), default=0)
     filled = [own + [own[0] if own else -1] * (width - len(own)) for own in lists]
     return np.array(filled, dtype=np.intp).reshape(len(lists), width)
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """A head that is one affine map. near: how near to its thresholds a float32 score is computed again; the rounding of
-    a product grows with the length of its factors, and the weights of a head are no unit vector."""
-
-    rule: str
-    weight: np.ndarray  # float32 [dim]
-    bias: float
-    near: float
-
-
-@dataclass(frozen=True)
-class OpenedHead:
-    """A head of several layers whose first one is part of the concepts' matrix.
-
-    columns: of its hidden units among the heads' columns. near: how far an error in that product can move its score.
-    """
-
-    rule: str
-    network: Layers
-    columns: slice
-    near: float
-
-
-@dataclass(frozen=True)
-class HeadPlan:
-    """The head rules of a policy: linear heads and first layers as further columns of the concepts' matrix, the others
-    as they are."""
-
-    linear: tuple[LinearHead, ...]  # in the order of the columns
-    opened: tuple[OpenedHead, ...]
-    curved: tuple[tuple[str, Head], ...]
-    weights: np.ndarray  # float32 [h, dim]
-
-    @classmethod
-    def build(cls, members: Sequence[tuple[str, Head]], dim: int) -> HeadPlan:
-        linear = tuple(
-            LinearHead(rule, weight, bias, RECHECK * max(1.0, float(np.linalg.norm(weight)), abs(bias)))
-            for rule, head in members
-            if head.linear is not None
-            for weight, bias in [head.linear]
-        )
-        rows = [head.weight[None] for head in linear]
-        opened: list[OpenedHead] = []
-        curved: list[tuple[str, Head]] = []
-        start = len(linear)
-        for rule, head in members:
-            if head.linear is not None:
-                continue
-            if isinstance(head.network, Layers):
-                weight = head.network.first[0]
-                lengths = np.maximum(1.0, np.linalg.norm(weight, axis=1))
-                near = RECHECK * float(np.linalg.norm(lengths)) * head.network.steepest
-                if near <= _OPENED_NEAR:
-                    opened.append(OpenedHead(rule, head.network, slice(start, start + len(weight)), near))
-                    rows.append(weight.astype(np.float32))
-                    start += len(weight)
-                    continue
-            curved.append((rule, head))
-        weights = np.concatenate(rows) if rows else np.zeros((0, dim), dtype=np.float32)
-        return cls(linear, tuple(opened), tuple(curved), weights)
-
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """Ids of the rules that are heads."""
-        columns = [head.rule for head in self.linear] + [head.rule for head in self.opened]
-        return tuple(columns + [rule for rule, _ in self.curved])
 
 
 def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
@@ -247,7 +241,7 @@ def concept_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
         result = np.minimum.reduceat(result, plan.parts, axis=0)
     with np.errstate(over="ignore", invalid="ignore"):
         for row, a, b in plan.curves:
-            result[row] = _sigmoid(result.dtype.type(a) * result[row] + result.dtype.type(b))
+            result[row] = sigmoid(result.dtype.type(a) * result[row] + result.dtype.type(b))
     return result
 
 
@@ -271,7 +265,7 @@ def _part_scores(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
             elif kind == "margin":
                 result[row] = positive[row] - negative[row]
             else:
-                result[row] = _sigmoid(scale * positive[row] + bias) - _sigmoid(scale * negative[row] + bias)
+                result[row] = sigmoid(scale * positive[row] + bias) - sigmoid(scale * negative[row] + bias)
     return result
 
 
@@ -351,7 +345,3 @@ def _highest(plan: ConceptPlan, cosines: np.ndarray) -> np.ndarray:
         columns = cosines[piece.columns]
         np.maximum.reduce(columns.reshape(*piece.shape, -1), axis=1, out=top[piece.groups])
     return top
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.asarray(1 / (1 + np.exp(-x)), dtype=x.dtype)

@@ -1,0 +1,365 @@
+"""Concepts: something told in words or learned vectors, against what it is mistaken for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field, model_validator
+
+from clipfilter.errors import RefusedError
+from clipfilter.policies.kinds.base import CompiledRule, Context, Measure, check_cosine, check_probability, naming
+from clipfilter.policies.kinds.concept_plan import ConceptPlan, Part
+from clipfilter.policies.kinds.vectors import LearnedVectors, read_vectors
+from clipfilter.policies.kinds.words import Words, Written, phrase_list
+from clipfilter.policies.parts.attachments import Attached, Attachment, Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.calibrated import CalibratedRule
+from clipfilter.policies.parts.fields import choice, fail, shown
+from clipfilter.policies.parts.values import Generic, Number, Phrases, WeighedPhrases, same_phrase
+from clipfilter.policies.phrases import Phrase, unit_vectors
+from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION
+
+Score = Annotated[
+    Literal["probability", "margin", "cosine", "calibrated"],
+    BeforeValidator(choice("score", "probability", "margin", "cosine", "calibrated")),
+]
+MAX_WEIGHT = 1000.0
+_SCORES = {
+    "probability": "The score is a probability: 0 not at all, 1 certainly",
+    "margin": "The score is the best phrase’s similarity minus the best contrast’s",
+    "cosine": "The score is the similarity (cosine) to the best phrase",
+    "calibrated": "The score is a probability calibrated on labels: of ten images with 0.9, nine are right",
+}
+
+
+class Concept(Measure):
+    """A concept told in words: positives, near misses (`but_not`), and the versioned generic negatives.
+
+    any_of: one of these must be seen. all_of: each of these must be. vectors: learned positives and negatives, which
+    stand beside the phrases. weights: how much a phrase counts, 1 where it is not named. background: a cosine that stands
+    for "none of these" among what a probability is contrasted with; softmax models only, the others have their bias.
+    """
+
+    kind = "concept"
+    about = "Something told in words, against what it is mistaken for."
+    needs_model = True
+    file_keys = ("vectors",)
+    merges = True
+    takes_templates = True
+
+    any_of: Annotated[WeighedPhrases, Field(description="Phrases of which one must be seen.")] = ()
+    all_of: Phrases = ()
+    but_not: Annotated[WeighedPhrases, Field(description="Near misses: what the concept is mistaken for.")] = ()
+    vectors: Attached | None = None
+    weights: dict[str, Number] = {}  # noqa: RUF012
+    generic: Annotated[
+        Generic,
+        Field(description="Also stand against ordinary things (true), none (false), or a version of that list."),
+    ] = GENERIC_VERSION
+    background: Annotated[
+        Number | None,
+        Field(
+            description="Also stand against a fixed cosine: what the model gives to things that have nothing to do with it."
+        ),
+    ] = None
+    score: Score = "probability"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weighted(cls, data: Any) -> Any:
+        """{text, weight} among the phrases becomes the text, and its weight an entry of `weights`."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        weights = dict(data["weights"]) if isinstance(data.get("weights"), dict) else {}
+        for key in ("any_of", "but_not"):
+            if isinstance(data.get(key), list | tuple):
+                data[key] = [_phrase_of(item, weights, (key, place)) for place, item in enumerate(data[key])]
+        if weights:
+            data["weights"] = weights
+        return data
+
+    @model_validator(mode="after")
+    def _contrast(self) -> Concept:
+        if not self.any_of and not self.all_of and self.vectors is None:
+            fail("'concept' needs the key 'any_of' (or all_of, or vectors)")
+        positives: dict[str, str] = {}
+        for name in ("any_of", "all_of"):
+            for place, phrase in enumerate(getattr(self, name)):
+                if same_phrase(phrase) in positives:
+                    fail(f"the phrase {shown(phrase)} is in any_of and in all_of", name, place)
+                positives[same_phrase(phrase)] = name
+        for place, phrase in enumerate(self.but_not):
+            other = positives.get(same_phrase(phrase))
+            if other is not None:
+                fail(f"the phrase {shown(phrase)} is in {other} and in but_not", "but_not", place)
+        self._check_weights()
+        self._check_background()
+        if self.score != "cosine" and not self.but_not and not self.generic and not self._learned_negatives():
+            fail(
+                f"a {self.score} needs something to compare with: give but_not, leave generic on, or use score: cosine",
+                "generic",
+                key=True,
+            )
+        return self
+
+    def _check_weights(self) -> None:
+        for phrase, weight in self.weights.items():
+            if phrase not in (*self.any_of, *self.but_not):
+                fail(f"there is no phrase {shown(phrase)} in any_of or but_not to weigh", "weights", phrase, key=True)
+            if not 0.0 < weight <= MAX_WEIGHT:
+                fail(
+                    f"the weight of {shown(phrase)} is {weight:g}, but must be above 0 and at most {MAX_WEIGHT:g}",
+                    "weights",
+                )
+        if self.weights and self.score in ("margin", "cosine"):
+            fail(
+                f"weights belong to probabilities; score: {self.score} takes the highest cosine whatever it weighs",
+                "weights",
+            )
+
+    def _check_background(self) -> None:
+        if self.background is None:
+            return
+        if not -1.0 <= self.background <= 1.0:
+            fail(f"background is {self.background:g}, but must be a cosine, between -1 and 1", "background")
+        if self.score in ("margin", "cosine"):
+            fail(f"background belongs to probabilities; score: {self.score} has none", "background", key=True)
+
+    def _learned_negatives(self) -> bool:
+        if self.vectors is None:
+            return False
+        try:
+            return bool(len(self.learned(Attachments()).negatives))
+        except RefusedError:  # the file is elsewhere; compiling looks in the run too
+            return True
+
+    def learned(self, files: Attachments) -> LearnedVectors:
+        """The learned vectors, which `vectors` names. Raises RefusedError."""
+        assert self.vectors is not None
+        return read_vectors(files.path(self.vectors), self.vectors.sha256)
+
+    @property
+    def generic_phrases(self) -> tuple[str, ...]:
+        """The generic negatives in use: those of the version that the rule does not name itself."""
+        named = {same_phrase(phrase) for phrase in (*self.any_of, *self.all_of, *self.but_not)}
+        return tuple(phrase for phrase in GENERIC_NEGATIVES.get(self.generic, ()) if same_phrase(phrase) not in named)
+
+    # ------------------------------------------------------------ the language
+
+    def plain(self) -> Any:
+        found = super().plain()
+        for name in ("any_of", "all_of", "but_not", "weights"):
+            if not found[name]:
+                del found[name]
+        return {**found, "generic": self.generic or False}
+
+    @property
+    def phrases(self) -> int:
+        return len((*self.any_of, *self.all_of, *self.but_not))
+
+    @property
+    def attachments(self) -> Iterator[Attachment]:
+        if self.vectors is not None:
+            yield self.vectors
+
+    def check_band(self, band: Band, *at: str | int) -> None:
+        if self.score in ("probability", "calibrated"):
+            check_probability(band, *at)
+        elif self.score == "margin":
+            check_cosine(band, *at, what="margin", limit=2.0)
+        else:
+            check_cosine(band, *at)
+
+    def identity(self, templates: Sequence[str]) -> Any:
+        identity: dict[str, Any] = {
+            "any_of": self.any_of,
+            "but_not": self.but_not,
+            "generic": self.generic_phrases,
+            "generic_version": int(self.generic),
+            "templates": templates,
+            # Platt's curve, and so what it gives, is fitted to the probability.
+            "score": self._raw_score,
+        }
+        identity |= {"all_of": self.all_of} if self.all_of else {}
+        identity |= {"weights": self.weights} if self.weights else {}
+        identity |= {"background": self.background} if self.background is not None else {}
+        identity |= {"vectors": self.vectors.sha256} if self.vectors is not None else {}
+        return identity
+
+    # ------------------------------------------------------------ scoring
+
+    @property
+    def _raw_score(self) -> str:
+        """The score before Platt's curve."""
+        return "probability" if self.score == "calibrated" else self.score
+
+    def curve(self, calibrated: CalibratedRule | None, rule: str, model: str) -> tuple[float, float] | None:
+        if self.score != "calibrated":
+            return None
+        if calibrated is None or calibrated.probability is None:
+            raise RefusedError(
+                f"the score of {rule!r} is calibrated, but it was not calibrated for {model}: write score: probability, "
+                "decide a run with it, use `clipfilter policy calibrate` on that, and then write score: calibrated"
+            )
+        platt = calibrated.probability.platt
+        if platt.a <= 0:
+            raise RefusedError(
+                f"the calibrated probability of {rule!r} falls while its score rises, so it found the opposite of what "
+                "was labelled; correct its phrases, or write score: probability"
+            )
+        return platt.a, platt.b
+
+    @classmethod
+    def plan(cls, rules: Sequence[CompiledRule], context: Context) -> ConceptPlan | None:
+        if not rules:
+            return None
+        columns = _Columns(context)
+        for rule in rules:
+            assert isinstance(rule.measure, cls)
+            with naming(rule.id):
+                columns.add(rule, rule.measure)
+        return columns.plan(rules)
+
+    # ------------------------------------------------------------ words
+
+    @classmethod
+    def meaning(cls, spec: Any) -> Words:
+        given = [phrase_list(spec["any_of"])] if spec.get("any_of") else []
+        given += [["learned vectors"]] if "vectors" in spec else []
+        said: list[str | Written] = ["Looks for " if given else "Looks"]
+        for place, part in enumerate(given):
+            said += [" or ", *part] if place else part
+        if spec.get("all_of"):
+            said += [", together with " if given else " for all of ", *phrase_list(spec["all_of"])]
+        if spec.get("but_not"):
+            said += [", told apart from ", *phrase_list(spec["but_not"])]
+        said += [" and from what ordinary pictures show"] if spec.get("generic") else []
+        score = _SCORES.get(spec.get("score", "probability"), "The score is as the policy defines it")
+        return [*said, f". {score}."]
+
+    @classmethod
+    def measured(cls, spec: Any) -> Words:
+        return [str(spec.get("score", "probability"))]
+
+    def summary(self, conditional: bool) -> str:
+        words = [*self.any_of, *self.all_of]
+        said = f"“{words[0]}”" + (f" and {len(words) - 1} more" if len(words) > 1 else "") if words else "learned"
+        if self.score == "cosine":
+            return f"{said} (cosine)"
+        return f"{said} against {len(self.but_not) + len(self.generic_phrases)} others ({self.score})"
+
+    @property
+    def compared(self) -> tuple[Sequence[str], Sequence[str], Sequence[str]] | None:
+        positives = (*self.any_of, *self.all_of)
+        return (positives, self.but_not, self.generic_phrases) if positives else None
+
+    @classmethod
+    def is_probability(cls, spec: Any) -> bool:
+        return spec.get("score", "probability") in ("probability", "calibrated")
+
+    @classmethod
+    def is_calibrated(cls, spec: Any) -> bool:
+        return bool(spec.get("score") == "calibrated")
+
+    @classmethod
+    def fills_unit(cls, spec: Any) -> bool:
+        return bool(spec.get("score", "probability") == "probability")
+
+
+def _phrase_of(item: Any, weights: dict[str, Any], at: tuple[str | int, ...]) -> Any:
+    if not isinstance(item, dict):
+        return item
+    for key in item:
+        if key not in ("text", "weight"):
+            fail(f"unknown key {str(key)[:60]!r} in a phrase; the keys here are text, weight", *at, key, key=True)
+    phrase = item.get("text")
+    if not isinstance(phrase, str):
+        fail("a phrase with a weight needs its text, for example {text: a rifle, weight: 2}", *at)
+    if "weight" in item:
+        given = item["weight"]
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            fail(f"{shown(given)} is not a number", *at, "weight")
+        if not 0.0 < given <= MAX_WEIGHT:
+            fail(f"the weight is {given:g}, but must be above 0 and at most {MAX_WEIGHT:g}", *at, "weight")
+        if given != 1:
+            weights[" ".join(phrase.split())] = given
+    return phrase
+
+
+class _Columns:
+    """Collects the columns of all concept rules; `plan` embeds them."""
+
+    def __init__(self, context: Context) -> None:
+        self._encoder = context.encoder
+        self._files = context.files
+        self._labels: list[str] = []
+        self._phrases: list[Phrase | np.ndarray] = []  # what each column is made of: a phrase, or a learned vector
+        self._counted: list[float] = []
+        self._starts: list[int] = []
+        self._shared: dict[Any, int] = {}  # generic groups are the same for most rules
+        self._parts: list[Part] = []
+        self._backgrounds: dict[str, float] = {}
+
+    def add(self, rule: CompiledRule, concept: Concept) -> None:
+        """One concept rule. Raises RefusedError where its learned vectors do not fit the model."""
+        templates, encoder = rule.templates, self._encoder
+        positive = negative = np.zeros((0, encoder.dim), dtype=np.float32)
+        if concept.vectors is not None:
+            learned = concept.learned(self._files)
+            learned.check_model(self._files.path(concept.vectors), encoder.fingerprint, encoder.dim)
+            positive, negative = learned.positives, learned.negatives
+        first = self._group(concept.any_of, templates, concept, positive, "learned vector")
+        near = self._group(concept.but_not, templates, concept, negative, "learned contrast")
+        generic = concept.generic_phrases
+        if (generic, templates) not in self._shared:
+            self._shared[generic, templates] = self._group(generic, templates)
+        if concept.background is not None and encoder.score_kind == "softmax":
+            self._backgrounds[rule.id] = concept.background
+        for group in [first, *(self._group((phrase,), templates) for phrase in concept.all_of)]:
+            if group >= 0:
+                self._parts.append(Part(rule.id, group, near, self._shared[generic, templates], concept._raw_score))
+
+    def _group(
+        self,
+        phrases: Sequence[str],
+        templates: tuple[str, ...],
+        concept: Concept | None = None,
+        learned: np.ndarray | None = None,
+        name: str = "",
+    ) -> int:
+        """The number of a new group of columns, -1 where it would be empty."""
+        rows = [] if learned is None else list(learned)
+        if not phrases and not rows:
+            return -1
+        self._starts.append(len(self._phrases))
+        self._phrases += [(phrase, templates) for phrase in phrases]
+        self._phrases += rows
+        self._labels += [*phrases, *(f"{name} {number + 1}" for number in range(len(rows)))]
+        weights = concept.weights if concept is not None else {}
+        self._counted += [weights.get(phrase, 1.0) for phrase in phrases] + [1.0] * len(rows)
+        return len(self._starts) - 1
+
+    def plan(self, rules: Sequence[CompiledRule]) -> ConceptPlan:
+        """All columns embedded."""
+        encoder = self._encoder
+        vectors, prompts = unit_vectors([item for item in self._phrases if isinstance(item, tuple)], encoder)
+        words = iter(vectors)
+        weights = np.empty((len(self._phrases), encoder.dim), dtype=np.float32)
+        for index, item in enumerate(self._phrases):
+            weights[index] = next(words) if isinstance(item, tuple) else item
+        return ConceptPlan.build(
+            weights=weights,
+            labels=tuple(self._labels),
+            starts=self._starts,
+            parts=self._parts,
+            rules=rules,
+            logit_scale=float(encoder.logit_scale),
+            logit_bias=float(encoder.logit_bias or 0.0),
+            sigmoid=encoder.score_kind == "sigmoid",
+            counted=np.array(self._counted) if any(weight != 1.0 for weight in self._counted) else None,
+            backgrounds=self._backgrounds,
+            prompts=tuple(prompts),
+        )

@@ -1,0 +1,90 @@
+"""Metadata: a number of the image, its caption, or a column of the source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+from pydantic import GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
+from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.parts.columns import check_metadata, metadata_values
+from clipfilter.policies.parts.fields import text
+from clipfilter.policies.parts.shapes import TEXT
+
+_MEANINGS = {
+    "width": "width in pixels",
+    "height": "height in pixels",
+    "min_side": "shorter side in pixels",
+    "max_side": "longer side in pixels",
+    "aspect_ratio": "longer side divided by shorter side",
+    "pixels": "width times height",
+    "caption_words": "words of the caption",
+    "caption_chars": "characters of the caption",
+    "brightness": "brightness of the picture",
+    "contrast": "contrast of the picture",
+    "blur": "sharpness measure of the picture",
+    "entropy": "entropy of the picture’s grey levels",
+    "colourfulness": "colourfulness of the picture",
+}
+_WHOLE = {"width", "height", "min_side", "max_side", "pixels", "caption_words", "caption_chars"}
+
+
+class Metadata(Measure):
+    """A number by its name: see `columns.BUILTINS`, or a numeric column of the source."""
+
+    kind = "metadata"
+    about = "A number of the row: min_side, aspect_ratio, caption_words, or a source column."
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": text("metadata", 200)(value)}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return dict(TEXT)
+
+    def plain(self) -> Any:
+        return self.name
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def check_columns(self, schema: pa.Schema) -> None:
+        check_metadata(self.name, schema)
+
+    def answer(self, thresholds: Sequence[float], files: Attachments) -> Answer:
+        return numbers_answer(lambda table: metadata_values(self.name, table), thresholds)
+
+    @classmethod
+    def meaning(cls, spec: Any) -> Words:
+        return number_meaning(spec)
+
+    @classmethod
+    def measured(cls, spec: Any) -> Words:
+        return [str(spec)]
+
+    def written(self) -> Any:
+        return self.name
+
+    @classmethod
+    def is_whole(cls, spec: Any) -> bool:
+        return spec in _WHOLE
+
+    @classmethod
+    def reach(cls, threshold: float) -> float:
+        return 0.0
+
+
+def number_meaning(name: str) -> Words:
+    """What the number of this name says, in a sentence."""
+    return ["A number of the image: ", Written(_MEANINGS.get(name, f"the column {name}")), "."]

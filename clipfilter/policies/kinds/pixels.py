@@ -1,0 +1,100 @@
+"""Pixel qualities: the number behind a word such as dark or blurry, with a threshold that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
+from clipfilter.policies.kinds.metadata import number_meaning
+from clipfilter.policies.kinds.words import Words
+from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.columns import check_metadata, metadata_values
+from clipfilter.policies.parts.fields import fail, shown, suggest
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A pixel quality: the number it compares, on which side, where by default, and what that means."""
+
+    metadata: str
+    direction: Literal["above", "below"]
+    threshold: float
+    meaning: str
+
+
+PIXELS = {
+    "dark": Quality("brightness", "below", 25.0, "mean luma, 0 to 255"),
+    "bright": Quality("brightness", "above", 235.0, "mean luma, 0 to 255"),
+    "blurry": Quality("blur", "below", 10.0, "variance of the Laplacian"),
+    "low_information": Quality("entropy", "below", 3.0, "entropy of the luma histogram in bits, 0 to 8"),
+    "odd_aspect": Quality("aspect_ratio", "above", 3.0, "longer side by shorter side"),
+    "grayscale": Quality("colourfulness", "below", 2.0, "colourfulness, 0 without any colour"),
+}
+
+
+class Pixels(Measure):
+    """One of the qualities by its name."""
+
+    kind = "pixels"
+    about = "A quality such as dark or blurry; without bands it rejects from its documented threshold on."
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if value not in PIXELS:
+            fail(f"{shown(value)} is no pixel quality (there are {', '.join(PIXELS)})" + suggest(value, PIXELS))
+        return {"name": value}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(PIXELS)}
+
+    @classmethod
+    def default_bands(cls, written: Any) -> dict[str, Any] | None:
+        quality = PIXELS.get(written) if isinstance(written, str) else None
+        return None if quality is None else {"reject": {quality.direction: quality.threshold}}
+
+    @property
+    def quality(self) -> Quality:
+        return PIXELS[self.name]
+
+    def plain(self) -> Any:
+        return self.name
+
+    def check_band(self, band: Band, *at: str | int) -> None:
+        if band.direction != self.quality.direction:
+            fail(
+                f"{self.name} lies {self.quality.direction} its threshold, not {band.direction}",
+                *at, band.direction, key=True,
+            )  # fmt: skip
+
+    def check_columns(self, schema: pa.Schema) -> None:
+        check_metadata(self.quality.metadata, schema)
+
+    def answer(self, thresholds: Sequence[float], files: Attachments) -> Answer:
+        return numbers_answer(lambda table: metadata_values(self.quality.metadata, table), thresholds)
+
+    @classmethod
+    def meaning(cls, spec: Any) -> Words:
+        return number_meaning(PIXELS[spec].metadata)
+
+    @classmethod
+    def measured(cls, spec: Any) -> Words:
+        return [PIXELS[spec].metadata]
+
+    def written(self) -> Any:
+        return self.name
+
+    @classmethod
+    def reach(cls, threshold: float) -> float:
+        return 0.0
