@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clipfilter.policies.blocks import similarity
+from clipfilter.policies.captions import language_detector
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
 from clipfilter.policies.curves import bent, sigmoid
@@ -90,6 +91,7 @@ __all__ = [
     "json_sha256",
     "key_score",
     "label_names",
+    "language_detector",
     "load_policy",
     "locate",
     "low_histogram",

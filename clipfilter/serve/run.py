@@ -107,7 +107,7 @@ class Run:
 
             encoder = load_encoder(self._model or stored_model(self.plan))
             refuse_other_weights(self.plan, encoder.fingerprint)
-            self._encoder = _Remembering(encoder)
+            self._encoder = encoder
         assert self._encoder is not None
         return self._encoder
 
@@ -130,22 +130,3 @@ class Run:
             scored = annotate(stored.take(some), embeddings.take(some), encoder, compiled, None)[cf.score(rule)]
             found[mine] = scored.to_numpy().astype(np.float32)
         return found
-
-
-class _Remembering:
-    """An encoder that knows the texts of the last few rules, so that moving a threshold again embeds nothing."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._texts: dict[tuple[str, ...], np.ndarray] = {}
-
-    def encode_texts(self, texts: Any) -> np.ndarray:
-        key = tuple(texts)
-        if key not in self._texts:
-            if len(self._texts) >= 64:
-                self._texts.clear()
-            self._texts[key] = self._encoder.encode_texts(texts)
-        return self._texts[key]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._encoder, name)
