@@ -151,7 +151,7 @@ def _counted(tables: Iterable[pa.Table], counts: Counter[str | None]) -> Iterato
         yield table
 
 
-def _won(table: pa.Table) -> dict[str | None, int]:
+def _won(table: pa.Table | pa.RecordBatch) -> dict[str | None, int]:
     """How many rows each label won; None stands for those that failed."""
     return {item["values"]: item["counts"] for item in table[cf.LABEL].value_counts().to_pylist()}
 
@@ -316,9 +316,7 @@ def _print_counts(out: str) -> None:
     from clipfilter.runs import Run
 
     run = Run.open(out)
-    counts: Counter[str | None] = Counter()
-    for commit in run.commits():
-        counts[None] += commit.counts.failed
-        if commit.files.annotated is not None:
-            counts.update(_won(run.table(commit.files.annotated, [cf.LABEL])))
+    counts: Counter[str | None] = Counter({None: run.version.totals.failed})
+    for _, batch in run.batches("annotated", [cf.LABEL]):
+        counts.update(_won(batch))
     _print_table(Console(), counts)

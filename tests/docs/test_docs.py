@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -13,6 +14,7 @@ import pytest
 
 from clipfilter import errors
 from clipfilter.policies import load_policy
+from clipfilter.runs import Plan, records
 from clipfilter.runs.columns import DECISION_COLUMNS, FACTS, FAILED, IDENTITY
 from tests.docs import cli_reference
 from tests.docs.pages import REPO, WALKED, Block, anchors, blocks, links, pages, prepare, run, runs, shows, without
@@ -153,6 +155,24 @@ def test_every_column_is_documented() -> None:
     text = (REPO / "docs/reference/run-directory.md").read_text(encoding="utf-8")
     columns = {*IDENTITY.names, *FAILED.names, *FACTS.names, *DECISION_COLUMNS, "image_emb", "text_emb"}
     assert {f"`{name}`" for name in columns} <= set(re.findall(r"`[\w.]+`", text))
+
+
+def test_every_key_of_a_plan_a_commit_and_a_version_is_documented() -> None:
+    """They are read strictly, so whoever writes or reads them needs all keys."""
+    text = (REPO / "docs/reference/run-directory.md").read_text(encoding="utf-8")
+    nouns = (
+        Plan,
+        records.Commit,
+        records.Version,
+        records.Work,
+        records.WorkerDetails,
+        records.DataFile,
+        records.FailedShard,
+    )
+    keys = {item.name for noun in (*nouns, records.Base) for item in fields(noun) if item.compare} | {"version"}
+    keys |= {name for noun in (records.Counts, records.Totals) for name in vars(noun) if not name.startswith("_")}
+    inside = {"number", "of_worker", "of_source", "to_json", "from_json", "of"}  # not written, or methods
+    assert keys - inside <= set(re.findall(r"`([\w.]+)`", text)), keys - inside - set(re.findall(r"`([\w.]+)`", text))
 
 
 def test_the_readme_shows_what_make_demo_runs() -> None:
