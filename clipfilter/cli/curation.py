@@ -207,5 +207,5 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
         print_json(summary)
     else:
         totals = summary["totals"]
-        typer.echo(f"{totals['embedded']:,} rows in {totals['shards']:,} shards, {totals['failed']:,} failed")
+        typer.echo(f"{totals.embedded:,} rows in {totals.shards:,} shards, {totals.failed:,} failed")
         typer.echo(f"run          {summary['out']}")
