@@ -17,7 +17,7 @@ from clipfilter.report.data import RuleData, rules_of
 from clipfilter.report.explain import RuleVerdict, sentence, verdict
 from clipfilter.report.interchange import SHAPES
 from clipfilter.runs import Commit, Plan, Run
-from clipfilter.storage import Directory
+from clipfilter.storage import directory_of
 
 FORMAT = "clipfilter-audit/1"
 AUDIT = "audit"
@@ -47,8 +47,7 @@ def export_decisions(run: str, out: str, *, kind: str = AUDIT, mapping: str | No
     if opened.plan.policy is None:
         raise RefusedError(f"{run} holds no decisions; decide it first: clipfilter filter {run} --policy P --out OUT.")
     exporter = _Exporter(opened, kind, mapping)
-    parent, _, name = out.rstrip("/").rpartition("/")
-    target = Directory(parent or ("/" if out.startswith("/") else "."))
+    target, name = directory_of(out.rstrip("/"))
     if not name or name in (".", "..") or target.exists(name):
         raise RefusedError(f"--out {out} exists; name a new file.")
     decisions: Counter[str] = Counter()
