@@ -156,6 +156,16 @@ class _Judged:
     population: np.ndarray
     cut: float | None  # flagging score beyond which the labels lie
 
+    @property
+    def uniform(self) -> bool:
+        """Whether the labels can speak for all rows, flagged or not."""
+        return self.cut is None
+
+    @property
+    def both(self) -> bool:
+        """Whether there are labels of both kinds."""
+        return bool(self.true.any() and not self.true.all())
+
 
 def calibrate(
     policy: Policy,
@@ -183,39 +193,42 @@ def calibrate(
     judged = _judge(chosen, flags, ascending, direction, sign)
     _refuse_useless(judged)
     shifted = _shift(judged, prevalence, confidence)
-    chooser = _Chooser(judged, ascending, run.rows, sign, confidence, _limits(own), shifted is None)
-    chooser.flagging = {name: sign * band.value for name, band in written.items()}
-    for target in sorted(targets, key=lambda target: (target.band == "review", target.kind)):
-        chooser.choose(target)
-    chooser.refuse_swallowed_review()
-    both = bool(judged.true.any() and not judged.true.all())
-    uniform = judged.cut is None
+    flagging = {name: sign * band.value for name, band in written.items()}
+    chooser = _Chooser(judged, ascending, run.rows, sign, confidence, _limits(own), shifted is None, flagging)
+    chooser.choose(targets)
     return Calibrated(
-        policy=policy.name,
+        **_bound_to(policy, run),
         rule=own.id,
-        model=run.model,
-        weights_sha256=str(run.plan.model.get("weights_sha256")),
-        prompts_sha256=prompts_sha256(policy),
-        preprocess_sha256=json_sha256(run.plan.model.get("preprocess")),
-        decode=run.decode,
         direction=direction,
         design=judged.design,
         labels=len(judged.true),
         positives=int(judged.true.sum()),
-        prevalence=float(np.average(judged.true, weights=judged.weights)) if uniform else None,
+        prevalence=float(np.average(judged.true, weights=judged.weights)) if judged.uniform else None,
         stated_prevalence=prevalence,
         rows=run.rows,
         unscored=unscored,
         confidence=confidence,
         thresholds=[chooser.found[name] for name in BANDS if name in chooser.found],
         in_use={name: sign * chooser.flagging[name] for name in BANDS if name in chooser.flagging},
-        expected=_expect(judged, ascending, chooser.flagging, prevalence if uniform else None, confidence),
-        fitted=prob.fit(sign * judged.flags, judged.true, judged.weights, falling=sign < 0) if both else None,
-        notes=chooser.notes + _notes(judged, targets, shifted, unscored, both),
+        expected=_expect(judged, ascending, chooser.flagging, prevalence if judged.uniform else None, confidence),
+        fitted=prob.fit(sign * judged.flags, judged.true, judged.weights, falling=sign < 0) if judged.both else None,
+        notes=chooser.notes + _notes(judged, targets, shifted, unscored),
         scores=(sign * judged.flags).astype(np.float32),
         true=judged.true,
         weights=judged.weights,
     )
+
+
+def _bound_to(policy: Policy, run: ScoredRun) -> dict[str, str]:
+    """What the thresholds hold for, as `Calibrated` has it: these prompts with this model on images decoded this way."""
+    return {
+        "policy": policy.name,
+        "model": run.model,
+        "weights_sha256": str(run.plan.model.get("weights_sha256")),
+        "prompts_sha256": prompts_sha256(policy),
+        "preprocess_sha256": json_sha256(run.plan.model.get("preprocess")),
+        "decode": run.decode,
+    }
 
 
 def _refuse_senseless(targets: Sequence[Target], confidence: float, prevalence: float | None) -> None:
@@ -243,8 +256,8 @@ def _refuse_new_bands(rule: Rule, targets: Sequence[Target], written: dict[str, 
             )
 
 
-def _notes(judged: _Judged, targets: Sequence[Target], shifted: str | None, unscored: int, both: bool) -> list[str]:
-    """What a reader must know before trusting the thresholds. both: whether there are labels of both kinds."""
+def _notes(judged: _Judged, targets: Sequence[Target], shifted: str | None, unscored: int) -> list[str]:
+    """What a reader must know before trusting the thresholds."""
     notes = [f"estimate, no guarantee: {doubt}" for doubt in judged.doubts]
     if shifted is not None:
         notes.append(shifted)
@@ -252,7 +265,7 @@ def _notes(judged: _Judged, targets: Sequence[Target], shifted: str | None, unsc
         notes.append(f"{len(judged.holes)} rows without a label among the judged ones count as not true for precision")
     if unscored:
         notes.append(f"{unscored:,} rows of the run have no score of this rule; on_missing decides them")
-    if not both:
+    if not judged.both:
         notes.append("all labels are positive: no recall and no probability can be told from them")
     return notes
 
@@ -272,12 +285,23 @@ class _Chooser:
     confidence: float
     limits: tuple[float, float]
     undoubted: bool
-    flagging: dict[str, float] = field(default_factory=dict)
+    flagging: dict[str, float]
     found: dict[str, Threshold] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def choose(self, target: Target) -> None:
-        """Raises RefusedError where no threshold reaches the target, or none would leave a review band."""
+    def choose(self, targets: Sequence[Target]) -> None:
+        """Raises RefusedError where no threshold reaches a target, or none would leave a review band."""
+        for target in sorted(targets, key=lambda target: (target.band == "review", target.kind)):
+            self._choose(target)
+        review, reject = self.flagging.get("review"), self.flagging.get("reject")
+        if review is not None and reject is not None and not _looser(review, reject):
+            raise RefusedError(
+                f"the reject threshold {self._direction} {self.sign * reject:g} would swallow the review band at "
+                f"{self.sign * review:g}; calibrate review in the same command, with a second --target such as "
+                "review-budget=0.02 or miss-rate=0.05."
+            )
+
+    def _choose(self, target: Target) -> None:
         value, evidence = self._reach(target)
         reject = self.flagging.get("reject")
         if target.band == "review" and reject is not None and not _looser(value, reject):
@@ -292,16 +316,6 @@ class _Chooser:
         self.found[target.band] = Threshold(
             band=target.band, direction=self._direction, value=self.sign * value, target=str(target), **evidence
         )
-
-    def refuse_swallowed_review(self) -> None:
-        """Raises RefusedError where the reject threshold leaves nothing to the review band."""
-        review, reject = self.flagging.get("review"), self.flagging.get("reject")
-        if review is not None and reject is not None and not _looser(review, reject):
-            raise RefusedError(
-                f"the reject threshold {self._direction} {self.sign * reject:g} would swallow the review band at "
-                f"{self.sign * review:g}; calibrate review in the same command, with a second --target such as "
-                "review-budget=0.02 or miss-rate=0.05."
-            )
 
     @property
     def _direction(self) -> str:
