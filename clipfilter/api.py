@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from clipfilter import defaults
+from clipfilter import columns as cf
+from clipfilter import defaults, runs
 from clipfilter.engine import (
     EmbeddedShard,
     StreamOptions,
@@ -60,7 +61,7 @@ __all__ = [
     "search",
 ]
 
-_FAILED = pa.schema([("image", pa.string()), ("cf_error_class", pa.string()), ("cf_error", pa.string())])
+_FAILED = pa.schema([("image", pa.string()), (cf.ERROR_CLASS, pa.string()), (cf.ERROR, pa.string())])
 
 
 @dataclass(frozen=True)
@@ -223,18 +224,10 @@ class Run:
     thresholds and commits; `plan` what was done, with the model's fingerprint."""
 
     def __init__(self, url: str | Path) -> None:
-        from clipfilter.runs import ledger, read_plan
-        from clipfilter.storage import Directory
-
         self.url = str(url)
-        self._directory = Directory(self.url)
-        plan = read_plan(self._directory)
-        if plan is None or ledger.latest_version(self._directory) is None:
-            raise RefusedError(f"{url} holds no finished run; give the --out of one.")
-        self.plan: Plan = plan
-        self.versions: list[dict[str, Any]] = [
-            self._directory.read_json(f"versions/{name}") for name in self._directory.names("versions")
-        ]
+        self._run = runs.Run.open(self.url)
+        self.plan: Plan = self._run.plan
+        self.versions: list[dict[str, Any]] = [version.to_json() for version in self._run.versions()]
         self.version = self.versions[-1]
         self.totals: dict[str, Any] = self.version["totals"]
 
@@ -246,30 +239,18 @@ class Run:
 
         columns: names of some of them. A `pa.Table` of all: `pa.Table.from_batches(run.rows())`.
         """
-        yield from self._batches("annotated", columns)
+        yield from (batch for _, batch in self._run.batches("annotated", columns))
 
     def failed(self) -> Iterator[pa.RecordBatch]:
         """The rows that failed, with cf_error_class and cf_error, in the same way."""
-        yield from self._batches("failed", None)
+        yield from (batch for _, batch in self._run.batches("failed"))
 
     def embeddings(self) -> Iterator[np.ndarray]:
         """The image embeddings, float16 [rows, dim], in the order of `rows`: memory-mapped views of the files of each
         shard, so that nothing is read before it is used. (A run on an object store is fetched file by file.)"""
-        from clipfilter.search import RunVectors
-
-        with RunVectors.open(self.url) as stored:
+        with runs.RunVectors(self._run) as stored:
             for _, block in stored.blocks():
                 yield block
-
-    def _batches(self, kind: str, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-        import pyarrow.parquet as pq
-
-        from clipfilter.runs import ledger
-
-        for _, commit in ledger.iter_commits(self._directory, self.version["commits"]):
-            if kind in commit["files"]:
-                with self._directory.open(commit["files"][kind]["name"]) as handle:
-                    yield from pq.ParquetFile(handle).iter_batches(columns=None if columns is None else list(columns))
 
 
 def open_run(run: str | Path) -> Run:
@@ -302,7 +283,7 @@ def _options(inputs: Sequence[Any], encoder: Encoder, batch_size: int | None, de
 
 
 def _image_first(table: pa.Table) -> pa.Table:
-    names = ["cf_key", *(name for name in table.column_names if name not in ("cf_key", "cf_shard", "cf_row"))]
+    names = [cf.KEY, *(name for name in table.column_names if name not in (cf.KEY, cf.SHARD, cf.ROW))]
     return table.select(names).rename_columns(["image", *names[1:]])
 
 
@@ -331,9 +312,9 @@ def _given(
         raise ValueError(f"there are {n} embeddings, but {columns.num_rows} rows of columns")
     facts = {} if columns is None else {name: columns[name] for name in columns.column_names}
     numbers = pa.array(np.arange(n))
-    rows = {"cf_key": pa.array([str(i) for i in range(n)], pa.string()), **facts, "cf_row": numbers}
+    rows = {cf.KEY: pa.array([str(i) for i in range(n)], pa.string()), **facts, cf.ROW: numbers}
     store = {name: facts.get(name, pa.nulls(n, FACTS.field(name).type)) for name in FACTS.names}
-    store |= {"cf_row": numbers, "image_emb": vector_column(image_emb)}
+    store |= {cf.ROW: numbers, "image_emb": vector_column(image_emb)}
     if text_emb is not None:
         store["text_emb"] = vector_column(_unit_half(text_emb, encoder.dim, "text_emb"))
     shard = EmbeddedShard(pa.table(rows), pa.table(store), _no_failures(), 0, 0)
@@ -356,7 +337,7 @@ def _captioned(
     """Shards of images with captions from a list in the order of the images, failed ones counted too."""
     left = list(captions)
     for shard in shards:
-        numbers = np.concatenate([np.asarray(shard.rows["cf_row"]), np.asarray(shard.failed["cf_row"])])
+        numbers = np.concatenate([np.asarray(shard.rows[cf.ROW]), np.asarray(shard.failed[cf.ROW])])
         own, left = left[: len(numbers)], left[len(numbers) :]
         if len(own) != len(numbers):
             raise ValueError("there are fewer captions than images")
@@ -372,12 +353,12 @@ def _with_captions(shard: EmbeddedShard, encoder: Encoder, captions: list[str | 
     if has.any():
         emb[has] = encoder.encode_texts([text for text in captions if text and text.strip()]).astype(np.float16)
     rows, embeddings = shard.rows, shard.embeddings
-    if "cf_caption" in rows.column_names:
-        rows = rows.drop_columns(["cf_caption"])
+    if cf.CAPTION in rows.column_names:
+        rows = rows.drop_columns([cf.CAPTION])
     if "text_emb" in embeddings.column_names:
         embeddings = embeddings.drop_columns(["text_emb"])
     return EmbeddedShard(
-        rows.append_column("cf_caption", pa.array(captions, pa.string())),
+        rows.append_column(cf.CAPTION, pa.array(captions, pa.string())),
         embeddings.append_column("text_emb", vector_column(emb, has)),
         shard.failed,
         0,
@@ -399,14 +380,14 @@ def _decide(shards: list[EmbeddedShard], encoder: Encoder, compiled: Any) -> pa.
 
         scored = [annotate(shard.rows, shard.embeddings, encoder, compiled, None) for shard in shards]
         chunks: Callable[[str], Iterable[np.ndarray]] = lambda rule: (  # noqa: E731
-            np.asarray(table[f"cf_score.{rule}"].to_numpy(), np.float32) for table in scored
+            np.asarray(table[cf.score(rule)].to_numpy(), np.float32) for table in scored
         )
         thresholds = dataset_thresholds(compiled, chunks)[0]
     parts = []
     for shard in shards:
         table = annotate(shard.rows, shard.embeddings, encoder, compiled, thresholds)
-        wanted = ["cf_row", "cf_key", "cf_similarity", *compiled.score_columns, "cf_decision", "cf_reasons"]
+        wanted = [cf.ROW, cf.KEY, cf.SIMILARITY, *compiled.score_columns, cf.DECISION, cf.REASONS]
         good = table.select(wanted).replace_schema_metadata(None)
-        bad = shard.failed.select(["cf_row", "cf_key", "cf_error_class", "cf_error"])
-        parts.append(pa.concat_tables([good, bad], promote_options="default").sort_by("cf_row"))
-    return pa.concat_tables(parts).rename_columns({"cf_key": "image"}).drop_columns(["cf_row"])
+        bad = shard.failed.select([cf.ROW, cf.KEY, cf.ERROR_CLASS, cf.ERROR])
+        parts.append(pa.concat_tables([good, bad], promote_options="default").sort_by(cf.ROW))
+    return pa.concat_tables(parts).rename_columns({cf.KEY: "image"}).drop_columns([cf.ROW])

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from clipfilter import text
 from clipfilter.charts.histogram import Histogram
 from clipfilter.charts.svg import Axis, element, round_step, ticks
+from clipfilter.decisions import LIMITS
 
 _FEWEST_BARS, _BARS = 16, 48
 _TOP, _HEIGHT, _BOTTOM = 40, 150, 22
@@ -120,7 +121,7 @@ def _columns(drawn: Bars, limits: Sequence[Limit], x: Axis) -> Iterator[Markup]:
 def _look(value: float, limits: Sequence[Limit]) -> str:
     """The class of a score: the limit it lies beyond, "keep" beside every limit, "plain" where there are none."""
     beyond = {limit.name for limit in limits if limit.beyond(value)}
-    return next((name for name in ("reject", "review") if name in beyond), "keep" if limits else "plain")
+    return next((name for name in reversed(LIMITS) if name in beyond), "keep" if limits else "plain")
 
 
 def _ticks(x: Axis) -> Iterator[Markup]:

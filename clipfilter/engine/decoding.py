@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import MISSING_IMAGE, RowError
 from clipfilter.images import LoadedImage, Mode, PreprocessConfig, load_image
 
@@ -102,7 +103,7 @@ def decode_batches(
     count = 0
     for batch in batches:
         if keep_row is not None:
-            batch = batch.filter(pa.array([keep_row(uid) for uid in batch.column("cf_uid").to_pylist()], pa.bool_()))
+            batch = batch.filter(pa.array([keep_row(uid) for uid in batch.column(cf.UID).to_pylist()], pa.bool_()))
         if max_rows is not None:
             batch = batch.slice(0, max_rows)
             max_rows -= batch.num_rows
@@ -111,7 +112,7 @@ def decode_batches(
         started = time.perf_counter()
         images = _load_rows(batch, decoder)
         times.add("decode", started)
-        rows = batch.select([name for name in batch.schema.names if name != "cf_image"])
+        rows = batch.select([name for name in batch.schema.names if name != cf.IMAGE])
         del batch
         waiting.append((rows, images))
         count += rows.num_rows
@@ -126,13 +127,13 @@ def decode_batches(
 
 
 def _load_rows(batch: pa.RecordBatch, decoder: Decoder) -> list[Image]:
-    column = batch.column("cf_image")
+    column = batch.column(cf.IMAGE)
     data = [memoryview(value.as_buffer()) if value.is_valid else None for value in column]
     images = decoder.load_many(data)
-    classes = batch.column("cf_error_class").to_pylist()
+    classes = batch.column(cf.ERROR_CLASS).to_pylist()
     for index, error_class in enumerate(classes):
         if error_class is not None:
-            images[index] = RowError(error_class, batch.column("cf_error")[index].as_py() or error_class)
+            images[index] = RowError(error_class, batch.column(cf.ERROR)[index].as_py() or error_class)
     return images
 
 
@@ -216,14 +217,14 @@ def image_columns(images: Sequence[Image]) -> dict[str, pa.Array]:
     """sha256, size and pixel facts of the images that were decoded, as columns."""
     good = [image for image in images if not isinstance(image, RowError)]
     return {
-        "cf_sha256": pa.array([image.sha256 for image in good], pa.string()),
-        "cf_width": pa.array([image.width for image in good], pa.int32()),
-        "cf_height": pa.array([image.height for image in good], pa.int32()),
-        "cf_format": pa.array([image.format for image in good], pa.string()),
-        "cf_brightness": pa.array([image.facts.brightness for image in good], pa.float32()),
-        "cf_contrast": pa.array([image.facts.contrast for image in good], pa.float32()),
-        "cf_blur": pa.array([image.facts.blur for image in good], pa.float32()),
-        "cf_entropy": pa.array([image.facts.entropy for image in good], pa.float32()),
-        "cf_phash": pa.array([image.facts.phash for image in good], pa.uint64()),
-        "cf_colourfulness": pa.array([image.facts.colourfulness for image in good], pa.float32()),
+        cf.SHA256: pa.array([image.sha256 for image in good], pa.string()),
+        cf.WIDTH: pa.array([image.width for image in good], pa.int32()),
+        cf.HEIGHT: pa.array([image.height for image in good], pa.int32()),
+        cf.FORMAT: pa.array([image.format for image in good], pa.string()),
+        cf.BRIGHTNESS: pa.array([image.facts.brightness for image in good], pa.float32()),
+        cf.CONTRAST: pa.array([image.facts.contrast for image in good], pa.float32()),
+        cf.BLUR: pa.array([image.facts.blur for image in good], pa.float32()),
+        cf.ENTROPY: pa.array([image.facts.entropy for image in good], pa.float32()),
+        cf.PHASH: pa.array([image.facts.phash for image in good], pa.uint64()),
+        cf.COLOURFULNESS: pa.array([image.facts.colourfulness for image in good], pa.float32()),
     }

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from clipfilter import columns as cf
 from clipfilter.engine.executors.interface import Executor, Outcome
 from clipfilter.engine.worker import Inputs, Task
 from clipfilter.errors import TRANSIENT, RefusedError
@@ -116,52 +117,42 @@ class StageRun:
         self.limit = limit
         self.display = display
         self.progress = Progress(stage=stage)
+        self._known: dict[str, Commit] = {}  # by shard, committed before
+        self._queue: list[_Pending] = []
+        self._running: dict[int, _Pending] = {}
+        self._results: dict[int, Commit] = {}
+        self._failed: dict[int, FailedShard] = {}
 
     def run(self, units: Iterator[Unit]) -> StageResult:
         """Process all units; returns when each has a commit or has failed for good."""
-        known = self._read_existing()
-        results: dict[int, Commit] = {}
-        failed: dict[int, FailedShard] = {}
-        queue: list[_Pending] = []
-        running: dict[int, _Pending] = {}
+        existing = ledger.list_commits(self.directory)
+        names = [name.path for (_, stage), name in sorted(existing.items()) if stage == self.stage]
+        self._known = {commit.shard.id: commit for commit in ledger.commits(self.directory, names)}
         tickets = itertools.count()
         numbered = enumerate(units)
         exhausted = False
-        while not exhausted or queue or running:
-            exhausted = self._fill(queue, numbered, exhausted, known, results, running)
-            self._submit(queue, running, tickets)
-            if not queue and not running:
+        while not exhausted or self._queue or self._running:
+            exhausted = exhausted or self._fill(numbered)
+            self._submit(tickets)
+            if not self._queue and not self._running:
                 continue
             for outcome in self.executor.poll(0.2):
-                item = running.pop(outcome.ticket)
-                self._settle(outcome, item, queue, results, failed)
-            self.progress.waiting, self.progress.running = len(queue), len(running)
-            self._show(results, exhausted)
-        self._show(results, True)
+                self._settle(outcome, self._running.pop(outcome.ticket))
+            self.progress.waiting, self.progress.running = len(self._queue), len(self._running)
+            self._show(exhausted)
+        self._show(True)
+        results, failed = self._results, self._failed
         return StageResult([results[i] for i in sorted(results)], [failed[i] for i in sorted(failed)])
 
-    def _read_existing(self) -> dict[str, Commit]:
-        """The newest commits of this stage by the ids of their shards."""
-        existing = ledger.list_commits(self.directory)
-        names = [name.path for (_, stage), name in sorted(existing.items()) if stage == self.stage]
-        return {commit.shard.id: commit for commit in ledger.commits(self.directory, names)}
-
-    def _fill(
-        self,
-        queue: list[_Pending],
-        units: Iterator[tuple[int, Unit]],
-        exhausted: bool,
-        known: dict[str, Commit],
-        results: dict[int, Commit],
-        running: dict[int, _Pending],
-    ) -> bool:
-        """Plan a few shards ahead. With a row limit shards go one by one, each capped by what is left."""
+    def _fill(self, units: Iterator[tuple[int, Unit]]) -> bool:
+        """Plan a few shards ahead; whether there are no more. With a row limit they go one by one, each capped by the rest."""
+        left = None
         ahead = 1 if self.limit is not None else 2 * self.executor.free() + 8
-        while not exhausted and len(queue) < ahead:
+        while len(self._queue) < ahead:
             if self.limit is not None:
-                if running:
+                if self._running:
                     return False
-                left = self.limit - sum(commit.counts.rows for commit in results.values())
+                left = self.limit - self._rows()
                 if left <= 0:
                     return True
             try:
@@ -169,20 +160,19 @@ class StageRun:
             except StopIteration:
                 return True
             self.progress.shards_total += 1
-            generation = self._generation_needed(unit, known)
+            generation = self._generation_needed(unit)
             if generation is None:
-                results[order] = known[unit.shard.id]
-                self._count(results[order], reused=True)
+                self._results[order] = self._known[unit.shard.id]
+                self._count(self._results[order], reused=True)
             else:
-                cap = left if self.limit is not None else None
-                queue.append(_Pending(unit, order, generation, row_cap=cap))
-        return exhausted
+                self._queue.append(_Pending(unit, order, generation, row_cap=left))
+        return False
 
-    def _generation_needed(self, unit: Unit, known: dict[str, Commit]) -> int | None:
+    def _generation_needed(self, unit: Unit) -> int | None:
         """None when the shard's commit stands; else the generation to write."""
-        if unit.shard.id not in known:
+        commit, shard, inputs = self._known.get(unit.shard.id), unit.shard, unit.inputs
+        if commit is None:
             return 1
-        commit, shard, inputs = known[unit.shard.id], unit.shard, unit.inputs
         changed = (commit.shard.size, commit.shard.etag) != (shard.size, shard.etag)
         if changed:
             log.info("%s changed since it was processed", shard.path)
@@ -196,13 +186,13 @@ class StageRun:
             return commit.generation + 1
         return None
 
-    def _submit(self, queue: list[_Pending], running: dict[int, _Pending], tickets: Iterator[int]) -> None:
+    def _submit(self, tickets: Iterator[int]) -> None:
         now = time.monotonic()
-        ready = [item for item in queue if item.not_before <= now]
+        ready = [item for item in self._queue if item.not_before <= now]
         for item in ready[: self.executor.free()]:
-            queue.remove(item)
+            self._queue.remove(item)
             ticket = next(tickets)
-            running[ticket] = item
+            self._running[ticket] = item
             task = Task(
                 op=self.op,
                 shard=item.unit.shard,
@@ -215,23 +205,16 @@ class StageRun:
                 attempt=item.attempts + 1,
             )
             self.executor.submit(ticket, task)
-        if queue and not running:
+        if self._queue and not self._running:
             time.sleep(0.05)
 
-    def _settle(
-        self,
-        outcome: Outcome,
-        item: _Pending,
-        queue: list[_Pending],
-        results: dict[int, Commit],
-        failed: dict[int, FailedShard],
-    ) -> None:
+    def _settle(self, outcome: Outcome, item: _Pending) -> None:
         path = item.unit.shard.path
         if outcome.kind == "refused":
             raise RefusedError(outcome.message)
         if outcome.kind == "done":
             assert outcome.result is not None
-            results[item.order] = outcome.result.commit
+            self._results[item.order] = outcome.result.commit
             self._count(outcome.result.commit, reused=False)
             if not outcome.result.created:
                 log.info("%s: another attempt committed first; its result stands", path)
@@ -241,12 +224,12 @@ class StageRun:
         log.warning("%s: attempt %d failed: %s", path, item.attempts, outcome.message)
         if outcome.permanent or item.attempts >= MAX_ATTEMPTS:
             self.progress.shards_failed += 1
-            failed[item.order] = FailedShard(item.unit.shard, outcome.message, item.attempts)
+            self._failed[item.order] = FailedShard(item.unit.shard, outcome.message, item.attempts)
             return
         # A shard whose worker died may hold the image that killed it: decode apart from now on.
         item.isolated = item.isolated or outcome.kind == "died"
         item.not_before = time.monotonic() + (0 if outcome.kind == "died" else _RETRY_SECONDS * item.attempts)
-        queue.insert(0, item)
+        self._queue.insert(0, item)
 
     def _count(self, commit: Commit, *, reused: bool) -> None:
         counts, progress = commit.counts, self.progress
@@ -264,12 +247,15 @@ class StageRun:
                 progress.seconds.update(commit.work.of_worker.seconds)
                 progress.encoder_waited += commit.work.of_worker.encoder_waited
 
-    def _show(self, results: dict[int, Commit], exhausted: bool) -> None:
+    def _rows(self) -> int:
+        """Rows of the shards that are done."""
+        return sum(commit.counts.rows for commit in self._results.values())
+
+    def _show(self, exhausted: bool) -> None:
         progress = self.progress
         progress.shards_known = exhausted
         progress.workers = self.executor.workers_alive()
-        committed = sum(commit.counts.rows for commit in results.values()) - progress.rows_reused
-        progress.rows = max(progress.rows, committed, self.executor.rows_done())
+        progress.rows = max(progress.rows, self._rows() - progress.rows_reused, self.executor.rows_done())
         if self.display is not None:
             self.display.update(progress)
 
@@ -303,5 +289,5 @@ def fix_thresholds(directory: Directory, policy: Policy, commits: Iterable[Commi
 def _scores(directory: Directory, commits: Iterable[Commit], rule: str) -> Iterator[np.ndarray]:
     for commit in commits:
         if commit.files.scored is not None:
-            column = read_table(directory, commit.files.scored, [f"cf_score.{rule}"]).column(0)
+            column = read_table(directory, commit.files.scored, [cf.score(rule)]).column(0)
             yield np.asarray(column.to_numpy(), np.float32)

@@ -123,7 +123,7 @@ class JobPlan:
     """A request resolved, once, against its source, policy and output directory, before anything is started.
 
     source, base: the dataset to read, or the run whose embeddings are used again; one of them is None. existing: the plan
-    that the directory has. text: whether captions are embedded. What depends on the device waits for `on`.
+    that the directory has. text: whether captions are embedded. What depends on the device is asked for with it.
     """
 
     request: JobRequest

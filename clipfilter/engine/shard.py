@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter import defaults
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine.decoding import DecodedBatch, StageTimes, image_columns
 from clipfilter.errors import ENCODE_ERROR, RowError
 from clipfilter.runs import FACTS, IDENTITY, Account, Counts, annotate, embeddings_schema, failed_table, vector_column
@@ -137,8 +139,8 @@ def decide_shard(
 
 def copy_decided(table: pa.Table, sink: Sink) -> None:
     """Have the source's own bytes of kept and review rows written, when there are any."""
-    decisions = np.asarray(table["cf_decision"].to_pylist(), dtype=object)
-    numbers = np.asarray(table["cf_row"])
+    decisions = np.asarray(table[cf.DECISION].to_pylist(), dtype=object)
+    numbers = np.asarray(table[cf.ROW])
     for what, decision in (("kept", "keep"), ("review", "review")):
         rows = numbers[decisions == decision].tolist()
         if rows:
@@ -159,59 +161,53 @@ def embed_rows(
     """Run the encoder over all batches of a shard and collect its tables (see `EmbeddedShard`)."""
     rows_schema = pa.schema([*source_schema, *IDENTITY])
     store = embeddings_schema(encoder.dim, text)
-    rows_parts: list[pa.Table] = []
-    store_parts: list[pa.Table] = []
-    failed_parts: list[pa.Table] = []
+    rows, stored, failed = [rows_schema.empty_table()], [store.empty_table()], [failed_table(shard, _no_rows(), [])]
     truncated = 0
     runner = _BatchRunner(encoder)
     waited, idle = 0.0, time.perf_counter()
     for batch in batches:
         waited += time.perf_counter() - idle
-        n = batch.rows.num_rows
-        started = time.perf_counter()
-        image_emb = runner.images(batch.pixels)[:n]
-        times.add("encode_images", started)
-        images = [
-            image
-            if isinstance(image, RowError) or finite
-            else RowError(ENCODE_ERROR, "the model gave no finite embedding")
-            for image, finite in zip(batch.images, np.isfinite(image_emb).all(axis=1), strict=True)
-        ]
-        ok = np.array([not isinstance(image, RowError) for image in images], bool)
-        good = batch.rows.filter(pa.array(ok))
-        count = good.num_rows
-        columns = image_columns(images)
-        shard_column = pa.array([shard] * count, pa.string())
-        columns |= {"cf_shard": shard_column, "cf_row": good["cf_row"], "cf_uid": good["cf_uid"]}
-        columns["image_emb"] = vector_column(image_emb[ok].astype(np.float16))
-        chosen = [_first(all_captions) for all_captions in good["cf_captions"].to_pylist()]
-        columns["cf_caption"] = pa.array(chosen, pa.string())
-        if text:
-            started = time.perf_counter()
-            lists = [_usable(c) for c in batch.rows["cf_captions"].to_pylist()]
-            text_emb, has_text, cut = runner.captions(lists, image_emb, captions)
-            truncated += cut
-            columns["text_emb"] = vector_column(text_emb[ok].astype(np.float16), has_text[ok])
-            times.add("encode_texts", started)
-        for name in rows_schema.names:
-            if name not in columns:
-                columns[name] = good[name]
-        rows_parts.append(pa.table({name: columns[name] for name in rows_schema.names}, schema=rows_schema))
-        store_parts.append(pa.table({name: columns[name] for name in store.names}, schema=store))
-        if count < n:
-            errors = [image for image in images if isinstance(image, RowError)]
-            failed_parts.append(failed_table(shard, pa.table(batch.rows.filter(pa.array(~ok))), errors))
+        columns, errors, cut = _embed_batch(batch, runner, shard, captions if text else None, times)
+        truncated += cut
+        rows.append(pa.table({name: columns[name] for name in rows_schema.names}, schema=rows_schema))
+        stored.append(pa.table({name: columns[name] for name in store.names}, schema=store))
+        failed.append(errors)
         if on_batch is not None:
-            on_batch(n)
+            on_batch(batch.rows.num_rows)
         idle = time.perf_counter()
-    return EmbeddedShard(
-        pa.concat_tables(rows_parts).combine_chunks() if rows_parts else rows_schema.empty_table(),
-        pa.concat_tables(store_parts).combine_chunks() if store_parts else store.empty_table(),
-        pa.concat_tables(failed_parts).combine_chunks() if failed_parts else failed_table(shard, _no_rows(), []),
-        truncated,
-        runner.halvings,
-        waited,
-    )
+    good, vectors, bad = (pa.concat_tables(parts).combine_chunks() for parts in (rows, stored, failed))
+    return EmbeddedShard(good, vectors, bad, truncated, runner.halvings, waited)
+
+
+def _embed_batch(
+    batch: DecodedBatch, runner: _BatchRunner, shard: str, captions: defaults.Captions | None, times: StageTimes
+) -> tuple[dict[str, Any], pa.Table, int]:
+    """The columns of the rows that did not fail (source, identity, embeddings), the failed rows, captions truncated.
+
+    captions: None embeds none.
+    """
+    started = time.perf_counter()
+    image_emb = runner.images(batch.pixels)[: batch.rows.num_rows]
+    times.add("encode_images", started)
+    images = [
+        image if isinstance(image, RowError) or finite else RowError(ENCODE_ERROR, "the model gave no finite embedding")
+        for image, finite in zip(batch.images, np.isfinite(image_emb).all(axis=1), strict=True)
+    ]
+    ok = np.array([not isinstance(image, RowError) for image in images], bool)
+    good = batch.rows.filter(pa.array(ok))
+    columns = {name: good[name] for name in good.schema.names} | image_columns(images)
+    columns[cf.SHARD] = pa.array([shard] * good.num_rows, pa.string())
+    columns[cf.CAPTION] = pa.array([_first(own) for own in good[cf.CAPTIONS].to_pylist()], pa.string())
+    columns["image_emb"] = vector_column(image_emb[ok].astype(np.float16))
+    truncated = 0
+    if captions is not None:
+        started = time.perf_counter()
+        lists = [_usable(own) for own in batch.rows[cf.CAPTIONS].to_pylist()]
+        text_emb, has_text, truncated = runner.captions(lists, image_emb, captions)
+        columns["text_emb"] = vector_column(text_emb[ok].astype(np.float16), has_text[ok])
+        times.add("encode_texts", started)
+    errors = [image for image in images if isinstance(image, RowError)]
+    return columns, failed_table(shard, pa.table(batch.rows.filter(pa.array(~ok))), errors), truncated
 
 
 class _BatchRunner:
@@ -273,7 +269,7 @@ def _first(captions: list[str | None] | None) -> str | None:
 
 
 def _no_rows() -> pa.Table:
-    schema = pa.schema([("cf_row", pa.int64()), ("cf_key", pa.string()), ("cf_uid", pa.string())])
+    schema = pa.schema([(cf.ROW, pa.int64()), (cf.KEY, pa.string()), (cf.UID, pa.string())])
     return schema.empty_table()
 
 
@@ -291,15 +287,15 @@ def shard_report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardRepor
     counts = Counts(rows=table.num_rows + failed.num_rows, failed=failed.num_rows, embedded=table.num_rows)
     rules: dict[str, Counter[str]] = {}
     if decided:
-        decisions = Counter(table["cf_decision"].to_pylist())
-        counts |= {name: decisions.get(name, 0) for name in ("keep", "review", "reject")}
+        decisions = Counter(table[cf.DECISION].to_pylist())
+        counts |= {name: decisions.get(name, 0) for name in DECISIONS}
         counts["decided"] = sum(decisions.values())
-        flat = table["cf_reasons"].combine_chunks().flatten()
-        hidden = int(escalated(table["cf_reasons"]).sum())
+        flat = table[cf.REASONS].combine_chunks().flatten()
+        hidden = int(escalated(table[cf.REASONS]).sum())
         counts |= {"escalated": hidden} if hidden else {}
         for rule, band in zip(flat.field("rule").to_pylist(), flat.field("band").to_pylist(), strict=True):
             rules.setdefault(rule, Counter())[band] += 1
-    classes = Counter(failed["cf_error_class"].to_pylist())
+    classes = Counter(failed[cf.ERROR_CLASS].to_pylist())
     return ShardReport(
         counts,
         dict(sorted(classes.items())),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter import defaults, storage
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
@@ -277,14 +278,14 @@ def _named(items: Sequence[Any], first: int) -> Iterator[pa.RecordBatch]:
             rows = range(first + start, first + start + len(part))
             keys = [item if isinstance(item, str) else f"image {row}" for row, item in zip(rows, part, strict=True)]
             columns = {
-                "cf_row": list(rows),
-                "cf_key": keys,
-                "cf_uid": [row_uid(str(row), key) for row, key in zip(rows, keys, strict=True)],
-                "cf_image": [one.data for one in found],
-                "cf_captions": [None] * len(part),
-                "cf_error_class": [one.error_class for one in found],
-                "cf_error": [one.error for one in found],
-                "cf_source_json": [None] * len(part),
+                cf.ROW: list(rows),
+                cf.KEY: keys,
+                cf.UID: [row_uid(str(row), key) for row, key in zip(rows, keys, strict=True)],
+                cf.IMAGE: [one.data for one in found],
+                cf.CAPTIONS: [None] * len(part),
+                cf.ERROR_CLASS: [one.error_class for one in found],
+                cf.ERROR: [one.error for one in found],
+                cf.SOURCE_JSON: [None] * len(part),
             }
             yield pa.RecordBatch.from_pydict(columns, schema=COLUMN_PREFIX)
 
@@ -357,5 +358,5 @@ def _placed(table: pa.Table, folder: str) -> pa.Table:
     """The keys of an image folder as paths below what the user named."""
     if not folder:
         return table
-    keys = pa.array([folder + key for key in table["cf_key"].to_pylist()], pa.string())
-    return table.set_column(table.schema.get_field_index("cf_key"), "cf_key", keys)
+    keys = pa.array([folder + key for key in table[cf.KEY].to_pylist()], pa.string())
+    return table.set_column(table.schema.get_field_index(cf.KEY), cf.KEY, keys)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from clipfilter import defaults
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
 from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
@@ -260,7 +261,7 @@ class Worker:
         try:
             failed = read_table(origin, failed_file) if failed_file else FAILED.empty_table()
             if rows_file is None:
-                none = dict.fromkeys(("embedded", "decided", "keep", "review", "reject"), 0)
+                none = dict.fromkeys(("embedded", "decided", *DECISIONS), 0)
                 counts = Counts(rows=failed.num_rows, failed=failed.num_rows, **none)
                 report = ShardReport(counts, commit.failed_by_class)
             else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.engine import Input, StreamOptions, embed_stream
 from clipfilter.policies import LABEL_COLUMNS, LabelScorer
 from clipfilter.runs import as_matrix
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
     from clipfilter.models import Encoder
 
 #: One row per image, in the order of the source. Labels are null where the image failed, and the error where it did not.
-CLASSIFIED = pa.schema(
-    [("image", pa.string()), *LABEL_COLUMNS, ("cf_error_class", pa.string()), ("cf_error", pa.string())]
-)
+CLASSIFIED = pa.schema([("image", pa.string()), *LABEL_COLUMNS, (cf.ERROR_CLASS, pa.string()), (cf.ERROR, pa.string())])
 
 
 def classify_stream(
@@ -37,9 +36,7 @@ def classify_stream(
 def _table(shard: EmbeddedShard, scorer: LabelScorer, dim: int) -> pa.Table:
     rows, failed = shard.rows, shard.failed
     best = scorer.columns(as_matrix(shard.embeddings["image_emb"], dim))
-    good = pa.table(
-        {"cf_row": rows["cf_row"], "image": rows["cf_key"], **dict(zip(best.column_names, best, strict=True))}
-    )
-    bad = failed.select(["cf_row", "cf_key", "cf_error_class", "cf_error"]).rename_columns({"cf_key": "image"})
-    table = pa.concat_tables([good, bad], promote_options="default").sort_by("cf_row")
+    good = pa.table({cf.ROW: rows[cf.ROW], "image": rows[cf.KEY], **dict(zip(best.column_names, best, strict=True))})
+    bad = failed.select([cf.ROW, cf.KEY, cf.ERROR_CLASS, cf.ERROR]).rename_columns({cf.KEY: "image"})
+    table = pa.concat_tables([good, bad], promote_options="default").sort_by(cf.ROW)
     return pa.table({name: table[name] for name in CLASSIFIED.names}, schema=CLASSIFIED)

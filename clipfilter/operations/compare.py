@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine import compile_for, refuse_other_weights, stored_model
 from clipfilter.policies import Policy, dataset_thresholds, escalated
 from clipfilter.runs import Commit, Run, Thresholds, annotate, is_run
@@ -22,8 +24,6 @@ from clipfilter.sources import Shard, Source
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
     from clipfilter.policies import CompiledPolicy
-
-_DECISIONS = ("keep", "review", "reject")
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Comparison:
                 "policy": side.name,
                 "version": side.version,
                 "sha256": side.sha256,
-                "decisions": {decision: side.decisions[decision] for decision in _DECISIONS},
+                "decisions": {decision: side.decisions[decision] for decision in DECISIONS},
                 "rules": {rule: dict(sorted(bands.items())) for rule, bands in side.rules.items()},
                 "thresholds": side.thresholds,
                 "uncalibrated": side.uncalibrated,
@@ -119,12 +119,7 @@ class Comparison:
 
 
 def compare_policies(
-    before: Policy,
-    after: Policy,
-    run: str,
-    *,
-    model: str | None = None,
-    examples: int = 12,
+    before: Policy, after: Policy, run: str, *, model: str | None = None, examples: int = 12
 ) -> Comparison:
     """Decide the newest version of `run` with both policies.
 
@@ -184,9 +179,7 @@ def _dataset_thresholds(origin: Run, encoder: Encoder, policy: CompiledPolicy) -
         for shard in origin.shards():
             table = annotate(shard.rows, shard.embeddings, encoder, policy, None)
             for number, rule in enumerate(ranked):
-                np.save(
-                    Path(folder, f"{number}-{count}.npy"), np.asarray(table[f"cf_score.{rule}"].to_numpy(), np.float32)
-                )
+                np.save(Path(folder, f"{number}-{count}.npy"), np.asarray(table[cf.score(rule)].to_numpy(), np.float32))
             count += 1
 
         def chunks(rule: str) -> Iterator[np.ndarray]:
@@ -205,15 +198,15 @@ def escalated_rows(run: str) -> set[tuple[str, int]]:
     if not opened.finished or policy is None or not Policy.from_canonical(policy).escalates:
         return set()
     found: set[tuple[str, int]] = set()
-    for commit, batch in opened.batches("annotated", ["cf_row", "cf_reasons"]):
-        rows = np.asarray(batch["cf_row"])[escalated(batch["cf_reasons"])]
+    for commit, batch in opened.batches("annotated", [cf.ROW, cf.REASONS]):
+        rows = np.asarray(batch[cf.ROW])[escalated(batch[cf.REASONS])]
         found.update((commit.shard.id, row) for row in rows.tolist())
     return found
 
 
 def _count(side: Side, table: pa.Table) -> None:
-    side.decisions.update(table["cf_decision"].to_pylist())
-    flat = table["cf_reasons"].combine_chunks().flatten()
+    side.decisions.update(table[cf.DECISION].to_pylist())
+    flat = table[cf.REASONS].combine_chunks().flatten()
     for rule, band in zip(flat.field("rule").to_pylist(), flat.field("band").to_pylist(), strict=True):
         side.rules.setdefault(rule, Counter())[band] += 1
 
@@ -226,31 +219,31 @@ def _compare(
     sample: _Sample,
     hidden: set[tuple[str, int]],
 ) -> None:
-    first = np.asarray(before["cf_decision"].to_pylist(), dtype=object)
-    second = np.asarray(after["cf_decision"].to_pylist(), dtype=object)
+    first = np.asarray(before[cf.DECISION].to_pylist(), dtype=object)
+    second = np.asarray(after[cf.DECISION].to_pylist(), dtype=object)
     places = np.flatnonzero(first != second)
-    never_shown = escalated(before["cf_reasons"]) | escalated(after["cf_reasons"])
+    never_shown = escalated(before[cf.REASONS]) | escalated(after[cf.REASONS])
     changes.update(zip(first[places].tolist(), second[places].tolist(), strict=True))
-    uids = after["cf_uid"].take(pa.array(places)).to_pylist()
+    uids = after[cf.UID].take(pa.array(places)).to_pylist()
     for place, uid in zip(places.tolist(), uids, strict=True):
         change = (first[place], second[place])
         if sample.wants(change, uid):
-            row = {column: after[column][place].as_py() for column in ("cf_row", "cf_key", "cf_caption", "cf_sha256")}
+            row = {column: after[column][place].as_py() for column in (cf.ROW, cf.KEY, cf.CAPTION, cf.SHA256)}
             sample.add(
                 change,
                 Flip(
                     commit=commit.name,
                     path=commit.shard.path,
-                    row=row["cf_row"],
+                    row=row[cf.ROW],
                     uid=uid,
-                    key=row["cf_key"] or "",
-                    caption=row["cf_caption"],
-                    sha256=row["cf_sha256"],
+                    key=row[cf.KEY] or "",
+                    caption=row[cf.CAPTION],
+                    sha256=row[cf.SHA256],
                     before=change[0],
                     after=change[1],
-                    reasons_before=before["cf_reasons"][place].as_py(),
-                    reasons_after=after["cf_reasons"][place].as_py(),
-                    hidden=bool(never_shown[place]) or (commit.shard.id, row["cf_row"]) in hidden,
+                    reasons_before=before[cf.REASONS][place].as_py(),
+                    reasons_after=after[cf.REASONS][place].as_py(),
+                    hidden=bool(never_shown[place]) or (commit.shard.id, row[cf.ROW]) in hidden,
                 ),
                 commit.shard,
             )
@@ -277,7 +270,7 @@ class _Sample:
 
     def flips(self) -> list[Flip]:
         """Severest changes first, in the order of the hash."""
-        order = {decision: place for place, decision in enumerate(_DECISIONS)}
+        order = {decision: place for place, decision in enumerate(DECISIONS)}
         kinds = sorted(self._heaps, key=lambda change: (-abs(order[change[1]] - order[change[0]]), change))
         return [item[2] for kind in kinds for item in sorted(self._heaps[kind], key=lambda item: (-item[0], item[1]))]
 

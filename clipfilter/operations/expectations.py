@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.engine import (
     MAX_THREADS,
@@ -121,8 +122,8 @@ def run_tests(policy: Policy, folder: str | Path, encoder: Encoder, *, decode: M
         entry.key: -math.inf if entry.tail == "top" else math.inf for entry in compiled.dataset_thresholds
     }
     table = annotate(embedded.rows, embedded.embeddings, encoder, compiled, unranked)
-    rows = {row["cf_row"]: row for row in table.to_pylist()}
-    broken = {row["cf_row"]: row for row in embedded.failed.to_pylist()}
+    rows = {row[cf.ROW]: row for row in table.to_pylist()}
+    broken = {row[cf.ROW]: row for row in embedded.failed.to_pylist()}
     results = [
         _result(policy, test, place, rows.get(place), broken.get(place)) for place, test in enumerate(policy.tests)
     ]
@@ -138,7 +139,7 @@ def _own_columns(policy: Policy) -> list[str]:
     """Columns of a source that the policy's metadata rules read."""
     named = [name for rule in policy.rules for name in rule.measure.numbers]
     given = [name for test in policy.tests for name in test.columns]
-    return [name for name in dict.fromkeys([*named, *given]) if name not in BUILTINS and not name.startswith("cf_")]
+    return [name for name in dict.fromkeys([*named, *given]) if name not in BUILTINS and not name.startswith(cf.PREFIX)]
 
 
 def _batches(tests: Sequence[Expectation], folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -149,14 +150,14 @@ def _batches(tests: Sequence[Expectation], folder: Path, columns: Sequence[str])
         keys = [test.image or f"test {place + 1}" for place, test in part]
         yield pa.RecordBatch.from_pydict(
             {
-                "cf_row": [place for place, _ in part],
-                "cf_key": keys,
-                "cf_uid": [row_uid(str(place), key) for (place, _), key in zip(part, keys, strict=True)],
-                "cf_image": [image if isinstance(image, bytes) else None for image in images],
-                "cf_captions": [[test.caption] if test.caption is not None else None for _, test in part],
-                "cf_error_class": [None if isinstance(image, bytes) else MISSING_IMAGE for image in images],
-                "cf_error": [None if isinstance(image, bytes) else image for image in images],
-                "cf_source_json": [None] * len(part),
+                cf.ROW: [place for place, _ in part],
+                cf.KEY: keys,
+                cf.UID: [row_uid(str(place), key) for (place, _), key in zip(part, keys, strict=True)],
+                cf.IMAGE: [image if isinstance(image, bytes) else None for image in images],
+                cf.CAPTIONS: [[test.caption] if test.caption is not None else None for _, test in part],
+                cf.ERROR_CLASS: [None if isinstance(image, bytes) else MISSING_IMAGE for image in images],
+                cf.ERROR: [None if isinstance(image, bytes) else image for image in images],
+                cf.SOURCE_JSON: [None] * len(part),
                 **{name: [test.columns.get(name) for _, test in part] for name in columns},
             },
             schema=pa.schema([*COLUMN_PREFIX, *((name, pa.float64()) for name in columns)]),
@@ -189,18 +190,18 @@ def _result(
     name = test.name or (Path(test.image).name if test.image else test.caption) or f"test {place + 1}"
     result = TestResult(name, test.image, test.caption, ", ".join(wanted), "failed")
     if row is None:
-        result.problems.append(str(broken["cf_error"]) if broken else "the image gave no row")
+        result.problems.append(str(broken[cf.ERROR]) if broken else "the image gave no row")
         return result
-    reasons = {reason["rule"]: reason for reason in row["cf_reasons"]}
+    reasons = {reason["rule"]: reason for reason in row[cf.REASONS]}
     for rule in policy.rules:
-        fired, score = reasons.get(rule.id, {}), row.get(f"cf_score.{rule.id}")
+        fired, score = reasons.get(rule.id, {}), row.get(cf.score(rule.id))
         result.rules[rule.id] = RuleOutcome(
             fired.get("band", "missing" if score is None else "keep"),
             score,
             fired.get("nearest"),
             fired.get("contrast"),
         )
-    result.decision = row["cf_decision"]
+    result.decision = row[cf.DECISION]
     if test.expect is not None and result.decision != test.expect:
         by = ", ".join(_said(reason) for reason in reasons.values())
         result.problems.append(f"{result.decision} instead of {test.expect}" + (f": {by}" if by else ""))

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.curation import HALVES, uid_halves
 from clipfilter.errors import RefusedError
 from clipfilter.operations.repack import rechunk, repack_source
@@ -77,7 +78,7 @@ def _chosen(run: Run, what: What) -> Iterator[tuple[Commit, pa.Table]]:
         if commit.files.annotated is None or not (commit.counts.keep if what == "kept" else commit.counts.review):
             continue
         table = run.table(commit.files.annotated)
-        yield commit, table.filter(pc.equal(table["cf_decision"], _DECISION[what]))
+        yield commit, table.filter(pc.equal(table[cf.DECISION], _DECISION[what]))
 
 
 def _source_shards(run: Run, target: Directory, what: What, rows_per_shard: int | None) -> tuple[int, int]:
@@ -105,7 +106,7 @@ def _source_shards(run: Run, target: Directory, what: What, rows_per_shard: int 
             run.directory.fs.get_file(run.directory.path(own.name), str(path))
             copied = own.rows
         else:
-            copied = source.copy_rows(shard, table["cf_row"].to_pylist(), path)
+            copied = source.copy_rows(shard, table[cf.ROW].to_pylist(), path)
         if copied != table.num_rows:
             raise RefusedError(f"{shard.path} is not what it was when it was decided; run again, then export.")
         target.publish(path, file)
@@ -127,7 +128,7 @@ def _source_folder(run: Run, source: Source, target: Directory, what: What) -> t
     for commit, table in _chosen(run, what):
         shard = commit.shard
         part = target.scratch() / shard.id
-        rows += source.copy_rows(shard, table["cf_row"].to_pylist(), part)
+        rows += source.copy_rows(shard, table[cf.ROW].to_pylist(), part)
         for path in sorted(item for item in part.rglob("*") if item.is_file()):
             name = path.relative_to(part).as_posix()
             if path.suffix.lower() in _TABLES:
@@ -184,15 +185,15 @@ def _with_embeddings(run: Run, what: What) -> Iterator[tuple[pa.Table, pa.Table]
     """The chosen rows of each shard, and their embeddings in the same order."""
     for commit, table in _chosen(run, what):
         store = read_table(*run.embeddings_at(commit))
-        yield table, store.take(pc.index_in(table["cf_row"], value_set=store["cf_row"]))
+        yield table, store.take(pc.index_in(table[cf.ROW], value_set=store[cf.ROW]))
 
 
 #: clip-retrieval calls these columns so; its own index and front end look for them.
-_METADATA_NAMES = {"cf_key": "image_path", "cf_caption": "caption"}
+_METADATA_NAMES = {cf.KEY: "image_path", cf.CAPTION: "caption"}
 
 
 def _datacomp(run: Run, target: Directory, what: What, rows_per_shard: int | None) -> tuple[int, int]:
-    halves = [uid_halves(table["cf_uid"]) for _, table in _chosen(run, what)]
+    halves = [uid_halves(table[cf.UID]) for _, table in _chosen(run, what)]
     subset = np.sort(np.concatenate(halves)) if halves else np.empty(0, HALVES)
     path = target.scratch() / "subset.npy"
     np.save(path, subset, allow_pickle=False)

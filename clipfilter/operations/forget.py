@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.engine import shard_report
 from clipfilter.errors import RefusedError
 from clipfilter.operations.reshard import load_subset
@@ -103,13 +104,13 @@ def forget_rows(run: str, uids_file: str) -> Forgotten:
     try:
         touched = _touched(directory, values, found)
         newest = {name.path for name in ledger.list_commits(directory).values()}
-        for name in sorted(touched, key=lambda item: item.stage != "scored"):
-            if name.path in newest:
+        for name in sorted(touched, key=lambda name: ".scored." not in name):
+            if name in newest:
                 result.rows += _rewrite(directory, name, touched[name])
                 result.shards += 1
         result.unknown = len(uids - found)
         result.version = _new_version(directory)
-        _delete(directory, {name.path for name in touched}, result)
+        _delete(directory, set(touched), result)
     finally:
         directory.clean_scratch(stale_only=False)
         directory.clean_scratch(stale_only=True)
@@ -120,39 +121,33 @@ def forget_rows(run: str, uids_file: str) -> Forgotten:
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[ledger.CommitName, set[int]]:
-    """Every commit, of any stage and generation, whose files hold one of the uids, with the numbers of those rows."""
+def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[str, set[int]]:
+    """Every commit by name, of any stage and generation, whose files hold one of the uids, with the numbers of those rows."""
     rows_of: dict[str, set[int]] = {}
-    names: list[ledger.CommitName] = []
     for commit in ledger.commits(directory):
-        names.append(ledger.CommitName(commit.shard.id, commit.stage, commit.generation))
         for folder, file in commit.files.items():
             if folder in _SEARCHED:
                 for uid, row in _matches(directory, file, values):
                     found.add(uid)
-                    rows_of.setdefault(names[-1].shard, set()).add(row)
+                    rows_of.setdefault(commit.shard.id, set()).add(row)
     # The scores of a filter carry no uid: their rows are known from the other files of the shard.
-    return {
-        name: rows_of.get(name.shard, set())
-        for name in names
-        if _holds(directory, name, rows_of.get(name.shard, set()))
-    }
+    again = ((commit, rows_of.get(commit.shard.id, set())) for commit in ledger.commits(directory))
+    return {commit.name: rows for commit, rows in again if _holds(directory, commit, rows)}
 
 
 def _matches(directory: Directory, file: DataFile, values: pa.Array) -> Iterator[tuple[str, int]]:
     try:
-        table = _read(directory, file, ["cf_uid", "cf_row"])
+        table = _read(directory, file, [cf.UID, cf.ROW])
     except FileNotFoundError:  # deleted by an interrupted call
         return
     if table is None:
         return
-    chosen = table.filter(pc.is_in(table["cf_uid"], value_set=values))
-    yield from zip(chosen["cf_uid"].to_pylist(), chosen["cf_row"].to_pylist(), strict=True)
+    chosen = table.filter(pc.is_in(table[cf.UID], value_set=values))
+    yield from zip(chosen[cf.UID].to_pylist(), chosen[cf.ROW].to_pylist(), strict=True)
 
 
-def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> bool:
+def _holds(directory: Directory, commit: Commit, rows: set[int]) -> bool:
     """Whether a file of the commit still has one of the rows, or is gone already (deleted by an interrupted call)."""
-    commit = ledger.read_commit(directory, name.path)
     wanted = pa.array(sorted(rows), pa.int64())
     for folder, file in commit.files.items():
         if not rows or folder not in _SEARCHED:
@@ -160,10 +155,10 @@ def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> boo
                 return True
             continue
         try:
-            table = _read(directory, file, ["cf_row"])
+            table = _read(directory, file, [cf.ROW])
         except FileNotFoundError:
             return True
-        if table is not None and pc.any(pc.is_in(table["cf_row"], value_set=wanted)).as_py():
+        if table is not None and pc.any(pc.is_in(table[cf.ROW], value_set=wanted)).as_py():
             return True
     return False
 
@@ -178,12 +173,12 @@ def _read(directory: Directory, file: DataFile, columns: list[str]) -> pa.Table 
 # --- writing anew ----------------------------------------------------------------------------------------------------
 
 
-def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> int:
+def _rewrite(directory: Directory, name: str, rows: set[int]) -> int:
     """Write the next generation of a commit without these rows; how many rows it had of them."""
-    commit = ledger.read_commit(directory, name.path)
+    commit = ledger.read_commit(directory, name)
     drop = pa.array(sorted(rows), pa.int64())
     tables = {folder: read_table(directory, file) for folder, file in commit.files.items() if folder in _TABLES}
-    left = {f: table.filter(pc.invert(pc.is_in(table["cf_row"], value_set=drop))) for f, table in tables.items()}
+    left = {f: table.filter(pc.invert(pc.is_in(table[cf.ROW], value_set=drop))) for f, table in tables.items()}
     with ShardWriter(directory, _without_names(commit.shard, rows), None) as writer:
         if "embeddings" in left:
             writer.embeddings(left["embeddings"].combine_chunks())
@@ -195,8 +190,8 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
         for copies, decision in _COPIES.items():
             file = commit.files.get(copies)
             if file is not None:
-                old = tables["annotated"].filter(pc.equal(tables["annotated"]["cf_decision"], decision))
-                keep = ~np.isin(np.asarray(old["cf_row"]), np.asarray(drop))
+                old = tables["annotated"].filter(pc.equal(tables["annotated"][cf.DECISION], decision))
+                keep = ~np.isin(np.asarray(old[cf.ROW]), np.asarray(drop))
                 if keep.all():
                     writer.files[copies] = file
                 else:
@@ -206,7 +201,7 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
             account,
             stage=commit.stage,
             plan=commit.plan,
-            generation=name.generation + 1,
+            generation=commit.generation + 1,
             thresholds=commit.thresholds,
             **_bases(directory, commit),
         )
@@ -217,7 +212,7 @@ def _account_after(commit: Commit, left: dict[FileKind, pa.Table]) -> Account:
     """What became of the rows that are left."""
     failed = left.get("failed", FAILED.empty_table())
     rows = left.get("annotated", left.get("scored", FAILED.empty_table()))
-    report = shard_report(rows, failed, "cf_reasons" in rows.column_names and commit.stage == "decided")
+    report = shard_report(rows, failed, cf.REASONS in rows.column_names and commit.stage == "decided")
     before = {name: count for name, count in commit.counts.items() if name != "escalated"}
     counts = Counts(before | report.counts)
     return replace(commit.account, counts=counts, failed_by_class=report.failed_by_class, rules=report.rules)
@@ -270,7 +265,7 @@ def _copy(
         table = pq.read_table(fetched)
         pq.write_table(table.filter(pa.array(keep)), target, compression="zstd")
     else:
-        _copy_folder(fetched, target, shard, np.asarray(old["cf_row"])[~keep].tolist())
+        _copy_folder(fetched, target, shard, np.asarray(old[cf.ROW])[~keep].tolist())
     stem = re.sub(rf"{shard.id}-[0-9a-f]+(\..*)?$", "", Path(name).name)
     writer.publish(target, folder, "".join(Path(name).suffixes[-1:]), int(keep.sum()), stem)
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.errors import ENCODE_ERROR, RefusedError, RowError
 from clipfilter.runs import (
@@ -103,18 +104,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
     source = Source(
         directory.url, Imported(Location(directory.url), SourceOptions(), freeze(schema), _format(names, text))
     )
-    plan = settle_plan(
-        target,
-        Plan(
-            job="import",
-            source=source.to_plan(),
-            policy=None,
-            policy_sha256=None,
-            model={name: value for name, value in encoder.fingerprint.items() if name != "backend"},
-            options=_options(options),
-            text_column=text,
-        ),
-    )
+    plan = settle_plan(target, _plan(source, encoder, options, text))
     writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
     committed: list[str] = []
@@ -137,19 +127,19 @@ def _format(names: dict[str, str | None], text: bool) -> dict[str, Any]:
     return {"kind": IMPORTED_KIND, "has_captions": text or names["caption"] is not None, "columns": names}
 
 
-def _options(options: ImportOptions) -> dict[str, Any]:
-    """The plan's options; the pixels were prepared by the model's own transform, so decode is "exact"."""
-    return {
-        "decode": "exact",
-        "batch_size": None,
-        "captions": "first",
-        "max_pixels": None,
-        "limit": None,
-        "sample": None,
-        "copy": False,
-        "rows_per_shard": options.rows_per_shard,
-        "arrays": options.arrays,
-    }
+def _plan(source: Source, encoder: Encoder, options: ImportOptions, text: bool) -> Plan:
+    """The run's plan; the pixels were prepared by the model's own transform, so decode is "exact"."""
+    given = {"rows_per_shard": options.rows_per_shard, "arrays": options.arrays}
+    unknown = dict.fromkeys(("max_pixels", "limit", "sample"))
+    return Plan(
+        job="import",
+        source=source.to_plan(),
+        policy=None,
+        policy_sha256=None,
+        model={name: value for name, value in encoder.fingerprint.items() if name != "backend"},
+        options={"decode": "exact", "batch_size": None, "captions": "first", **unknown, "copy": False, **given},
+        text_column=text,
+    )
 
 
 # --- finding and checking ------------------------------------------------------------------------------------------
@@ -278,15 +268,15 @@ def _columns(
             raise RefusedError(f"the metadata has no column {given!r} ({flag}); it has {', '.join(have.names)[:300]}.")
         return given or next((name for name in guesses if name in have.names), None)
 
-    pairs = (("original_width", "original_height"), ("width", "height"), ("cf_width", "cf_height"))
+    pairs = (("original_width", "original_height"), ("width", "height"), (cf.WIDTH, cf.HEIGHT))
     sizes = next((pair for pair in pairs if set(pair) <= set(have.names)), pairs[0])
     return schema, {
         "caption": choose(options.caption_column, "--caption-column", _CAPTIONS),
-        "uid": choose(options.uid_column, "--uid-column", ("uid", "cf_uid")),
+        "uid": choose(options.uid_column, "--uid-column", ("uid", cf.UID)),
         "key": choose(options.key_column, "--key-column", _KEYS),
         "width": choose(None, "", sizes[:1]),
         "height": choose(None, "", sizes[1:]),
-        "sha256": choose(None, "", ("sha256", "cf_sha256")),
+        "sha256": choose(None, "", ("sha256", cf.SHA256)),
     }
 
 
@@ -369,12 +359,12 @@ class _Writer:
         n = metadata.num_rows
         identity = _identity(shard, metadata, self.names)
         image_emb, good = _unit(image)
-        columns = {name: identity[name] for name in ("cf_shard", "cf_row", "cf_uid")}
+        columns = {name: identity[name] for name in (cf.SHARD, cf.ROW, cf.UID)}
         columns["image_emb"] = vector_column(image_emb)
         if self.text:
             text_emb, usable = (np.zeros_like(image_emb), np.zeros(n, bool)) if text is None else _unit(text)
             if self.names["caption"] is not None:
-                usable &= np.asarray(identity["cf_caption"].is_valid())
+                usable &= np.asarray(identity[cf.CAPTION].is_valid())
             columns["text_emb"] = vector_column(text_emb, usable)
         for fact in FACTS:
             columns[fact.name] = identity.get(fact.name, pa.nulls(n, fact.type))
@@ -424,16 +414,16 @@ def _identity(shard: Shard, rows: pa.Table, names: dict[str, str | None]) -> dic
         caption = pc.if_else(blank, pa.scalar(None, pa.string()), caption)
     sizes = {what: column(what, pa.int32()) for what in ("width", "height")}
     found = {
-        "cf_shard": pa.array([shard.id] * n, pa.string()),
-        "cf_row": pa.array(np.arange(n), pa.int64()),
-        "cf_key": pa.array(numbers) if key is None else pc.coalesce(key, pa.array(numbers)),
-        "cf_uid": hashed() if uid is None else (pc.coalesce(uid, hashed()) if uid.null_count else uid),
-        "cf_sha256": column("sha256", pa.string()),
-        "cf_width": sizes["width"],
-        "cf_height": sizes["height"],
-        "cf_format": None,
-        "cf_caption": caption,
-        "cf_source_json": None,
+        cf.SHARD: pa.array([shard.id] * n, pa.string()),
+        cf.ROW: pa.array(np.arange(n), pa.int64()),
+        cf.KEY: pa.array(numbers) if key is None else pc.coalesce(key, pa.array(numbers)),
+        cf.UID: hashed() if uid is None else (pc.coalesce(uid, hashed()) if uid.null_count else uid),
+        cf.SHA256: column("sha256", pa.string()),
+        cf.WIDTH: sizes["width"],
+        cf.HEIGHT: sizes["height"],
+        cf.FORMAT: None,
+        cf.CAPTION: caption,
+        cf.SOURCE_JSON: None,
     }
     return {
         field.name: pa.nulls(n, field.type) if found[field.name] is None else found[field.name] for field in IDENTITY

@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter import defaults
+from clipfilter.decisions import DECISIONS
 from clipfilter.engine import StreamOptions, embed_stream, open_inputs, stream_options
 from clipfilter.errors import RefusedError
 from clipfilter.policies import REASONS, Policy, compile_policy, load_policy, named_scores
@@ -29,15 +31,14 @@ RANKED = pa.schema(
         ("position", pa.int64()),
         ("image", pa.string()),
         ("score", pa.float32()),
-        ("cf_similarity", pa.float32()),
-        ("cf_decision", pa.string()),
-        ("cf_reasons", REASONS),
-        ("cf_error_class", pa.string()),
-        ("cf_error", pa.string()),
+        (cf.SIMILARITY, pa.float32()),
+        (cf.DECISION, pa.string()),
+        (cf.REASONS, REASONS),
+        (cf.ERROR_CLASS, pa.string()),
+        (cf.ERROR, pa.string()),
     ]
 )
 _HEAD, _POLICY = "head:", "policy:"
-_DECIDED = ["keep", "review", "reject"]
 
 
 class Ranker:
@@ -60,12 +61,12 @@ class Ranker:
             raise RefusedError(f"there is no order {by!r}; rank by clip, head:NAME or policy:NAME.")
         self.encoder = encoder
         self.by = by
-        self._column = "cf_similarity"
+        self._column = cf.SIMILARITY
         self._head = self._policy = None
         if by.startswith(_HEAD):
             scores = named_scores([by.removeprefix(_HEAD)])
             self._head = compile_policy(scores, encoder)
-            self._column = f"cf_score.{scores.rules[0].id}"
+            self._column = cf.score(scores.rules[0].id)
         if policy is not None:
             found = load_policy(policy) if isinstance(policy, str) else policy
             self._policy = compile_policy(found, encoder)
@@ -107,24 +108,24 @@ class Ranker:
         if "text_emb" in embeddings.column_names:
             embeddings = embeddings.drop_columns(["text_emb"])
         embeddings = embeddings.append_column("text_emb", vector_column(np.repeat(text, n, axis=0)))
-        if "cf_caption" in rows.column_names:
-            rows = rows.drop_columns(["cf_caption"])
-        rows = rows.append_column("cf_caption", pa.array([prompt] * n, pa.string()))
+        if cf.CAPTION in rows.column_names:
+            rows = rows.drop_columns([cf.CAPTION])
+        rows = rows.append_column(cf.CAPTION, pa.array([prompt] * n, pa.string()))
         decided = annotate(rows, embeddings, self.encoder, self._policy, {} if self._policy else None)
         scored = annotate(rows, embeddings, self.encoder, self._head, None) if self._head else decided
-        numbers = pa.chunked_array([*rows["cf_row"].chunks, *failed["cf_row"].chunks], pa.int64())
+        numbers = pa.chunked_array([*rows[cf.ROW].chunks, *failed[cf.ROW].chunks], pa.int64())
         position = np.empty(n + failed.num_rows, np.int64)
         position[np.argsort(np.asarray(numbers), kind="stable")] = np.arange(len(position))
         columns = {
             "position": pa.array(position[:n]),
-            "image": rows["cf_key"],
+            "image": rows[cf.KEY],
             "score": scored[self._column],
-            **{name: decided[name] for name in ("cf_similarity", "cf_decision", "cf_reasons")},
+            **{name: decided[name] for name in (cf.SIMILARITY, cf.DECISION, cf.REASONS)},
         }
         good = _table(columns, n)
-        bad = {"position": pa.array(position[n:]), "image": failed["cf_key"]}
+        bad = {"position": pa.array(position[n:]), "image": failed[cf.KEY]}
         return pa.concat_tables(
-            [good, _table(bad | {name: failed[name] for name in ("cf_error_class", "cf_error")}, failed.num_rows)]
+            [good, _table(bad | {name: failed[name] for name in (cf.ERROR_CLASS, cf.ERROR)}, failed.num_rows)]
         )
 
 
@@ -226,10 +227,10 @@ def _table(columns: dict[str, Any], n: int) -> pa.Table:
 def _ordered(table: pa.Table) -> pa.Table:
     """By decision (keep, review; undecided as keep), falling score and position; then rejected, then failed ones."""
     n = table.num_rows
-    decision = np.array([_DECIDED.index(value) if value else 0 for value in table["cf_decision"].to_pylist()], np.int64)
-    decision[np.asarray(pc.is_valid(table["cf_error_class"]))] = len(_DECIDED)
+    decision = np.array([DECISIONS.index(value) if value else 0 for value in table[cf.DECISION].to_pylist()], np.int64)
+    decision[np.asarray(pc.is_valid(table[cf.ERROR_CLASS]))] = len(DECISIONS)
     score = np.nan_to_num(np.asarray(table["score"].to_numpy(), np.float64), nan=-np.inf)
     order = np.lexsort((np.asarray(table["position"]), -score, decision))
     table = table.take(pa.array(order))
-    in_race = decision[order] < _DECIDED.index("reject")
+    in_race = decision[order] < DECISIONS.index("reject")
     return table.set_column(0, "rank", pa.array(np.arange(1, n + 1, dtype=np.int32), mask=~in_race))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.runs import Commit
 from clipfilter.sources import Source, TarFile, TarShards, row_members, safe_key
@@ -51,7 +52,7 @@ def rechunk(tables: Iterable[tuple[pa.Table, ...]], rows: int) -> Iterator[tuple
 def _copied(source: Source, commit: Commit, table: pa.Table, target: Directory) -> Path:
     shard = commit.shard
     path = target.scratch() / f"part.{shard.format}"
-    if source.copy_rows(shard, table["cf_row"].to_pylist(), path) != table.num_rows:
+    if source.copy_rows(shard, table[cf.ROW].to_pylist(), path) != table.num_rows:
         raise RefusedError(f"{shard.path} is not what it was when it was decided; run again, then export.")
     return path
 

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS
 from clipfilter.runs import FILE_KINDS, PLAN_FILE, Commit, DataFile, Run, Totals, Version, as_matrix, ledger
 from clipfilter.storage import Directory, read_chunks
 
@@ -112,8 +114,8 @@ def _check_shard(run: Run, commit: Commit) -> Iterator[str]:
     """Row accounting of one shard: rows in = decided + failed, no row twice, kept files hold the kept rows."""
     path, counts, files = commit.shard.path, commit.counts, commit.files
     try:
-        annotated = _table(run, files.annotated, ["cf_shard", "cf_row", "cf_decision"])
-        failed = _table(run, files.failed, ["cf_shard", "cf_row", "cf_error_class"])
+        annotated = _table(run, files.annotated, [cf.SHARD, cf.ROW, cf.DECISION])
+        failed = _table(run, files.failed, [cf.SHARD, cf.ROW, cf.ERROR_CLASS])
     except (OSError, pa.ArrowException, KeyError) as error:
         yield f"{path}: a table cannot be read ({error})"
         return
@@ -123,16 +125,16 @@ def _check_shard(run: Run, commit: Commit) -> Iterator[str]:
             f"{path}: the commit counts {counts.rows} rows and {counts.failed} failed, "
             f"the files hold {rows} and {failed.num_rows}"
         )
-    numbers = np.concatenate([np.asarray(annotated["cf_row"]), np.asarray(failed["cf_row"])])
+    numbers = np.concatenate([np.asarray(annotated[cf.ROW]), np.asarray(failed[cf.ROW])])
     if len(np.unique(numbers)) != len(numbers):
         yield f"{path}: a row is in the result twice"
-    shards = set(annotated["cf_shard"].unique().to_pylist()) | set(failed["cf_shard"].unique().to_pylist())
+    shards = set(annotated[cf.SHARD].unique().to_pylist()) | set(failed[cf.SHARD].unique().to_pylist())
     if shards - {commit.shard.id}:
         yield f"{path}: rows of another shard are among its own"
-    decisions = annotated["cf_decision"].value_counts().to_pylist()
+    decisions = annotated[cf.DECISION].value_counts().to_pylist()
     found = {item["values"]: item["counts"] for item in decisions}
     if commit.stage == "decided":
-        if found.pop(None, 0) or set(found) - {"keep", "review", "reject"}:
+        if found.pop(None, 0) or set(found) - set(DECISIONS):
             yield f"{path}: a row has no valid decision"
         said = {"keep": counts.keep, "review": counts.review, "reject": counts.reject}
         for name, count in said.items():
@@ -144,7 +146,7 @@ def _check_shard(run: Run, commit: Commit) -> Iterator[str]:
         yield f"{path}: rows have decisions, but nothing was to be decided"
     yield from _check_copies(run.directory, commit)
     if files.embeddings is not None:
-        yield from _check_embeddings(run, files.embeddings, np.asarray(annotated["cf_row"]), path)
+        yield from _check_embeddings(run, files.embeddings, np.asarray(annotated[cf.ROW]), path)
 
 
 def _check_copies(directory: Directory, commit: Commit) -> Iterator[str]:
@@ -173,7 +175,7 @@ def _tar_key(name: str) -> str:
 
 def _check_embeddings(run: Run, file: DataFile, rows: np.ndarray, path: str) -> Iterator[str]:
     table = run.table(file)
-    if not np.array_equal(np.asarray(table["cf_row"]), rows):
+    if not np.array_equal(np.asarray(table[cf.ROW]), rows):
         yield f"{path}: the embeddings are not those of the annotated rows, in their order"
         return
     dim = table.schema.field("image_emb").type.list_size
@@ -184,7 +186,7 @@ def _check_embeddings(run: Run, file: DataFile, rows: np.ndarray, path: str) -> 
 
 def _table(run: Run, file: DataFile | None, columns: list[str]) -> pa.Table:
     if file is None:
-        types = {"cf_row": pa.int64()}
+        types = {cf.ROW: pa.int64()}
         return pa.schema([(name, types.get(name, pa.string())) for name in columns]).empty_table()
     return run.table(file, columns)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from clipfilter.policies.blocks import similarity
+from clipfilter.policies.captions import language_detector
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
-from clipfilter.policies.columns import BUILTINS, check_metadata, metadata_values
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
 from clipfilter.policies.curves import bent, sigmoid
 from clipfilter.policies.deciding import REASONS, Decisions, escalated
@@ -24,20 +24,21 @@ from clipfilter.policies.kinds.base import Measure
 from clipfilter.policies.kinds.registry import KINDS, measure_in, measure_of
 from clipfilter.policies.kinds.words import Words, Written, joined
 from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
-from clipfilter.policies.language import attachments
 from clipfilter.policies.language.about import Expectation, RuleExpectation
-from clipfilter.policies.language.attachments import ATTACHMENTS_FOLDER, Attachments
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.conditions import in_words
 from clipfilter.policies.language.extends import read_document, resolve
-from clipfilter.policies.language.fields import suggest
 from clipfilter.policies.language.json_schema import policy_schema
 from clipfilter.policies.language.load import load_policy, pack_names, packs_folder, parse_policy, policy_file
-from clipfilter.policies.language.overrides import OVERRIDE_RULE
 from clipfilter.policies.language.rule import Rule
 from clipfilter.policies.language.schema import Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.language.scores import ScorePolicy, named_scores, scores_of
 from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, scalar
+from clipfilter.policies.parts import attachments
+from clipfilter.policies.parts.attachments import ATTACHMENTS_FOLDER, Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.columns import BUILTINS, check_metadata, metadata_values
+from clipfilter.policies.parts.conditions import in_words
+from clipfilter.policies.parts.fields import suggest
+from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
 from clipfilter.policies.recheck import RECHECK
 from clipfilter.policies.scoring import Scores
@@ -90,6 +91,7 @@ __all__ = [
     "json_sha256",
     "key_score",
     "label_names",
+    "language_detector",
     "load_policy",
     "locate",
     "low_histogram",

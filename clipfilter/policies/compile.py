@@ -20,12 +20,12 @@ from clipfilter.policies.deciding import Decider, Decisions
 from clipfilter.policies.encoder import TextEncoder
 from clipfilter.policies.kinds.base import Answer, CompiledRule, Context, Plan, naming
 from clipfilter.policies.kinds.registry import KINDS
-from clipfilter.policies.language.attachments import Attachments
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.calibrated import Calibration
-from clipfilter.policies.language.conditions import check_condition
 from clipfilter.policies.language.rule import Rule
 from clipfilter.policies.language.schema import DatasetThreshold, Policy, json_sha256, rule_prompts_sha256
+from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.calibrated import Calibration
+from clipfilter.policies.parts.conditions import check_condition
 from clipfilter.policies.scoring import Scorer, Scores
 
 

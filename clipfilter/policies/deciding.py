@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
 from clipfilter.policies.kinds.base import CompiledRule
-from clipfilter.policies.language.bands import moved
-from clipfilter.policies.language.overrides import OVERRIDE_RULE
 from clipfilter.policies.language.schema import DatasetThreshold
+from clipfilter.policies.parts.bands import moved
+from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.scoring import Scores
 
 #: What a rule may say of a row.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies.class_vectors import class_vectors, cosine_blocks
 from clipfilter.policies.curves import sigmoid
@@ -22,9 +23,9 @@ MAX_LABEL_CHARS = 300
 #: The columns of labels, best first in cf_labels.
 LABEL_COLUMNS = pa.schema(
     [
-        ("cf_label", pa.string()),
-        ("cf_label_score", pa.float32()),
-        ("cf_labels", pa.list_(pa.struct([("label", pa.string()), ("score", pa.float32())]))),
+        (cf.LABEL, pa.string()),
+        (cf.LABEL_SCORE, pa.float32()),
+        (cf.LABELS, pa.list_(pa.struct([("label", pa.string()), ("score", pa.float32())]))),
     ]
 )
 
@@ -123,14 +124,14 @@ class LabelScorer:
         n, k = index.shape
         names = pa.array(list(self.labels.names), pa.string())
         flat = pa.DictionaryArray.from_arrays(pa.array(index.reshape(-1)), names).dictionary_decode()
-        kind = LABEL_COLUMNS.field("cf_labels").type
+        kind = LABEL_COLUMNS.field(cf.LABELS).type
         items = pa.StructArray.from_arrays([flat, pa.array(score.reshape(-1))], fields=list(kind.value_type))
         offsets = pa.array(np.arange(n + 1, dtype=np.int32) * k)
         return pa.table(
             {
-                "cf_label": flat.take(pa.array(np.arange(n) * k)),
-                "cf_label_score": pa.array(score[:, 0]),
-                "cf_labels": pa.ListArray.from_arrays(offsets, items, type=kind),
+                cf.LABEL: flat.take(pa.array(np.arange(n) * k)),
+                cf.LABEL_SCORE: pa.array(score[:, 0]),
+                cf.LABELS: pa.ListArray.from_arrays(offsets, items, type=kind),
             },
             schema=LABEL_COLUMNS,
         )

@@ -6,14 +6,16 @@ from collections import Counter
 from typing import Any
 
 from clipfilter import text
+from clipfilter.decisions import ESCALATE, LIMITS, MISSING
 from clipfilter.operations import Comparison, Flip, Side
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
+from clipfilter.policies import Words, Written
 from clipfilter.report.examples import Example, Examples
-from clipfilter.report.html import Foreign, Sentence, page
+from clipfilter.report.html import page
 from clipfilter.report.thumbnails import add_thumbnails
 
 _DECISIONS = {"keep": "Kept", "review": "To review", "reject": "Rejected"}
-_BANDS = ("review", "reject", "escalate", "missing", "keep")
+_BANDS = (*LIMITS, ESCALATE, MISSING, "keep")
 
 
 def diff_page(found: Comparison, thumbnails: str) -> str:
@@ -65,15 +67,15 @@ def _flips(found: Comparison, examples: list[Example]) -> list[tuple[tuple[str, 
     return [(change, found.changes[change], change in pictures, shown) for change, shown in cards.items()]
 
 
-def _reasons(reasons: list[dict[str, Any]]) -> Sentence:
-    said: Sentence = []
+def _reasons(reasons: list[dict[str, Any]]) -> Words:
+    said: list[str | Written] = []
     for reason in reasons:
         said += ["; "] if said else []
         said += _reason(reason)
     return said or ["kept"]
 
 
-def _reason(reason: dict[str, Any]) -> Sentence:
+def _reason(reason: dict[str, Any]) -> Words:
     rule, score, limit = text.clean(reason["rule"], 60), reason["score"], reason["threshold"]
     if reason["rule"] == OVERRIDE:
         return [f"a person decided {text.clean(reason['band'], 20)}"]
@@ -86,7 +88,7 @@ def _reason(reason: dict[str, Any]) -> Sentence:
     said = f"{reason['band']} by {rule}, {text.score(score, limit)} beyond {text.score(limit, score)}"
     if not reason["nearest"]:
         return [said]
-    return [f"{said}, nearest “", Foreign(text.clean(reason["nearest"], 60)), "”"]
+    return [f"{said}, nearest “", Written(reason["nearest"], 60, isolated=True), "”"]
 
 
 def _example(flip: Flip) -> Example:

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.policies import escalated
 from clipfilter.report.data import Band, RuleData, RunData, floats, past
-from clipfilter.runs import ledger
 from clipfilter.sources import Shard
-from clipfilter.storage import Directory
 
 #: Examples on the whole page, and of one rule's bucket.
 TOTAL = 48
@@ -21,7 +19,7 @@ PER_BUCKET = 3
 _CANDIDATES = 8
 _BATCH = 16_384
 _OTHERS_LAST = 1e12
-_COLUMNS = ("cf_row", "cf_key", "cf_caption", "cf_sha256", "cf_decision", "cf_reasons")
+_COLUMNS = (cf.ROW, cf.KEY, cf.CAPTION, cf.SHA256, cf.DECISION, cf.REASONS)
 
 #: Bucket -> heading, in the order of the page (from worst to best), and the order in which examples are dealt out.
 HEADINGS = {
@@ -70,19 +68,15 @@ class Examples:
         return [example for found in self.by_bucket.values() for example in found]
 
 
-def choose_examples(directory: Directory, data: RunData) -> Examples:
+def choose_examples(data: RunData) -> Examples:
     """Read the annotated rows of the chosen shards and pick at most `TOTAL` rows, no row twice."""
     heaps: dict[tuple[str, str], list[tuple[float, Example]]] = {}
     chosen = Examples()
-    for name in data.chosen:
-        commit = ledger.read_commits(directory, [name])[0]
-        chosen.shards[name] = Shard.from_json(commit["shard"])
-        with directory.open(commit["files"]["annotated"]["name"]) as handle:
-            file = pq.ParquetFile(handle)
-            scores = [f"cf_score.{rule.id}" for rule in data.rules] or ["cf_similarity"]
-            there = set(file.schema_arrow.names)
-            for batch in file.iter_batches(_BATCH, columns=[n for n in (*_COLUMNS, *scores) if n in there]):
-                _collect(heaps, data.rules, batch, name, commit["shard"]["path"])
+    wanted = {*_COLUMNS, *([cf.score(rule.id) for rule in data.rules] or [cf.SIMILARITY])}
+    for commit in data.run.commits(data.chosen):
+        chosen.shards[commit.name] = commit.shard
+        for batch in data.run.batches_of(commit.files.annotated, wanted.__contains__, _BATCH):
+            _collect(heaps, data.rules, batch, commit.name, commit.shard.path)
     chosen.by_bucket = _deal(heaps, [rule.id for rule in data.rules] or [""])
     return chosen
 
@@ -94,11 +88,9 @@ def _collect(
     commit: str,
     path: str,
 ) -> None:
-    decision = np.asarray(batch.column("cf_decision").to_pylist(), dtype=object)
+    decision = np.asarray(batch.column(cf.DECISION).to_pylist(), dtype=object)
     # Escalated rows are no examples: nobody who reads the page is to look for them.
-    hidden = (
-        escalated(batch.column("cf_reasons")) if "cf_reasons" in batch.schema.names else np.zeros(len(decision), bool)
-    )
+    hidden = escalated(batch.column(cf.REASONS)) if cf.REASONS in batch.schema.names else np.zeros(len(decision), bool)
 
     def offer(rule: str, bucket: str, mask: np.ndarray, distance: np.ndarray, values: np.ndarray) -> None:
         rows = np.flatnonzero(mask & ~hidden)
@@ -112,15 +104,15 @@ def _collect(
             del heap[_CANDIDATES:]
 
     if not rules:
-        if "cf_similarity" in batch.schema.names:
-            values = floats(batch.column("cf_similarity"))
+        if cf.SIMILARITY in batch.schema.names:
+            values = floats(batch.column(cf.SIMILARITY))
             offer("", "low", ~np.isnan(values), values, values)
             offer("", "high", ~np.isnan(values), -values, values)
         return
     for rule in rules:
-        if f"cf_score.{rule.id}" not in batch.schema.names or not rule.bands:
+        if cf.score(rule.id) not in batch.schema.names or not rule.bands:
             continue
-        values = floats(batch.column(f"cf_score.{rule.id}"))
+        values = floats(batch.column(cf.score(rule.id)))
         for bucket, mask, distance in _buckets(rule, values, decision):
             offer(rule.id, bucket, mask, distance, values)
 
@@ -162,13 +154,13 @@ def _example(batch: pa.RecordBatch, row: int, commit: str, path: str, score: flo
     return Example(
         commit=commit,
         path=path,
-        row=value["cf_row"],
-        key=value["cf_key"] or "",
-        caption=value.get("cf_caption"),
-        sha256=value.get("cf_sha256"),
-        decision=value.get("cf_decision"),
+        row=value[cf.ROW],
+        key=value[cf.KEY] or "",
+        caption=value.get(cf.CAPTION),
+        sha256=value.get(cf.SHA256),
+        decision=value.get(cf.DECISION),
         score=None if np.isnan(score) else score,
-        reasons=value.get("cf_reasons") or [],
+        reasons=value.get(cf.REASONS) or [],
     )
 
 

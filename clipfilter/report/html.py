@@ -15,16 +15,6 @@ from clipfilter import charts, text
 from clipfilter.version import __version__
 
 
-class Foreign(str):
-    """Somebody else's words inside a sentence of ours: a page sets them apart, so that their direction ends with them."""
-
-    __slots__ = ()
-
-
-#: A sentence as its parts, ours and foreign ones.
-Sentence = list[str]
-
-
 def page(template: str, **values: object) -> str:
     """A whole document of a template that extends `base.html`.
 
@@ -53,7 +43,6 @@ def environment() -> Environment:
         name: getattr(text, name) for name in ("duration", "number", "place", "plural", "score", "share", "size")
     }
     made.filters["short"] = text.clean
-    made.tests["foreign"] = lambda part: isinstance(part, Foreign)
     made.globals["dot"] = charts.dot
     return made
 

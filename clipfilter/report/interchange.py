@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.report.data import RuleData
 from clipfilter.report.explain import RuleVerdict
 
 Categories = Mapping[str, Sequence[str]]
 Verdicts = Mapping[str, RuleVerdict]
 
-FLAGGED = frozenset({"review", "reject", "escalate"})
+FLAGGED = frozenset({*LIMITS, ESCALATE})
 _BY_BAND = {"review": 0.5, "reject": 1.0, "escalate": 1.0}
 _SAFESEARCH = ("adult", "spoof", "medical", "violence", "racy")
 

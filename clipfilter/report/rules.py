@@ -6,10 +6,10 @@ from typing import Any
 
 from clipfilter import charts, text
 from clipfilter.charts import Histogram, Limit
+from clipfilter.decisions import LIMITS
 from clipfilter.policies import Words, Written, in_words
 from clipfilter.report.data import Band, RuleData, RunData
 from clipfilter.report.examples import HEADINGS, Example, Examples
-from clipfilter.report.html import Foreign, Sentence
 
 _DECISIONS = {"keep": "kept", "review": "review", "reject": "rejected", None: "undecided"}
 _ON_MISSING = {"review": "goes to review", "reject": "is rejected", "keep": "is let through"}
@@ -36,10 +36,10 @@ def similarity(data: RunData, examples: Examples) -> dict[str, Any]:
 
 
 def _rule(data: RunData, rule: RuleData, examples: Examples) -> dict[str, Any]:
-    total = data.totals["rows"]
+    total = data.totals.rows
     counts = [rule.counts["reject"] + rule.counts["escalate"], rule.counts["review"], rule.counts["missing"]]
     label = "{:,} rejected, {:,} to review, {:,} not scored".format(*counts)
-    parts = [*zip(("reject", "review", "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]
+    parts = [*zip((*reversed(LIMITS), "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]
     chart, notes = _chart(rule)
     return {
         "id": rule.id,
@@ -58,27 +58,18 @@ def _rule(data: RunData, rule: RuleData, examples: Examples) -> dict[str, Any]:
     }
 
 
-def meaning(rule: RuleData) -> Sentence:
+def meaning(rule: RuleData) -> Words:
     """What the score says, in words."""
-    said = _words(rule.measure.meaning(rule.measured))
+    said = [*rule.measure.meaning(rule.measured)]
     if "tighten" in rule.spec:
         tighten = rule.spec["tighten"]
         direction = "above" if "above" in tighten else "below"
         limit, names = f"{direction.capitalize()} {tighten[direction]:g}", ", ".join(tighten["rules"])
         said.append(f" {limit} it tightens the thresholds of {names} by {tighten['by']:g}.")
     if "when" in rule.spec:
-        said.append(f" It only applies when {text.clean(in_words(rule.spec['when']))}.")
+        said += [" It only applies when ", Written(in_words(rule.spec["when"])), "."]
     missing = rule.spec.get("on_missing", "review")
     return [*said, f" An image without this score {_ON_MISSING.get(missing, missing)}."]
-
-
-def _words(words: Words) -> Sentence:
-    """A sentence about a rule; what people wrote in the policy is cleaned, and some of it kept from running on."""
-    said: Sentence = []
-    for part in words:
-        shown = text.clean(part.text, part.limit) if isinstance(part, Written) else part
-        said.append(Foreign(shown) if isinstance(part, Written) and part.isolated else shown)
-    return said
 
 
 def _chart(rule: RuleData) -> tuple[str, str]:

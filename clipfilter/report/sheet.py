@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from clipfilter import columns as cf
 from clipfilter import defaults, text
 from clipfilter.policies import escalated
 from clipfilter.report.examples import Example, Examples
@@ -23,7 +24,7 @@ _COLUMNS = 5
 _BACKGROUND, _EMPTY, _INK, _DIM = (255, 255, 255), (236, 238, 241), (24, 28, 33), (104, 112, 122)
 _DECISIONS = {"keep": (26, 127, 55), "review": (154, 103, 0), "reject": (207, 34, 46)}
 #: Annotated columns that the sheet needs of each hit.
-_NEEDED = ("cf_row", "cf_key", "cf_sha256", "cf_decision", "cf_reasons")
+_NEEDED = (cf.ROW, cf.KEY, cf.SHA256, cf.DECISION, cf.REASONS)
 
 
 def contact_sheet(
@@ -35,8 +36,8 @@ def contact_sheet(
     policy escalated (band "escalate") are never read and never shown.
     """
     table = vectors.rows_at(result.positions, _NEEDED)
-    hidden = escalated(table["cf_reasons"]).tolist()
-    rows = table.drop_columns(["cf_reasons"]).to_pylist()
+    hidden = escalated(table[cf.REASONS]).tolist()
+    rows = table.drop_columns([cf.REASONS]).to_pylist()
     cosines = result.hits["cosine"].to_pylist()
     numbers, _ = vectors.locate(result.positions)
     examples = Examples()
@@ -51,11 +52,11 @@ def contact_sheet(
             Example(
                 commit=shard.name,
                 path=shard.shard.path,
-                row=row["cf_row"],
-                key=row["cf_key"] or "",
+                row=row[cf.ROW],
+                key=row[cf.KEY] or "",
                 caption=None,
-                sha256=row["cf_sha256"],
-                decision=row["cf_decision"] or "keep",  # nothing was decided, so nothing is hidden
+                sha256=row[cf.SHA256],
+                decision=row[cf.DECISION] or "keep",  # nothing was decided, so nothing is hidden
                 score=cosine,
                 reasons=[],
             )
@@ -88,10 +89,10 @@ def _draw(rows: list[dict[str, Any]], cosines: list[float], shown: list[Example 
         base = top + SIDE + 6
         draw.text((left, base), f"{place + 1}", _INK, bold)
         draw.text((left + SIDE, base), f"{cosine:.3f}", _INK, bold, anchor="ra")
-        decision = row["cf_decision"]
+        decision = row[cf.DECISION]
         if decision:
             draw.text((left + SIDE // 2, base), decision, _DECISIONS.get(decision, _DIM), bold, anchor="ma")
-        draw.text((left, base + 21), _fitted(draw, text.clean(row["cf_key"] or "", 80), plain), _DIM, plain)
+        draw.text((left, base + 21), _fitted(draw, text.clean(row[cf.KEY] or "", 80), plain), _DIM, plain)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import RowError
 
 if TYPE_CHECKING:
@@ -18,43 +19,43 @@ if TYPE_CHECKING:
 #: Identity columns of every annotated row, after the source's own columns.
 IDENTITY = pa.schema(
     [
-        ("cf_shard", pa.string()),
-        ("cf_row", pa.int64()),
-        ("cf_key", pa.string()),
-        ("cf_uid", pa.string()),
-        ("cf_sha256", pa.string()),
-        ("cf_width", pa.int32()),
-        ("cf_height", pa.int32()),
-        ("cf_format", pa.string()),
-        ("cf_caption", pa.string()),
-        ("cf_source_json", pa.string()),
+        (cf.SHARD, pa.string()),
+        (cf.ROW, pa.int64()),
+        (cf.KEY, pa.string()),
+        (cf.UID, pa.string()),
+        (cf.SHA256, pa.string()),
+        (cf.WIDTH, pa.int32()),
+        (cf.HEIGHT, pa.int32()),
+        (cf.FORMAT, pa.string()),
+        (cf.CAPTION, pa.string()),
+        (cf.SOURCE_JSON, pa.string()),
     ]
 )
 FAILED = pa.schema(
     [
-        ("cf_shard", pa.string()),
-        ("cf_row", pa.int64()),
-        ("cf_key", pa.string()),
-        ("cf_uid", pa.string()),
-        ("cf_error_class", pa.string()),
-        ("cf_error", pa.string()),
+        (cf.SHARD, pa.string()),
+        (cf.ROW, pa.int64()),
+        (cf.KEY, pa.string()),
+        (cf.UID, pa.string()),
+        (cf.ERROR_CLASS, pa.string()),
+        (cf.ERROR, pa.string()),
     ]
 )
 #: Cheap pixel facts stored beside each embedding (see clipfilter/images/facts.py for their definitions).
 FACTS = pa.schema(
     [
-        ("cf_width", pa.int32()),
-        ("cf_height", pa.int32()),
-        ("cf_brightness", pa.float32()),
-        ("cf_contrast", pa.float32()),
-        ("cf_blur", pa.float32()),
-        ("cf_entropy", pa.float32()),
-        ("cf_phash", pa.uint64()),
-        ("cf_colourfulness", pa.float32()),
+        (cf.WIDTH, pa.int32()),
+        (cf.HEIGHT, pa.int32()),
+        (cf.BRIGHTNESS, pa.float32()),
+        (cf.CONTRAST, pa.float32()),
+        (cf.BLUR, pa.float32()),
+        (cf.ENTROPY, pa.float32()),
+        (cf.PHASH, pa.uint64()),
+        (cf.COLOURFULNESS, pa.float32()),
     ]
 )
 #: Columns that a decision adds; a later decision replaces them.
-DECISION_COLUMNS = ("cf_similarity", "cf_decision", "cf_reasons", "cf_severity", "cf_action")
+DECISION_COLUMNS = (cf.SIMILARITY, cf.DECISION, cf.REASONS, cf.SEVERITY, cf.ACTION)
 
 
 def decision_inputs() -> pa.Schema:
@@ -63,13 +64,13 @@ def decision_inputs() -> pa.Schema:
 
 
 def is_decision_column(name: str) -> bool:
-    return name in DECISION_COLUMNS or name.startswith("cf_score.")
+    return name in DECISION_COLUMNS or name.startswith(cf.SCORE)
 
 
 def embeddings_schema(dim: int, text: bool) -> pa.Schema:
     """Schema of `OUT/embeddings/*.arrow`; unit-norm float16 vectors, text_emb null where there is no caption."""
     vector = pa.list_(pa.float16(), dim)
-    fields = [("cf_shard", pa.string()), ("cf_row", pa.int64()), ("cf_uid", pa.string()), ("image_emb", vector)]
+    fields = [(cf.SHARD, pa.string()), (cf.ROW, pa.int64()), (cf.UID, pa.string()), ("image_emb", vector)]
     return pa.schema([*fields, *([("text_emb", vector)] if text else []), *FACTS])
 
 
@@ -99,12 +100,12 @@ def failed_table(shard: str, rows: pa.Table, errors: Sequence[RowError]) -> pa.T
     """The rows that failed, with class and message."""
     return pa.table(
         {
-            "cf_shard": pa.array([shard] * rows.num_rows, pa.string()),
-            "cf_row": rows["cf_row"],
-            "cf_key": rows["cf_key"],
-            "cf_uid": rows["cf_uid"],
-            "cf_error_class": pa.array([error.error_class for error in errors], pa.string()),
-            "cf_error": pa.array([error.message for error in errors], pa.string()),
+            cf.SHARD: pa.array([shard] * rows.num_rows, pa.string()),
+            cf.ROW: rows[cf.ROW],
+            cf.KEY: rows[cf.KEY],
+            cf.UID: rows[cf.UID],
+            cf.ERROR_CLASS: pa.array([error.error_class for error in errors], pa.string()),
+            cf.ERROR: pa.array([error.message for error in errors], pa.string()),
         },
         schema=FAILED,
     )
@@ -147,9 +148,9 @@ def annotate(
         n = rows.num_rows
         added = pa.table(
             {
-                "cf_similarity": pa.array(similarity(image, text), pa.float32(), mask=~has_text),
-                "cf_decision": pa.nulls(n, pa.string()),
-                "cf_reasons": pa.nulls(n, REASONS),
+                cf.SIMILARITY: pa.array(similarity(image, text), pa.float32(), mask=~has_text),
+                cf.DECISION: pa.nulls(n, pa.string()),
+                cf.REASONS: pa.nulls(n, REASONS),
             }
         )
     else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import REASONS
 from clipfilter.runs import ledger
@@ -108,13 +109,13 @@ def _write_shard(run: Run, directory: Directory, plan: Plan, base: Commit, added
 
 def with_columns(rows: pa.Table, added: pa.Schema, values: dict[str, pa.Array]) -> pa.Table:
     """Annotated rows without a decision: rows, the added columns, similarity, and nulls for decision and reasons."""
-    similarity = rows["cf_similarity"]
-    rows = rows.drop_columns(["cf_similarity"])
+    similarity = rows[cf.SIMILARITY]
+    rows = rows.drop_columns([cf.SIMILARITY])
     for field in added:
         rows = rows.append_column(field, values[field.name].cast(field.type))
-    rows = rows.append_column("cf_similarity", similarity)
-    rows = rows.append_column("cf_decision", pa.nulls(rows.num_rows, pa.string()))
-    return rows.append_column("cf_reasons", pa.nulls(rows.num_rows, REASONS)).replace_schema_metadata(None)
+    rows = rows.append_column(cf.SIMILARITY, similarity)
+    rows = rows.append_column(cf.DECISION, pa.nulls(rows.num_rows, pa.string()))
+    return rows.append_column(cf.REASONS, pa.nulls(rows.num_rows, REASONS)).replace_schema_metadata(None)
 
 
 def carry(base: Directory, target: Directory, name: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from clipfilter import columns as cf
 from clipfilter.sources import Shard, Source
 
 
@@ -26,7 +27,7 @@ class Pictures:
         or with another one now, are left out. Raises whatever reading the dataset raises.
         """
         for batch in self._source.read(shard, rows=sorted(rows)):
-            for row, image in zip(batch.column("cf_row").to_pylist(), batch.column("cf_image"), strict=True):
+            for row, image in zip(batch.column(cf.ROW).to_pylist(), batch.column(cf.IMAGE), strict=True):
                 if row in rows and image.is_valid:
                     data: bytes = image.as_py()
                     if rows[row] in (None, hashlib.sha256(data).hexdigest()):

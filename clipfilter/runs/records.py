@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
 from clipfilter.sources import Shard
 
@@ -91,42 +92,34 @@ class DataFile:
         return DataFile(**check_keys(value, where, ("name", "rows", "bytes", "sha256")))
 
 
+class _File:
+    """A data file as an attribute, None where there is none."""
+
+    def __set_name__(self, owner: type, name: FileKind) -> None:
+        self._kind = name
+
+    def __get__(self, files: dict[FileKind, DataFile], owner: type) -> DataFile | None:
+        return files.get(self._kind)
+
+
 class Files(dict[FileKind, DataFile]):
-    """The data files of a shard by what they hold, in the order in which they were written; None where there is none."""
+    """The data files of a shard by what they hold, in the order in which they were written.
+
+    annotated: the rows that did not fail, with their decision (if any); scored: the same before dataset-level rules
+    decide. embeddings: vectors and facts of these rows, in the same order. failed: the other rows, with class and message.
+    kept, review: the source's own bytes of the rows that were decided so.
+    """
+
+    annotated = _File()
+    scored = _File()
+    embeddings = _File()
+    failed = _File()
+    kept = _File()
+    review = _File()
 
     def only(self, *kinds: FileKind) -> Files:
         """Those of these kinds."""
         return Files({kind: file for kind, file in self.items() if kind in kinds})
-
-    @property
-    def annotated(self) -> DataFile | None:
-        """The rows that did not fail, with their decision (if any)."""
-        return self.get("annotated")
-
-    @property
-    def scored(self) -> DataFile | None:
-        """The same before dataset-level rules decide."""
-        return self.get("scored")
-
-    @property
-    def embeddings(self) -> DataFile | None:
-        """Vectors and facts of these rows, in the same order."""
-        return self.get("embeddings")
-
-    @property
-    def failed(self) -> DataFile | None:
-        """The rows that failed, with class and message."""
-        return self.get("failed")
-
-    @property
-    def kept(self) -> DataFile | None:
-        """The source's own bytes of kept rows."""
-        return self.get("kept")
-
-    @property
-    def review(self) -> DataFile | None:
-        """The source's own bytes of rows to review."""
-        return self.get("review")
 
 
 @dataclass(frozen=True)
@@ -294,7 +287,7 @@ class FailedShard:
 
 
 #: The counts that a version adds up.
-COUNTS = ("rows", "decided", "keep", "review", "reject", "failed", "embedded", "not_downloaded", "duplicate_keys")
+COUNTS = ("rows", "decided", *DECISIONS, "failed", "embedded", "not_downloaded", "duplicate_keys")
 
 
 class Totals(dict[str, Any]):

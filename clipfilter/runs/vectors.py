@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import suggest
 from clipfilter.runs import ledger
@@ -212,7 +213,7 @@ class RunVectors:
                 if len(chunk):
                     blocks.append((start, as_matrix(chunk, self.dim)))
                     start += len(chunk)
-            self._open[number] = _Opened(blocks, table["cf_uid"])
+            self._open[number] = _Opened(blocks, table[cf.UID])
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
             return self._open[number]

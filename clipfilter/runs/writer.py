@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
 from clipfilter.runs import ledger
 from clipfilter.runs.records import Account, Commit, DataFile, FileKind, Files, Work, WorkerDetails
 from clipfilter.sources import Shard, Source
@@ -56,8 +57,8 @@ class ShardWriter:
 
     def annotated(self, table: pa.Table, *, final: bool) -> None:
         if not final and self._score_columns_only:
-            wanted = ("cf_shard", "cf_row")
-            table = table.select([n for n in table.column_names if n in wanted or n.startswith("cf_score.")])
+            wanted = (cf.SHARD, cf.ROW)
+            table = table.select([n for n in table.column_names if n in wanted or n.startswith(cf.SCORE)])
         if table.num_rows:
             self._parquet(table, "annotated" if final else "scored")
 

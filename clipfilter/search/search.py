@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.runs import RunVectors
 from clipfilter.search.approximate import ApproximateIndex
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from clipfilter.models import Encoder
 
 #: Annotated columns of a hit, unless others are asked for.
-RESULT_COLUMNS = ("cf_key", "cf_uid", "cf_caption", "cf_decision", "cf_shard", "cf_row")
+RESULT_COLUMNS = (cf.KEY, cf.UID, cf.CAPTION, cf.DECISION, cf.SHARD, cf.ROW)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SearchResult:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; columns without their `cf_`."""
-        hits = [{name.removeprefix("cf_"): value for name, value in row.items()} for row in self.hits.to_pylist()]
+        hits = [{name.removeprefix(cf.PREFIX): value for name, value in row.items()} for row in self.hits.to_pylist()]
         return {
             "run": self.run,
             "version": self.version,

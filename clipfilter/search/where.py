@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import suggest
 
@@ -222,7 +223,7 @@ class _Parser:
     def _named(self, token: _Token) -> pa.Field:
         name = _unquoted(token) if token.kind == "quoted" else token.value
         if name not in self._schema.names:
-            near = [other for other in (f"cf_{name}", f"cf_score.{name}") if other in self._schema.names]
+            near = [other for other in (f"{cf.PREFIX}{name}", cf.score(name)) if other in self._schema.names]
             hint = f"; did you mean {near[0]!r}?" if near else suggest(name, self._schema.names)
             known = "" if hint else f"; there are {', '.join(self._schema.names)}"
             raise RefusedError(

@@ -10,44 +10,46 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter import columns as cf
 from clipfilter import text
 from clipfilter.charts import Histogram, bars
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING
 from clipfilter.errors import RefusedError
 from clipfilter.report import RuleData, sentence, verdict
-from clipfilter.serve.columns import BANDS, DECISIONS
+from clipfilter.serve.columns import BANDS
 from clipfilter.serve.effect import Changes
 from clipfilter.serve.export import changed_policy
 from clipfilter.serve.labels import LabelFile
 from clipfilter.serve.query import MOST_FOUND, Found, RowsRequest
-from clipfilter.serve.run import Run
+from clipfilter.serve.run import ServedRun
 
-_ROW = ("cf_uid", "cf_key", "cf_caption")
+_ROW = (cf.UID, cf.KEY, cf.CAPTION)
 _CAPTION = 600
 
 
-def about(run: Run, labels: LabelFile) -> dict[str, Any]:
+def about(run: ServedRun, labels: LabelFile) -> dict[str, Any]:
     """Everything that does not change while the page is open, and the labels so far."""
-    plan, totals = run.plan, run.content["totals"]
+    plan = run.plan
     return {
         "name": text.clean(
             text.place(run.plan.dataset.get("url", "")).rstrip("/").rsplit("/", 1)[-1] or "dataset", 120
         ),
         "run": text.place(run.url),
-        "version": int(run.version),
+        "version": run.run.version.number,
         "model": str(plan.model.get("model")),
         "policy": {"name": plan.policy["policy"], "version": plan.policy["version"]} if plan.policy else None,
         "rows": run.columns.rows,
-        "failed": totals["failed"],
+        "failed": run.run.version.totals.failed,
         "decisions": run.columns.totals() if plan.policy else {},
         "rules": [_rule(run, rule) for rule in run.rules],
         "scores": [name for name in run.columns.scores if not np.isnan(run.columns.scores[name]).all()],
-        "columns": [name for name in run.vectors.schema.names if not name.startswith(("cf_reasons", "cf_source_json"))],
+        "columns": [name for name in run.vectors.schema.names if not name.startswith((cf.REASONS, cf.SOURCE_JSON))],
         "most_found": MOST_FOUND,
         "labels": {rule.id: label_state(run, labels, rule.id) for rule in run.rules if rule.measure.needs_model},
     }
 
 
-def _rule(run: Run, rule: RuleData) -> dict[str, Any]:
+def _rule(run: ServedRun, rule: RuleData) -> dict[str, Any]:
     columns = run.columns
     limits = [band.threshold for band in rule.bands if band.threshold is not None]
     scores = columns.ascending(rule.id)[1] if rule.id in columns.scores else np.empty(0, np.float32)
@@ -82,7 +84,7 @@ def _rule(run: Run, rule: RuleData) -> dict[str, Any]:
     }
 
 
-def label_state(run: Run, labels: LabelFile, rule: str) -> dict[str, Any]:
+def label_state(run: ServedRun, labels: LabelFile, rule: str) -> dict[str, Any]:
     """How far the labels of a rule are, where they are written, and the command that uses them."""
     given, sample = labels.labelled(rule), labels.sample(rule)
     done = sum(uid in given for uid in sample)
@@ -98,7 +100,7 @@ def label_state(run: Run, labels: LabelFile, rule: str) -> dict[str, Any]:
     }
 
 
-def page_of(run: Run, labels: LabelFile, request: RowsRequest, found: Found) -> dict[str, Any]:
+def page_of(run: ServedRun, labels: LabelFile, request: RowsRequest, found: Found) -> dict[str, Any]:
     """One page of the rows found."""
     part = slice(request.offset, request.offset + request.limit)
     positions = found.positions[part]
@@ -119,7 +121,7 @@ def page_of(run: Run, labels: LabelFile, request: RowsRequest, found: Found) -> 
 
 
 def _card(
-    run: Run,
+    run: ServedRun,
     labels: LabelFile,
     request: RowsRequest,
     position: int,
@@ -130,12 +132,12 @@ def _card(
     columns = run.columns
     decision = int(columns.decision[position])
     score = request.sort or request.label_rule
-    uid = str(row["cf_uid"])
+    uid = str(row[cf.UID])
     return {
         "position": position,
         "uid": uid,
-        "key": text.clean(row.get("cf_key") or uid, 200),
-        "caption": text.clean(row["cf_caption"], _CAPTION) if row.get("cf_caption") else None,
+        "key": text.clean(row.get(cf.KEY) or uid, 200),
+        "caption": text.clean(row[cf.CAPTION], _CAPTION) if row.get(cf.CAPTION) else None,
         "decision": DECISIONS[decision] if decision >= 0 else None,
         "after": DECISIONS[after] if after is not None else None,
         "escalated": bool(columns.escalated[position]),
@@ -150,7 +152,7 @@ def _card(
     }
 
 
-def _score(run: Run, rule: str, position: int) -> float | None:
+def _score(run: ServedRun, rule: str, position: int) -> float | None:
     return _number(run.columns.scores[rule][position]) if rule in run.columns.scores else None
 
 
@@ -158,28 +160,28 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def row_explained(run: Run, position: int) -> dict[str, Any]:
+def row_explained(run: ServedRun, position: int) -> dict[str, Any]:
     """One row with everything that decided it, in plain words."""
     if position >= run.columns.rows:
         raise RefusedError(f"there is no row {position}.")
-    wanted = [name for name in run.vectors.schema.names if name.startswith("cf_") and name != "cf_source_json"]
+    wanted = [name for name in run.vectors.schema.names if name.startswith(cf.PREFIX) and name != cf.SOURCE_JSON]
     row = run.vectors.rows_at([position], wanted).to_pylist()[0]
     number, _ = run.vectors.locate([position])
-    decision = row.get("cf_decision")
+    decision = row.get(cf.DECISION)
     verdicts = [verdict(rule, row) for rule in run.rules] if decision else []
-    order = ("reject", "escalate", "review", "missing", "keep")
-    verdicts.sort(key=lambda item: order.index(item.result) if item.result in order else len(order))
+    order = {"reject": 0, ESCALATE: 1, "review": 2, MISSING: 3, "keep": 4}
+    verdicts.sort(key=lambda item: order.get(item.result, len(order)))
     return {
         "position": position,
-        "uid": row["cf_uid"],
-        "key": text.clean(row.get("cf_key") or "", 400),
-        "caption": text.clean(row["cf_caption"], 2000) if row.get("cf_caption") else None,
+        "uid": row[cf.UID],
+        "key": text.clean(row.get(cf.KEY) or "", 400),
+        "caption": text.clean(row[cf.CAPTION], 2000) if row.get(cf.CAPTION) else None,
         "decision": decision,
         "escalated": bool(run.columns.escalated[position]),
-        "image": {name: row.get(f"cf_{name}") for name in ("width", "height", "format", "sha256")},
-        "similarity": row.get("cf_similarity"),
+        "image": {name: row.get(f"{cf.PREFIX}{name}") for name in ("width", "height", "format", "sha256")},
+        "similarity": row.get(cf.SIMILARITY),
         "shard": text.clean(run.shards[int(number[0])].shard.path, 400),
-        "row": row["cf_row"],
+        "row": row[cf.ROW],
         "rules": [
             {
                 "id": item.id,
@@ -192,7 +194,7 @@ def row_explained(run: Run, position: int) -> dict[str, Any]:
     }
 
 
-def effect(run: Run, changes: Changes, *, exact: bool) -> dict[str, Any]:
+def effect(run: ServedRun, changes: Changes, *, exact: bool) -> dict[str, Any]:
     """What moved thresholds change. Raises RefusedError where no policy could say them."""
     began = time.perf_counter()
     changed_policy(run.plan, changes)
@@ -213,7 +215,7 @@ def effect(run: Run, changes: Changes, *, exact: bool) -> dict[str, Any]:
     }
 
 
-def labelled_row(run: Run, position: int, rule: str) -> dict[str, Any]:
+def labelled_row(run: ServedRun, position: int, rule: str) -> dict[str, Any]:
     """What a labels file says of a row. Raises RefusedError where the row has no score of the rule."""
     own = run.rule(rule)
     if not own.measure.needs_model:
@@ -223,17 +225,17 @@ def labelled_row(run: Run, position: int, rule: str) -> dict[str, Any]:
     score = float(run.columns.scores[rule][position]) if rule in run.columns.scores else math.nan
     if math.isnan(score):
         raise RefusedError(f"this row has no score of {rule!r}, so its label says nothing about a threshold.")
-    names = [name for name in (*_ROW, "cf_shard", "cf_row") if name in run.vectors.schema.names]
+    names = [name for name in (*_ROW, cf.SHARD, cf.ROW) if name in run.vectors.schema.names]
     row = run.vectors.rows_at([position], names).to_pylist()[0]
     number, _ = run.vectors.locate([position])
     band = BANDS[run.columns.band[run.columns.rules.index(rule), position]]
     return {
-        "cf_uid": row["cf_uid"],
-        "cf_key": row.get("cf_key"),
+        cf.UID: row[cf.UID],
+        cf.KEY: row.get(cf.KEY),
         "path": str(run.shards[int(number[0])].shard.path),
-        "cf_shard": row["cf_shard"],
-        "cf_row": row["cf_row"],
-        "caption": row.get("cf_caption"),
+        cf.SHARD: row[cf.SHARD],
+        cf.ROW: row[cf.ROW],
+        "caption": row.get(cf.CAPTION),
         "score": score,
-        "band": band if band in ("review", "reject") else "keep",
+        "band": band if band in LIMITS else "keep",
     }

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from clipfilter import columns as cf
+from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
 from clipfilter.report import RuleData, floats
 from clipfilter.runs import RunVectors, VectorShard
 
-DECISIONS = ("keep", "review", "reject")
 #: What a rule did to a row: nothing, or the band of its reason; any band unknown here counts as a rejection.
-BANDS = ("", "review", "reject", "missing", "escalate", "tighten")
+BANDS = ("", *LIMITS, MISSING, ESCALATE, TIGHTEN)
 SIMILARITY = "similarity"
 _SEVERITY = {"": 0, "review": 1, "reject": 2, "escalate": 2, "tighten": 0}
 _THREADS = 4
@@ -37,7 +37,7 @@ class RunColumns:
         self.rules = [rule.id for rule in rules]
         self.decision = np.full(self.rows, -1, np.int8)
         self.band = np.zeros((len(rules), self.rows), np.int8)
-        names = {rule: f"cf_score.{rule}" for rule in self.rules} | {SIMILARITY: "cf_similarity"}
+        names = {rule: cf.score(rule) for rule in self.rules} | {SIMILARITY: cf.SIMILARITY}
         self._names = {name: column for name, column in names.items() if column in vectors.schema.names}
         self.scores = {name: np.full(self.rows, np.nan, np.float32) for name in self._names}
         self.escalated = np.zeros(self.rows, bool)
@@ -75,19 +75,18 @@ class RunColumns:
 
     def _read(self, vectors: RunVectors, shard: VectorShard) -> None:
         wanted = [*self._names.values()]
-        if "cf_decision" in vectors.schema.names:
-            wanted += ["cf_decision", "cf_reasons.list.element.rule", "cf_reasons.list.element.band"]
+        if cf.DECISION in vectors.schema.names:
+            wanted += [cf.DECISION, "cf_reasons.list.element.rule", "cf_reasons.list.element.band"]
         at = shard.start
-        with vectors.directory.open(shard.annotated.name) as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=wanted):
-                rows = slice(at, at + batch.num_rows)
-                for name, column in self._names.items():
-                    self.scores[name][rows] = floats(batch.column(column))
-                if "cf_decision" in batch.schema.names:
-                    codes = pc.index_in(batch.column("cf_decision"), pa.array(DECISIONS))
-                    self.decision[rows] = np.asarray(codes.fill_null(-1), np.int8)
-                    self._reasons(batch.column("cf_reasons"), rows)
-                at = rows.stop
+        for batch in vectors.run.batches_of(shard.annotated, wanted, _BATCH):
+            rows = slice(at, at + batch.num_rows)
+            for name, column in self._names.items():
+                self.scores[name][rows] = floats(batch.column(column))
+            if cf.DECISION in batch.schema.names:
+                codes = pc.index_in(batch.column(cf.DECISION), pa.array(DECISIONS))
+                self.decision[rows] = np.asarray(codes.fill_null(-1), np.int8)
+                self._reasons(batch.column(cf.REASONS), rows)
+            at = rows.stop
 
     def _reasons(self, reasons: pa.ListArray, rows: slice) -> None:
         flat = reasons.flatten()

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import wanted_rank
 from clipfilter.report import RuleData
-from clipfilter.serve.columns import DECISIONS, RunColumns
+from clipfilter.serve.columns import RunColumns
 
 #: rule -> band -> new value, as a policy writes it (a fraction for fraction rules, else a threshold).
 Changes = Mapping[str, Mapping[str, float]]
@@ -28,7 +29,7 @@ Changes = Mapping[str, Mapping[str, float]]
 Rescore = Callable[[Changes, str, np.ndarray], np.ndarray]
 
 #: What a rule may say for its band to be a function of its own score alone; rows that `when` excludes have no score.
-_PLAIN = {"id", "templates", "when", "review", "reject", "severity", "action", "on_missing"}
+_PLAIN = {"id", "templates", "when", *LIMITS, "severity", "action", "on_missing"}
 _REMEMBERED = 16
 
 

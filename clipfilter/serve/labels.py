@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from clipfilter import columns as cf
 from clipfilter.calibration import SAMPLE_COLUMNS, Design, Sample, read_labels, write_sample
 from clipfilter.errors import RefusedError
 
@@ -22,7 +23,7 @@ _SCHEMA = pa.schema(
     [
         (
             name,
-            {"cf_row": pa.int64(), "score": pa.float32(), "inclusion_probability": pa.float64()}.get(name, pa.string()),
+            {cf.ROW: pa.int64(), "score": pa.float32(), "inclusion_probability": pa.float64()}.get(name, pa.string()),
         )
         for name in SAMPLE_COLUMNS
     ]
@@ -52,7 +53,7 @@ class LabelFile:
         try:
             self._rows: dict[tuple[str, str], Row] = {}
             for file in (self.by_hand_path, self.path):
-                self._rows |= {(row["rule"], row["cf_uid"]): row for row in _read(file)}
+                self._rows |= {(row["rule"], row[cf.UID]): row for row in _read(file)}
         except BaseException:
             self.close()
             raise
@@ -77,7 +78,7 @@ class LabelFile:
 
         row: cf_uid, cf_key, path, cf_shard, cf_row, caption, score and band of the row.
         """
-        key = (rule, str(row["cf_uid"]))
+        key = (rule, str(row[cf.UID]))
         with self._guard:
             known = self._rows.get(key)
             if known is None:
@@ -93,7 +94,7 @@ class LabelFile:
     def start_sample(self, sample: Sample) -> None:
         """Put a drawn sample into the file; labels that its rows have already stay. A larger draw replaces a smaller one."""
         with self._guard:
-            drawn = {(sample.rule, str(row["cf_uid"])): row for row in sample.rows.to_pylist()}
+            drawn = {(sample.rule, str(row[cf.UID])): row for row in sample.rows.to_pylist()}
             for key, row in drawn.items():
                 if key in self._rows:
                     row["label"] = self._rows[key]["label"]
@@ -170,7 +171,7 @@ def _read(path: Path) -> list[Row]:
                 "another one with --labels."
             )
         row: Row = {name: text[name] for name in SAMPLE_COLUMNS}
-        row["cf_row"], row["score"] = int(text["cf_row"]), float(text["score"] or "nan")
+        row[cf.ROW], row["score"] = int(text[cf.ROW]), float(text["score"] or "nan")
         row["inclusion_probability"] = label.probability
         row["label"] = "" if label.true is None else str(int(label.true))
         row["sample_design"] = label.design or BY_HAND

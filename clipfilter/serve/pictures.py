@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
+from clipfilter import columns as cf
 from clipfilter.errors import ClipfilterError
 from clipfilter.report import jpeg_of
 from clipfilter.runs import Pictures, RunVectors
@@ -92,12 +93,12 @@ class Gallery:
 
     def _read(self, number: int, group: list[Wanted]) -> dict[Wanted, bytes]:
         positions = sorted({wanted.position for wanted in group})
-        identity = self._vectors.rows_at(positions, ["cf_row", "cf_sha256"]).to_pylist()
-        place = {row["cf_row"]: at for at, row in zip(positions, identity, strict=True)}
+        identity = self._vectors.rows_at(positions, [cf.ROW, cf.SHA256]).to_pylist()
+        place = {row[cf.ROW]: at for at, row in zip(positions, identity, strict=True)}
         with self._reading:
             if self._pictures is None:
                 self._pictures = Pictures(self._vectors.plan.dataset)
-            rows = {row["cf_row"]: row["cf_sha256"] for row in identity}
+            rows = {row[cf.ROW]: row[cf.SHA256] for row in identity}
             data = {place[row]: image for row, image in self._pictures.read(self._vectors.shards[number].shard, rows)}
         return {
             wanted: jpeg

@@ -14,11 +14,12 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from clipfilter.decisions import DECISIONS, Decision, Limit
 from clipfilter.errors import RefusedError
 from clipfilter.search import parse_where, query_vector, top_k
-from clipfilter.serve.columns import BANDS, DECISIONS, SIMILARITY
+from clipfilter.serve.columns import BANDS, SIMILARITY
 from clipfilter.serve.labels import LabelFile
-from clipfilter.serve.run import Run
+from clipfilter.serve.run import ServedRun
 
 #: The most rows one search finds; a page of it is then a slice.
 MOST_FOUND = 1000
@@ -36,9 +37,9 @@ class RowsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    decision: Literal["", "keep", "review", "reject"] = ""
+    decision: Literal["", Decision] = ""
     rule: Name = ""
-    band: Literal["", "review", "reject", "missing", "escalate", "tighten"] = ""
+    band: Literal["", Limit, "missing", "escalate", "tighten"] = ""
     where: Annotated[str, Field(max_length=10_000)] = ""
     labels: Literal["", "sample", "labelled"] = ""
     label_rule: Name = ""
@@ -64,7 +65,7 @@ class Found:
 class Queries:
     """Answers requests for rows; the newest answers stay, so that paging costs nothing."""
 
-    def __init__(self, run: Run, labels: LabelFile) -> None:
+    def __init__(self, run: ServedRun, labels: LabelFile) -> None:
         self._run = run
         self._labels = labels
         self._known: OrderedDict[str, Found] = OrderedDict()

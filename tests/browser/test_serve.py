@@ -435,7 +435,7 @@ def test_ctrl_c_ends_it_and_one_labels_file_has_one_server(samples: Page, tmp_pa
 # ---------------------------------------------------------------- on 7 000 rows
 
 
-@pytest.mark.soak
+@pytest.mark.soak("test_the_slider_counts_what_policy_diff_counts")
 def test_seven_thousand_rows(flickr: Page, tmp_path: Path) -> None:
     """Search finds, the slider's count is that of `policy diff`, labels survive a reload, a script stays text."""
 

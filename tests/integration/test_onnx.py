@@ -48,6 +48,7 @@ def exported(encoder: Any, out: Path, **options: Any) -> Any:
     return load_onnx(f"onnx:{out}", device="cpu", dtype="fp32", threads=None)
 
 
+@pytest.mark.soak("test_nano_keeps_its_image_tower_and_a_trained_text_tower_survives_int8")
 def test_vit_b_32_in_float32_and_int8(vit: Any, tmp_path: Path) -> None:
     chosen, measured = halves(vit, 64)
     other = exported(vit, tmp_path / "fp32")

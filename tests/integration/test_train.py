@@ -14,7 +14,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.training import TrainSettings, train
 from clipfilter.training.logs import read_rows
 from tests.support.engine import cli
-from tests.support.training import arguments, environment, write_pairs
+from tests.support.training import arguments, write_pairs
 
 pytestmark = pytest.mark.integration
 
@@ -39,7 +39,7 @@ def tuned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         "--dev-where",
         "part=dev",
     ]
-    done = cli(*arguments("nano", source, out, *more, "--epochs", "1"), env=environment())
+    done = cli(*arguments("nano", source, out, *more, "--epochs", "1"))
     return out, done.stdout + done.stderr
 
 
@@ -61,11 +61,12 @@ def test_the_result_is_a_model_for_a_run(tuned: tuple[Path, str], source: Path, 
 
 
 def test_a_changed_command_is_refused_with_exit_code_2(tuned: tuple[Path, str], source: Path) -> None:
-    done = cli(*arguments("nano", source, tuned[0], "--seed", "1"), check=False, env=environment())
+    done = cli(*arguments("nano", source, tuned[0], "--seed", "1"), check=False)
     assert done.returncode == 2
     assert "seed: 0 then, 1 now" in done.stderr
 
 
+@pytest.mark.cores
 def test_two_ray_workers_train_as_one_with_twice_the_batch(source: Path, tmp_path: Path) -> None:
     def settings(name: str, batch_size: int, **more: object) -> TrainSettings:
         return TrainSettings(

@@ -27,7 +27,7 @@ if not {console} and (not argv or (argv[0] not in ("-c", "-m") and argv[0].start
     os.execv({python!r}, [{python!r}, *argv])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-request = dict(argv=argv, cwd=os.getcwd(), env=dict(os.environ))
+request = dict(argv=argv, cwd=os.getcwd(), env=dict(os.environ), cores=[*os.sched_getaffinity(0)])
 line = (json.dumps(request) + "\\n").encode()
 server.sendall(line[socket.send_fds(server, [line], [0, 1, 2]):])
 answer = server.makefile()
@@ -95,7 +95,7 @@ class ForkServer:
         ):
             connection.settimeout(timeout)
             connection.connect(self.address)
-            request = {"argv": argv, "cwd": str(cwd), "env": env}
+            request = {"argv": argv, "cwd": str(cwd), "env": env, "cores": [*os.sched_getaffinity(0)]}
             line = (json.dumps(request) + "\n").encode()
             sent = socket.send_fds(connection, [line], [nothing.fileno(), out.fileno(), errors.fileno()])
             connection.sendall(line[sent:])
@@ -130,7 +130,9 @@ def command(
     processes: in a process of its own, with worker processes: what a user gets.
     """
     environment = os.environ | (env or {})
-    if processes or any(name.startswith(_READ_AT_IMPORT) for name in env or {}):
+    if processes or any(
+        name.startswith(_READ_AT_IMPORT) and os.environ.get(name) != value for name, value in (env or {}).items()
+    ):
         done = subprocess.run(
             [sys.executable, *argv], capture_output=True, text=True, env=environment, cwd=cwd, timeout=timeout
         )

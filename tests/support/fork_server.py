@@ -2,8 +2,8 @@
 
 A connection to SOCKET brings one line of JSON and three descriptors (stdin, stdout, stderr). The line says what to run:
 `argv` (what follows the interpreter: `-m MODULE ...`, `-c CODE ...`, `FILE ...`; or a console script: `clipfilter ...`),
-`cwd` and `env`. Back come the child's process id and, when it has ended, its exit code (negative: the signal), a line
-each. When the connection is closed before, the child is killed.
+`cwd`, `env` and `cores` (those it may use). Back come the child's process id and, when it has ended, its exit code
+(negative: the signal), a line each. When the connection is closed before, the child is killed.
 
 The child sees what a process of its own would see: arguments, working directory, environment, descriptors, signals in
 their default state, `__main__`, exit code. What the environment decides while modules are imported is as it was when the
@@ -123,6 +123,7 @@ def _become(request: dict[str, Any], threads: int) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as the interpreter sets it
+    os.sched_setaffinity(0, request["cores"])
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

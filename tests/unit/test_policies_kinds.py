@@ -18,8 +18,8 @@ from clipfilter.errors import RefusedError
 from clipfilter.images.facts import image_facts
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, load_policy, parse_policy, text_cache
 from clipfilter.policies.kinds.pixels import PIXELS
-from clipfilter.policies.language.conditions import truth
 from clipfilter.policies.language.schema import rule_prompts_sha256
+from clipfilter.policies.parts.conditions import truth
 from tests.support.engine import PHOTOS
 from tests.support.policies import FakeEncoder, embeddings
 

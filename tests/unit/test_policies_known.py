@@ -17,7 +17,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, compile_policy, load_policy, parse_policy
 from clipfilter.policies.deciding import Decisions, escalated
 from clipfilter.policies.hashes import DigestTable, PerceptualIndex, name_digests, sha256_digests
-from clipfilter.policies.language.attachments import Attachments, keep_copies
+from clipfilter.policies.parts.attachments import Attachments, keep_copies
 from clipfilter.storage import Directory
 from tests.support.policies import FakeEncoder, embeddings
 

@@ -10,9 +10,9 @@ from pydantic import model_validator
 
 from clipfilter.policies.kinds.base import Answer, Measure, Rows, check_cosine
 from clipfilter.policies.kinds.words import Words
-from clipfilter.policies.language.attachments import Attachments
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.fields import fail
+from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.fields import fail
 from clipfilter.policies.recheck import Recheck
 
 

@@ -20,10 +20,10 @@ import pyarrow as pa
 from clipfilter.errors import RefusedError
 from clipfilter.policies.encoder import TextEncoder
 from clipfilter.policies.kinds.words import Words
-from clipfilter.policies.language.attachments import Attachment, Attachments
-from clipfilter.policies.language.bands import Band, moved
-from clipfilter.policies.language.calibrated import CalibratedRule
-from clipfilter.policies.language.fields import Model, fail
+from clipfilter.policies.parts.attachments import Attachment, Attachments
+from clipfilter.policies.parts.bands import Band, moved
+from clipfilter.policies.parts.calibrated import CalibratedRule
+from clipfilter.policies.parts.fields import Model, fail
 from clipfilter.policies.recheck import RECHECK, settle
 
 

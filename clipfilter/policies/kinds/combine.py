@@ -10,9 +10,9 @@ from pydantic import BeforeValidator
 
 from clipfilter.policies.kinds.base import Answer, Measure, Rows
 from clipfilter.policies.kinds.words import Words, Written
-from clipfilter.policies.language.attachments import Attachments
-from clipfilter.policies.language.fields import fail, number, shown, suggest
-from clipfilter.policies.language.values import MAX_PHRASES
+from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.parts.fields import fail, number, shown, suggest
+from clipfilter.policies.parts.values import MAX_PHRASES
 from clipfilter.policies.recheck import settle
 
 

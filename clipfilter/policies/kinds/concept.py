@@ -13,11 +13,11 @@ from clipfilter.policies.kinds.base import CompiledRule, Context, Measure, check
 from clipfilter.policies.kinds.concept_plan import ConceptPlan, Part
 from clipfilter.policies.kinds.vectors import LearnedVectors, read_vectors
 from clipfilter.policies.kinds.words import Words, Written, phrase_list
-from clipfilter.policies.language.attachments import Attached, Attachment, Attachments
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.calibrated import CalibratedRule
-from clipfilter.policies.language.fields import choice, fail, shown
-from clipfilter.policies.language.values import Generic, Number, Phrases, WeighedPhrases, same_phrase
+from clipfilter.policies.parts.attachments import Attached, Attachment, Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.calibrated import CalibratedRule
+from clipfilter.policies.parts.fields import choice, fail, shown
+from clipfilter.policies.parts.values import Generic, Number, Phrases, WeighedPhrases, same_phrase
 from clipfilter.policies.phrases import Phrase, unit_vectors
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from clipfilter.policies.kinds.base import Answer, Measure
 from clipfilter.policies.kinds.words import Words, Written
-from clipfilter.policies.language.attachments import Attachments
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.fields import fail, shown, suggest
-from clipfilter.policies.language.values import Identifier
+from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.fields import fail, shown, suggest
+from clipfilter.policies.parts.values import Identifier
 
 
 class Fraction(Measure):

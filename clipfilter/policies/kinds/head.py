@@ -16,10 +16,10 @@ from clipfilter.models import heads
 from clipfilter.models.heads import Layers, load_head
 from clipfilter.policies.kinds.base import Block, CompiledRule, Context, Found, Measure, check_probability, naming
 from clipfilter.policies.kinds.words import Words, Written
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.fields import fail, shown, text
-from clipfilter.policies.language.shapes import TEXT
-from clipfilter.policies.language.values import Sha256
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.fields import fail, shown, text
+from clipfilter.policies.parts.shapes import TEXT
+from clipfilter.policies.parts.values import Sha256
 from clipfilter.policies.recheck import RECHECK, Recheck, settle
 
 _OPENED_NEAR = 0.02  # where an error could move a score further than this, too many rows would be computed twice

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_validator
 
+from clipfilter import columns as cf
 from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import (
@@ -22,12 +23,12 @@ from clipfilter.policies.hashes import (
 )
 from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
 from clipfilter.policies.kinds.words import Words
-from clipfilter.policies.language.attachments import Attachment, Attachments
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.fields import fail, shown, suggest
-from clipfilter.policies.language.listed import Listed, filed
-from clipfilter.policies.language.shapes import TEXTS_OR_FILE
-from clipfilter.policies.language.values import Whole
+from clipfilter.policies.parts.attachments import Attachment, Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.fields import fail, shown, suggest
+from clipfilter.policies.parts.listed import Listed, filed
+from clipfilter.policies.parts.shapes import TEXTS_OR_FILE
+from clipfilter.policies.parts.values import Whole
 
 
 def _hashes(kind: str) -> Any:
@@ -143,7 +144,7 @@ def _same(hashes: Sequence[str]) -> Callable[[pa.Table], np.ndarray]:
     digests = DigestTable.of(sha256_digests(hashes))
 
     def scores(table: pa.Table) -> np.ndarray:
-        given = _hash_column(table, "cf_sha256").to_pylist()
+        given = _hash_column(table, cf.SHA256).to_pylist()
         found = (digests.find(sha256_digests(given)) >= 0).astype(np.float64)
         found[[value is None for value in given]] = np.nan
         return found
@@ -156,7 +157,7 @@ def _alike(hashes: Sequence[str], distance: int) -> Callable[[pa.Table], np.ndar
     index = PerceptualIndex.of(phash_values(hashes), distance)
 
     def scores(table: pa.Table) -> np.ndarray:
-        column = _hash_column(table, "cf_phash")
+        column = _hash_column(table, cf.PHASH)
         bits = index.nearest(np.asarray(column.fill_null(0).to_numpy(), dtype=np.uint64))
         return np.where(np.asarray(column.is_valid()), 1.0 - bits / 64.0, np.nan)
 

@@ -10,12 +10,12 @@ from pydantic import GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from clipfilter.policies.columns import check_metadata, metadata_values
 from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
 from clipfilter.policies.kinds.words import Words, Written
-from clipfilter.policies.language.attachments import Attachments
-from clipfilter.policies.language.fields import text
-from clipfilter.policies.language.shapes import TEXT
+from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.parts.columns import check_metadata, metadata_values
+from clipfilter.policies.parts.fields import text
+from clipfilter.policies.parts.shapes import TEXT
 
 _MEANINGS = {
     "width": "width in pixels",

@@ -11,13 +11,13 @@ from pydantic import GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from clipfilter.policies.columns import check_metadata, metadata_values
 from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
 from clipfilter.policies.kinds.metadata import number_meaning
 from clipfilter.policies.kinds.words import Words
-from clipfilter.policies.language.attachments import Attachments
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.fields import fail, shown, suggest
+from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.columns import check_metadata, metadata_values
+from clipfilter.policies.parts.fields import fail, shown, suggest
 
 
 @dataclass(frozen=True)

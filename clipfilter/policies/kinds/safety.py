@@ -13,9 +13,9 @@ from clipfilter.errors import RefusedError
 from clipfilter.models.heads import SafetyChecker, load_head
 from clipfilter.policies.kinds.base import Block, CompiledRule, Context, Found, Measure, naming
 from clipfilter.policies.kinds.words import Words, Written, phrase_list
-from clipfilter.policies.language.attachments import Attached, Attachment
-from clipfilter.policies.language.fields import Model, fail, shown, text
-from clipfilter.policies.language.values import MAX_PHRASE_CHARS, MAX_PHRASES, Number
+from clipfilter.policies.parts.attachments import Attached, Attachment
+from clipfilter.policies.parts.fields import Model, fail, shown, text
+from clipfilter.policies.parts.values import MAX_PHRASE_CHARS, MAX_PHRASES, Number
 from clipfilter.policies.phrases import unit_vectors
 from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
 

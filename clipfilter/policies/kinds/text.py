@@ -12,13 +12,13 @@ from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_vali
 from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import captions
-from clipfilter.policies.columns import is_text
 from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
 from clipfilter.policies.kinds.words import Words, Written
-from clipfilter.policies.language.attachments import Attachment, Attachments
-from clipfilter.policies.language.fields import fail, shown, suggest, text
-from clipfilter.policies.language.listed import Listed, filed
-from clipfilter.policies.language.shapes import TEXT_OR_TEXTS, TEXTS_OR_FILE
+from clipfilter.policies.parts.attachments import Attachment, Attachments
+from clipfilter.policies.parts.columns import is_text
+from clipfilter.policies.parts.fields import fail, shown, suggest, text
+from clipfilter.policies.parts.listed import Listed, filed
+from clipfilter.policies.parts.shapes import TEXT_OR_TEXTS, TEXTS_OR_FILE
 
 
 def _languages(value: Any) -> Any:

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 from clipfilter.decisions import LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies.kinds.registry import KINDS
-from clipfilter.policies.language.fields import suggest
 from clipfilter.policies.language.files import SUFFIXES, pack_path, read_policy_file
 from clipfilter.policies.language.yaml_nodes import MAX_NODES, Node, Place, YamlRefusedError, read_yaml
+from clipfilter.policies.parts.fields import suggest
 
 KEYS = ("extends", "variables", "remove")
 #: What a file says about itself; an extending file says it anew or goes without.

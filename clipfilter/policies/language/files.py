@@ -7,8 +7,8 @@ import stat
 from pathlib import Path
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.fields import suggest
 from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES
+from clipfilter.policies.parts.fields import suggest
 
 SUFFIXES = (".yaml", ".yml")
 

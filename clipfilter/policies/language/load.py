@@ -12,12 +12,12 @@ from pydantic import BaseModel, ValidationError
 from clipfilter.errors import RefusedError
 from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.extends import KEYS, kind, read_document, refuse, resolve
-from clipfilter.policies.language.fields import suggest
 from clipfilter.policies.language.files import SUFFIXES, pack_path, read_policy_file
 from clipfilter.policies.language.files import pack_names as pack_names
 from clipfilter.policies.language.files import packs_folder as packs_folder
 from clipfilter.policies.language.schema import Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.language.yaml_nodes import Node, Place
+from clipfilter.policies.parts.fields import suggest
 
 
 def load_policy(path_or_pack_name: str | Path) -> Policy:

@@ -9,11 +9,11 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.policies.kinds.base import Measure
 from clipfilter.policies.kinds.registry import KINDS
-from clipfilter.policies.language.bands import Band, Tighten, check_order
-from clipfilter.policies.language.conditions import Condition
-from clipfilter.policies.language.fields import Model, fail, identifier, shown
-from clipfilter.policies.language.overrides import OVERRIDE_RULE
-from clipfilter.policies.language.values import Identifier, Missing, Templates
+from clipfilter.policies.parts.bands import Band, Tighten, check_order
+from clipfilter.policies.parts.conditions import Condition
+from clipfilter.policies.parts.fields import Model, fail, identifier, shown
+from clipfilter.policies.parts.overrides import OVERRIDE_RULE
+from clipfilter.policies.parts.values import Identifier, Missing, Templates
 
 MAX_SEVERITY = 100
 

@@ -22,13 +22,13 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies.kinds.base import Measure
 from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.about import Card, Expectation, Interchange, check_rules
-from clipfilter.policies.language.attachments import Attachment
-from clipfilter.policies.language.bands import Band, Tighten, check_order, moved
-from clipfilter.policies.language.calibrated import CalibratedBand, Calibration
-from clipfilter.policies.language.fields import Model, fail, shown, suggest, text, within
-from clipfilter.policies.language.overrides import OverridesField
 from clipfilter.policies.language.rule import Rule, check_band
-from clipfilter.policies.language.values import Identifier, Missing, Templates, Whole
+from clipfilter.policies.parts.attachments import Attachment
+from clipfilter.policies.parts.bands import Band, Tighten, check_order, moved
+from clipfilter.policies.parts.calibrated import CalibratedBand, Calibration
+from clipfilter.policies.parts.fields import Model, fail, shown, suggest, text, within
+from clipfilter.policies.parts.overrides import OverridesField
+from clipfilter.policies.parts.values import Identifier, Missing, Templates, Whole
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
 
 MAX_TOTAL_PHRASES = 4096

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads as head_models
+from clipfilter.policies.kinds.concept import Concept
+from clipfilter.policies.kinds.head import Head
 from clipfilter.policies.kinds.registry import KINDS, measure_in
 from clipfilter.policies.language.load import sentence_of
 from clipfilter.policies.language.schema import Policy
@@ -56,14 +58,14 @@ def named_scores(heads: Sequence[str] = (), concepts: str | None = None) -> Scor
     Raises RefusedError with file, line and column.
     """
     root = _concepts(concepts) if concepts is not None else _map({})
-    rules = [_map({"id": Node(_head_id(name), 1, 1), "head": Node(name, 1, 1)}) for name in heads]
+    rules = [_map({"id": Node(_head_id(name), 1, 1), Head.kind: Node(name, 1, 1)}) for name in heads]
     whole = {"policy": Node("scores", 1, 1), "version": Node(0, 1, 1)}
     if "templates" in root.data:
         whole["templates"] = root.data.pop("templates")
     for name, node in root.data.items():
         concept = _map({"any_of": node}) if isinstance(node.data, list) else node
         at = root.keys[name]
-        rules.append(_map({"id": Node(name, at.line, at.column, file=at.file), "concept": concept}))
+        rules.append(_map({"id": Node(name, at.line, at.column, file=at.file), Concept.kind: concept}))
     policy = _map({**whole, "rules": Node(rules, 1, 1)})
     try:
         return ScorePolicy.model_validate(policy.plain())

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.fields import Model, fail, shown
-from clipfilter.policies.language.shapes import FILE
-from clipfilter.policies.language.values import Sha256
+from clipfilter.policies.parts.fields import Model, fail, shown
+from clipfilter.policies.parts.shapes import FILE
+from clipfilter.policies.parts.values import Sha256
 from clipfilter.storage import Directory, file_sha256
 
 ATTACHMENTS_FOLDER = "policy"

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.fields import suggest
+from clipfilter.policies.parts.fields import suggest
 
 Floats = np.ndarray  # float64 [n], NaN where the row has no value
 
@@ -22,7 +23,7 @@ _SIZES: dict[str, Callable[[Floats, Floats], Floats]] = {
     "aspect_ratio": lambda width, height: np.maximum(width, height) / np.minimum(width, height),
     "pixels": np.multiply,
 }
-_FACTS = {name: f"cf_{name}" for name in ("brightness", "contrast", "blur", "entropy", "colourfulness")}
+_FACTS = {name: f"{cf.PREFIX}{name}" for name in ("brightness", "contrast", "blur", "entropy", "colourfulness")}
 _CAPTIONS = ("caption_words", "caption_chars")
 BUILTINS = (*_SIZES, *_CAPTIONS, *_FACTS)
 
@@ -96,7 +97,7 @@ def _column(name: str, table: pa.Table) -> Floats:
 
 
 def _size(name: str, table: pa.Table) -> Floats:
-    width, height = _column("cf_width", table), _column("cf_height", table)
+    width, height = _column(cf.WIDTH, table), _column(cf.HEIGHT, table)
     if "original_width" in table.column_names and "original_height" in table.column_names:
         first_width, first_height = _column("original_width", table), _column("original_height", table)
         original = (first_width > 0) & (first_height > 0)
@@ -108,10 +109,10 @@ def _size(name: str, table: pa.Table) -> Floats:
 
 def _caption(name: str, table: pa.Table) -> Floats:
     """Words or characters of `cf_caption` (text), or of the first of `cf_captions` (list of texts)."""
-    if "cf_caption" in table.column_names:
-        captions = table.column("cf_caption")
-    elif "cf_captions" in table.column_names:
-        captions = _first(table.column("cf_captions"))
+    if cf.CAPTION in table.column_names:
+        captions = table.column(cf.CAPTION)
+    elif cf.CAPTIONS in table.column_names:
+        captions = _first(table.column(cf.CAPTIONS))
     else:
         return np.full(table.num_rows, np.nan)
     if name == "caption_chars":

@@ -19,9 +19,9 @@ from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, Decision
 from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import DigestTable, name_digests
-from clipfilter.policies.language.attachments import Attachment, Attachments, attach
-from clipfilter.policies.language.fields import Model, choice, fail, shown, suggest, text
-from clipfilter.policies.language.shapes import FILE
+from clipfilter.policies.parts.attachments import Attachment, Attachments, attach
+from clipfilter.policies.parts.fields import Model, choice, fail, shown, suggest, text
+from clipfilter.policies.parts.shapes import FILE
 
 #: The name under which an override stands among the reasons of a row; no rule may have it.
 OVERRIDE_RULE = "override"
@@ -34,7 +34,7 @@ _OPTIONAL = ("by", "date", "note")
 class Override(Model):
     """What a person decided about one row."""
 
-    cf_uid: Annotated[str, BeforeValidator(text("cf_uid", 1000))]
+    cf_uid: Annotated[str, BeforeValidator(text(cf.UID, 1000))]
     decision: Annotated[Decision, BeforeValidator(choice("the decision", *DECISIONS))]
     by: Annotated[str, BeforeValidator(text("by", 200))] | None = None
     date: Annotated[str, BeforeValidator(text("date", 40))] | None = None
@@ -73,7 +73,7 @@ def read_overrides(path: Path) -> pa.Table:
         table = _read_json(path) if is_json else _read_csv(path)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise RefusedError(f"the overrides {path} cannot be read: {str(error).splitlines()[0][:200]}") from None
-    uids, decisions = table["cf_uid"], table["decision"]
+    uids, decisions = table[cf.UID], table["decision"]
     usable = pc.and_(pc.fill_null(pc.greater(pc.utf8_length(uids), 0), False), uids.is_valid())
     known = pc.is_in(decisions, value_set=pa.array(DECISIONS))
     for row in np.flatnonzero(~np.asarray(usable))[:1].tolist():
@@ -129,7 +129,7 @@ def _check_names(path: Path, header: list[str]) -> None:
 
 def override_of(table: pa.Table, uid: str) -> dict[str, Any] | None:
     """The override of one row, with who, when and why; None where it has none."""
-    rows = table.filter(pc.equal(table["cf_uid"], uid))
+    rows = table.filter(pc.equal(table[cf.UID], uid))
     return {name: value for name, value in rows.to_pylist()[0].items() if value} if rows.num_rows else None
 
 
@@ -144,7 +144,7 @@ class Overrides(Model):
         seen: set[str] = set()
         for place, row in enumerate(self.rows or ()):
             if row.cf_uid in seen:
-                fail(f"the cf_uid {shown(row.cf_uid)} is there twice", place, "cf_uid")
+                fail(f"the cf_uid {shown(row.cf_uid)} is there twice", place, cf.UID)
             seen.add(row.cf_uid)
         return self
 
@@ -165,7 +165,7 @@ class Overrides(Model):
             return OverrideTable.of(*(pa.chunked_array([values], pa.string()) for values in columns))
         assert self.source is not None
         read = read_overrides(files.path(self.source))
-        return OverrideTable.of(read["cf_uid"], read["decision"])
+        return OverrideTable.of(read[cf.UID], read["decision"])
 
     def find(self, uid: str, files: Attachments) -> dict[str, Any] | None:
         """One row's override: decision, by, date, note; None where it has none. Raises RefusedError."""

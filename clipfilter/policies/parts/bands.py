@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from clipfilter.policies.language.fields import Model, fail, shown
-from clipfilter.policies.language.values import Identifier, Number
+from clipfilter.policies.parts.fields import Model, fail, shown
+from clipfilter.policies.parts.values import Identifier, Number
 
 DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
 

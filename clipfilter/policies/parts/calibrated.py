@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from clipfilter.policies.language.bands import Band
-from clipfilter.policies.language.fields import Model, choice, fail, text
-from clipfilter.policies.language.values import Number, Numbers, Sha256, Whole
+from clipfilter.policies.parts.bands import Band
+from clipfilter.policies.parts.fields import Model, choice, fail, text
+from clipfilter.policies.parts.values import Number, Numbers, Sha256, Whole
 
 
 class CalibratedBand(Model):

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationInfo, model_serializer
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.language.attachments import Attachment, Attachments, attach
-from clipfilter.policies.language.fields import Model, fail
+from clipfilter.policies.parts.attachments import Attachment, Attachments, attach
+from clipfilter.policies.parts.fields import Model, fail
 
 #: Reads the list in a file of this sha256. Raises RefusedError.
 Reader = Callable[[Path, str], tuple[str, ...]]

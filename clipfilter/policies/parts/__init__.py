@@ -1,0 +1,1 @@
+"""What rules and policies are written in: checked values, bands, conditions, lists and files."""
