@@ -55,8 +55,8 @@ FAULTS = (
     Fault(
         "captions shifted by one row",
         "clipfilter/engine/shard.py",
-        'lists = [_usable(c) for c in batch.rows["cf_captions"].to_pylist()]',
-        'lists = [_usable(c) for c in batch.rows["cf_captions"].to_pylist()]; lists = lists[1:] + lists[:1]',
+        "lists = [_usable(c) for c in batch.rows[cf.CAPTIONS].to_pylist()]",
+        "lists = [_usable(c) for c in batch.rows[cf.CAPTIONS].to_pylist()]; lists = lists[1:] + lists[:1]",
         ("tests/unit/test_engine_shard.py", "tests/golden"),
     ),
     Fault(
@@ -91,8 +91,8 @@ FAULTS = (
     Fault(
         "a retried shard counts twice",
         "clipfilter/engine/driver.py",
-        "        queue.insert(0, item)\n",
-        "        queue.insert(0, item)\n        queue.append(_Pending(item.unit, item.order + 1_000_000, item.generation + 1))\n",
+        "        self._queue.insert(0, item)\n",
+        "        self._queue[:0] = [item, _Pending(item.unit, item.order + 1_000_000, item.generation + 1)]\n",
         ("tests/integration/test_job.py", "tests/unit/test_engine_ledger.py", "tests/chaos"),
     ),
     Fault(
@@ -203,8 +203,8 @@ FAULTS = (
     Fault(
         "forgetting leaves the row in the new files",
         "clipfilter/operations/forget.py",
-        'pc.invert(pc.is_in(table["cf_row"], value_set=drop))',
-        'pc.invert(pc.is_in(table["cf_row"], value_set=drop.slice(1)))',
+        "pc.invert(pc.is_in(table[cf.ROW], value_set=drop))",
+        "pc.invert(pc.is_in(table[cf.ROW], value_set=drop.slice(1)))",
         ("tests/integration/test_import_forget.py",),
     ),
     Fault(
