@@ -211,23 +211,22 @@ def decide(run: str, policy: str) -> float:
     from clipfilter.engine.worker import compile_for
     from clipfilter.models import load_encoder
     from clipfilter.policies import load_policy
-    from clipfilter.runs import ledger
-    from clipfilter.runs.columns import annotate
-    from clipfilter.runs.run import local_files, open_run, read_stored
+    from clipfilter.runs import Run, annotate
     from clipfilter.sources import Source
 
     pa.set_cpu_count(1)
-    origin, _, version, plan = open_run(run)
+    origin = Run(run).origin()
+    plan = origin.plan
     encoder = load_encoder(stored_model(plan), threads=1)
     compiled = compile_for(Source.from_plan(plan.source), load_policy(policy), encoder, plan.options["decode"])
     rows, began = 0, time.process_time()
-    for _, commit in ledger.iter_commits(origin, version["commits"]):
-        with local_files(origin, commit["files"], origin.scratch()) as local, tempfile.NamedTemporaryFile() as file:
-            stored, embeddings = read_stored(local["annotated"], local["embeddings"])
-            pq.write_table(annotate(stored, embeddings, encoder, compiled, {}), file.name, compression="zstd")
-            rows += stored.num_rows
-    seconds = time.process_time() - began
-    origin.clean_scratch(stale_only=False)
+    with origin.directory:
+        for shard in origin.shards():
+            decided = annotate(shard.rows, shard.embeddings, encoder, compiled, {})
+            with tempfile.NamedTemporaryFile() as file:
+                pq.write_table(decided, file.name, compression="zstd")
+            rows += decided.num_rows
+        seconds = time.process_time() - began
     return rows / seconds
 
 

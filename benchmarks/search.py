@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 REPO = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CLIPFILTER_SHARED", REPO.parent / "shared")) / "data"
@@ -55,7 +54,7 @@ def embedded(work: Path) -> list[Path]:
 
 def real(runs: list[Path]) -> tuple[np.ndarray, np.ndarray, float]:
     """float32 image vectors [n, d], caption vectors of Flickr8k [m, d], and the noise's norm."""
-    from clipfilter.runs.columns import vectors as matrix
+    from clipfilter.runs import as_matrix
     from clipfilter.search import RunVectors
 
     images = []
@@ -63,8 +62,8 @@ def real(runs: list[Path]) -> tuple[np.ndarray, np.ndarray, float]:
         with RunVectors.open(str(run)) as vectors:
             images.append(np.concatenate([block for _, block in vectors.blocks()]).astype(np.float32))
             if run.name == "flickr8k":
-                files = [Path(run, shard.embeddings["name"]) for shard in vectors.shards]
-                texts = [matrix(pa.ipc.open_file(f).read_all()["text_emb"], vectors.dim) for f in files]
+                files = [Path(run, shard.embeddings.name) for shard in vectors.shards]
+                texts = [as_matrix(pa.ipc.open_file(f).read_all()["text_emb"], vectors.dim) for f in files]
     train = images[0][:6000]
     cosines = train @ train.T
     np.fill_diagonal(cosines, -1)
@@ -83,42 +82,27 @@ def noisy(base: np.ndarray, noise: float, rows: int, seed: int) -> Iterator[np.n
 
 def write_run(template: Path, out: Path, shards: Iterator[np.ndarray], first: int = 0) -> None:
     """A run directory (or its next version) whose shards hold these vectors."""
-    from clipfilter.runs import ledger
-    from clipfilter.storage import Directory, file_sha256
+    from clipfilter.runs import Account, Counts, ShardWriter, Version, ledger
+    from clipfilter.sources import Shard
+    from clipfilter.storage import Directory
 
-    directory = Directory(str(out))
-    for folder in ("embeddings", "annotated"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_bytes((template / "plan.json").read_bytes())
-    newest = ledger.latest_version(directory)
-    names = list(newest[1]["commits"]) if newest else []
-    for number, vectors in enumerate(shards, first):
-        shard, n, d = f"{number:016x}", *vectors.shape
-        numbers = pa.array(np.arange(n), pa.int64())
-        keys = pa.array([f"{number:05d}{row:05d}" for row in range(n)])
-        ids = {"cf_shard": pa.array([shard] * n), "cf_row": numbers, "cf_uid": keys}
-        flat = pa.Array.from_buffers(pa.float16(), n * d, [None, pa.py_buffer(vectors)])
-        emb = pa.table({**ids, "image_emb": pa.FixedSizeListArray.from_arrays(flat, d)})
-        path = out / "embeddings" / "new"
-        with pa.ipc.new_file(str(path), emb.schema) as writer:
-            writer.write_table(emb)
-        files = {"embeddings": settle(path, f"embeddings/{shard}", ".arrow", n, file_sha256(path))}
-        rows = pa.table({**ids, "cf_key": keys, "cf_caption": keys, "cf_decision": pa.nulls(n, pa.string())})
-        path = out / "annotated" / "new"
-        pq.write_table(rows, path)
-        files["annotated"] = settle(path, f"annotated/{shard}", ".parquet", n, file_sha256(path))
-        name = ledger.CommitName(shard, "embedded", 1)
-        ledger.write_commit(directory, name, {"shard": {"id": shard, "path": f"{number}"}, "files": files})
-        names.append(name.path)
-    ledger.write_version(directory, {"commits": names})
-    directory.clean_scratch(stale_only=False)
-
-
-def settle(path: Path, stem: str, extension: str, rows: int, sha256: str) -> dict[str, Any]:
-    name = f"{stem}-{sha256[:16]}{extension}"
-    size = path.stat().st_size
-    path.rename(path.parent.parent / name)
-    return {"name": name, "rows": rows, "bytes": size, "sha256": sha256}
+    with Directory(str(out)) as directory:
+        newest = ledger.newest_version(directory)
+        names = list(newest.commits) if newest else []
+        for number, vectors in enumerate(shards, first):
+            shard, n, d = f"{number:016x}", *vectors.shape
+            keys = pa.array([f"{number:05d}{row:05d}" for row in range(n)])
+            ids = {"cf_shard": pa.array([shard] * n), "cf_row": pa.array(np.arange(n), pa.int64()), "cf_uid": keys}
+            flat = pa.Array.from_buffers(pa.float16(), n * d, [None, pa.py_buffer(vectors)])
+            with ShardWriter(directory, Shard(shard, f"{number}.tar", "tar"), None) as writer:
+                writer.embeddings(pa.table({**ids, "image_emb": pa.FixedSizeListArray.from_arrays(flat, d)}))
+                undecided = {"cf_key": keys, "cf_caption": keys, "cf_decision": pa.nulls(n, pa.string())}
+                writer.annotated(pa.table({**ids, **undecided}), final=True)
+                commit, _ = writer.commit(Account(Counts(rows=n, failed=0, embedded=n), {}), stage="embedded", plan="")
+            names.append(commit.name)
+        ledger.write_version(directory, Version.of("", "embedded", ledger.commits(directory, names), []))
 
 
 def timed(work: dict[str, Callable[[], Any]], turns: int = TURNS) -> dict[str, tuple[float, float]]:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter import columns as cf
-from clipfilter import defaults
+from clipfilter import defaults, runs
 from clipfilter.engine import (
     EmbeddedShard,
     StreamOptions,
@@ -224,18 +224,10 @@ class Run:
     thresholds and commits; `plan` what was done, with the model's fingerprint."""
 
     def __init__(self, url: str | Path) -> None:
-        from clipfilter.runs import ledger, read_plan
-        from clipfilter.storage import Directory
-
         self.url = str(url)
-        self._directory = Directory(self.url)
-        plan = read_plan(self._directory)
-        if plan is None or ledger.latest_version(self._directory) is None:
-            raise RefusedError(f"{url} holds no finished run; give the --out of one.")
-        self.plan: Plan = plan
-        self.versions: list[dict[str, Any]] = [
-            self._directory.read_json(f"versions/{name}") for name in self._directory.names("versions")
-        ]
+        self._run = runs.Run.open(self.url)
+        self.plan: Plan = self._run.plan
+        self.versions: list[dict[str, Any]] = [version.to_json() for version in self._run.versions()]
         self.version = self.versions[-1]
         self.totals: dict[str, Any] = self.version["totals"]
 
@@ -247,30 +239,18 @@ class Run:
 
         columns: names of some of them. A `pa.Table` of all: `pa.Table.from_batches(run.rows())`.
         """
-        yield from self._batches("annotated", columns)
+        yield from (batch for _, batch in self._run.batches("annotated", columns))
 
     def failed(self) -> Iterator[pa.RecordBatch]:
         """The rows that failed, with cf_error_class and cf_error, in the same way."""
-        yield from self._batches("failed", None)
+        yield from (batch for _, batch in self._run.batches("failed"))
 
     def embeddings(self) -> Iterator[np.ndarray]:
         """The image embeddings, float16 [rows, dim], in the order of `rows`: memory-mapped views of the files of each
         shard, so that nothing is read before it is used. (A run on an object store is fetched file by file.)"""
-        from clipfilter.search import RunVectors
-
-        with RunVectors.open(self.url) as stored:
+        with runs.RunVectors(self._run) as stored:
             for _, block in stored.blocks():
                 yield block
-
-    def _batches(self, kind: str, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-        import pyarrow.parquet as pq
-
-        from clipfilter.runs import ledger
-
-        for _, commit in ledger.iter_commits(self._directory, self.version["commits"]):
-            if kind in commit["files"]:
-                with self._directory.open(commit["files"][kind]["name"]) as handle:
-                    yield from pq.ParquetFile(handle).iter_batches(columns=None if columns is None else list(columns))
 
 
 def open_run(run: str | Path) -> Run:

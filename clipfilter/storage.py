@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -254,6 +255,18 @@ class Directory:
                     )
                     aborted += 1
         return aborted
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock of a local folder, the file `.lock` in it; RefusedError with this text while another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedError(refusal) from None
+        yield
 
 
 def directory_of(url: str) -> tuple[Directory, str]:

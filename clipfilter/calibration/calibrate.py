@@ -24,9 +24,9 @@ from clipfilter.calibration.scores import (
     prompts_sha256,
     refuse_other_scores,
 )
-from clipfilter.decisions import DECISIONS, LIMITS
+from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
-from clipfilter.policies import Policy, Rule, json_sha256
+from clipfilter.policies import Band, Policy, Rule, json_sha256
 
 BANDS = tuple(reversed(DECISIONS))
 _TARGET = re.compile(r"(precision|miss-rate|review-budget)\s*(>=|<=|=)\s*([0-9.eE+-]{1,20})\Z")
@@ -156,6 +156,16 @@ class _Judged:
     population: np.ndarray
     cut: float | None  # flagging score beyond which the labels lie
 
+    @property
+    def uniform(self) -> bool:
+        """Whether the labels can speak for all rows, flagged or not."""
+        return self.cut is None
+
+    @property
+    def both(self) -> bool:
+        """Whether there are labels of both kinds."""
+        return bool(self.true.any() and not self.true.all())
+
 
 def calibrate(
     policy: Policy,
@@ -172,16 +182,66 @@ def calibrate(
     Holds 4 bytes per row of the run. Raises RefusedError where the run's scores are not the policy's, the labels are too
     few or of one kind, or no threshold reaches a target.
     """
+    _refuse_senseless(targets, confidence, prevalence)
+    own, chosen = _choose_rule(policy, labels, rule)
+    refuse_other_scores(run, policy, own)
+    direction = direction_of(policy, own)
+    written = bands_in_use(policy, own, run.plan.model.get("weights_sha256"))
+    _refuse_new_bands(own, targets, written)
+    sign = 1.0 if direction == "above" else -1.0
+    ascending, flags, unscored = _collect(run, own.id, chosen, sign)
+    judged = _judge(chosen, flags, ascending, direction, sign)
+    _refuse_useless(judged)
+    shifted = _shift(judged, prevalence, confidence)
+    flagging = {name: sign * band.value for name, band in written.items()}
+    chooser = _Chooser(judged, ascending, run.rows, sign, confidence, _limits(own), shifted is None, flagging)
+    chooser.choose(targets)
+    return Calibrated(
+        **_bound_to(policy, run),
+        rule=own.id,
+        direction=direction,
+        design=judged.design,
+        labels=len(judged.true),
+        positives=int(judged.true.sum()),
+        prevalence=float(np.average(judged.true, weights=judged.weights)) if judged.uniform else None,
+        stated_prevalence=prevalence,
+        rows=run.rows,
+        unscored=unscored,
+        confidence=confidence,
+        thresholds=[chooser.found[name] for name in BANDS if name in chooser.found],
+        in_use={name: sign * chooser.flagging[name] for name in BANDS if name in chooser.flagging},
+        expected=_expect(judged, ascending, chooser.flagging, prevalence if judged.uniform else None, confidence),
+        fitted=prob.fit(sign * judged.flags, judged.true, judged.weights, falling=sign < 0) if judged.both else None,
+        notes=chooser.notes + _notes(judged, targets, shifted, unscored),
+        scores=(sign * judged.flags).astype(np.float32),
+        true=judged.true,
+        weights=judged.weights,
+    )
+
+
+def _bound_to(policy: Policy, run: ScoredRun) -> dict[str, str]:
+    """What the thresholds hold for, as `Calibrated` has it: these prompts with this model on images decoded this way."""
+    return {
+        "policy": policy.name,
+        "model": run.model,
+        "weights_sha256": str(run.plan.model.get("weights_sha256")),
+        "prompts_sha256": prompts_sha256(policy),
+        "preprocess_sha256": json_sha256(run.plan.model.get("preprocess")),
+        "decode": run.decode,
+    }
+
+
+def _refuse_senseless(targets: Sequence[Target], confidence: float, prevalence: float | None) -> None:
     if not 0.5 <= confidence < 1:
         raise RefusedError(f"--confidence is at least 0.5 and below 1, not {confidence:g}.")
     if prevalence is not None and not 0 < prevalence < 1:
         raise RefusedError(f"--prevalence is a share of true rows between 0 and 1, not {prevalence:g}.")
     if not targets or len({target.band for target in targets}) < len(targets):
         raise RefusedError("give one target for each band: one for reject (precision), one for review, or both.")
-    own, chosen = _choose_rule(policy, labels, rule)
-    refuse_other_scores(run, policy, own)
-    direction = direction_of(policy, own)
-    written = bands_in_use(policy, own, run.plan.model.get("weights_sha256"))
+
+
+def _refuse_new_bands(rule: Rule, targets: Sequence[Target], written: dict[str, Band]) -> None:
+    """Refuse targets of bands that the rule does not have."""
     for target in targets:
         if target.band not in written:
             has = " and ".join(written) or "no band for this model"
@@ -191,82 +251,85 @@ def calibrate(
                 else ""
             )
             raise RefusedError(
-                f"the rule {own.id!r} has {has}, so {target} would give it a {target.band} band that it never had; write one "
+                f"the rule {rule.id!r} has {has}, so {target} would give it a {target.band} band that it never had; write one "
                 f"into the policy first{other}."
             )
-    sign = 1.0 if direction == "above" else -1.0
-    ascending, flags, unscored = _collect(run, own.id, chosen, sign)
-    judged = _judge(chosen, flags, ascending, direction, sign)
-    _refuse_useless(judged)
-    shifted = _shift(judged, prevalence, confidence)
 
-    notes = []
-    limits = _limits(own)
-    flagging = {name: sign * band.value for name, band in written.items()}
-    found: dict[str, Threshold] = {}
-    for target in sorted(targets, key=lambda target: (target.band == "review", target.kind)):
-        if target.kind == "precision":
-            value, evidence = _precision(judged, target, confidence, limits if sign > 0 else (-limits[1], -limits[0]))
-            evidence["guarantee"] = evidence["guarantee"] and shifted is None
-        elif target.kind == "miss-rate":
-            value, evidence = _miss_rate(judged, ascending, target, confidence)
-        else:
-            value, evidence = _budget(ascending, run.rows, flagging.get("reject"), target)
-        if target.band == "review" and "reject" in flagging and not _looser(value, flagging["reject"]):
-            if "reject" not in found:
-                raise RefusedError(
-                    f"every row that {target} asks for lies beyond the reject threshold "
-                    f"{sign * flagging['reject']:g} already; calibrate it too, with a second --target such as precision=0.95."
-                )
-            value = flagging["reject"] - max(4e-6 * abs(flagging["reject"]), 1e-9)
-            notes.append(f"{target} holds at the reject threshold already, so the review band is as good as empty")
-        flagging[target.band] = value
-        found[target.band] = Threshold(
-            band=target.band, direction=direction, value=sign * value, target=str(target), **evidence
-        )
-    if set(LIMITS) <= set(flagging) and not _looser(flagging["review"], flagging["reject"]):
-        raise RefusedError(
-            f"the reject threshold {direction} {sign * flagging['reject']:g} would swallow the review band at "
-            f"{sign * flagging['review']:g}; calibrate review in the same command, with a second --target such as "
-            "review-budget=0.02 or miss-rate=0.05."
-        )
-    notes += [f"estimate, no guarantee: {doubt}" for doubt in judged.doubts]
+
+def _notes(judged: _Judged, targets: Sequence[Target], shifted: str | None, unscored: int) -> list[str]:
+    """What a reader must know before trusting the thresholds."""
+    notes = [f"estimate, no guarantee: {doubt}" for doubt in judged.doubts]
     if shifted is not None:
         notes.append(shifted)
     if len(judged.holes) and any(target.kind == "precision" for target in targets):
         notes.append(f"{len(judged.holes)} rows without a label among the judged ones count as not true for precision")
     if unscored:
         notes.append(f"{unscored:,} rows of the run have no score of this rule; on_missing decides them")
-    both = bool(judged.true.any() and not judged.true.all())
-    if not both:
+    if not judged.both:
         notes.append("all labels are positive: no recall and no probability can be told from them")
-    uniform = judged.cut is None
-    return Calibrated(
-        policy=policy.name,
-        rule=own.id,
-        model=run.model,
-        weights_sha256=str(run.plan.model.get("weights_sha256")),
-        prompts_sha256=prompts_sha256(policy),
-        preprocess_sha256=json_sha256(run.plan.model.get("preprocess")),
-        decode=run.decode,
-        direction=direction,
-        design=judged.design,
-        labels=len(judged.true),
-        positives=int(judged.true.sum()),
-        prevalence=float(np.average(judged.true, weights=judged.weights)) if uniform else None,
-        stated_prevalence=prevalence,
-        rows=run.rows,
-        unscored=unscored,
-        confidence=confidence,
-        thresholds=[found[name] for name in BANDS if name in found],
-        in_use={name: sign * flagging[name] for name in BANDS if name in flagging},
-        expected=_expect(judged, ascending, flagging, prevalence if uniform else None, confidence),
-        fitted=prob.fit(sign * judged.flags, judged.true, judged.weights, falling=sign < 0) if both else None,
-        notes=notes,
-        scores=(sign * judged.flags).astype(np.float32),
-        true=judged.true,
-        weights=judged.weights,
-    )
+    return notes
+
+
+@dataclass
+class _Chooser:
+    """Chooses the thresholds of one rule, one target after the other; flagging scores throughout.
+
+    ascending: those of all scored rows. rows: of the run. limits: what raw thresholds must lie between. undoubted: whether
+    nothing outside the labels speaks against a guarantee. flagging: thresholds that decide, by band; found: those chosen.
+    """
+
+    judged: _Judged
+    ascending: np.ndarray
+    rows: int
+    sign: float
+    confidence: float
+    limits: tuple[float, float]
+    undoubted: bool
+    flagging: dict[str, float]
+    found: dict[str, Threshold] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def choose(self, targets: Sequence[Target]) -> None:
+        """Raises RefusedError where no threshold reaches a target, or none would leave a review band."""
+        for target in sorted(targets, key=lambda target: (target.band == "review", target.kind)):
+            self._choose(target)
+        review, reject = self.flagging.get("review"), self.flagging.get("reject")
+        if review is not None and reject is not None and not _looser(review, reject):
+            raise RefusedError(
+                f"the reject threshold {self._direction} {self.sign * reject:g} would swallow the review band at "
+                f"{self.sign * review:g}; calibrate review in the same command, with a second --target such as "
+                "review-budget=0.02 or miss-rate=0.05."
+            )
+
+    def _choose(self, target: Target) -> None:
+        value, evidence = self._reach(target)
+        reject = self.flagging.get("reject")
+        if target.band == "review" and reject is not None and not _looser(value, reject):
+            if "reject" not in self.found:
+                raise RefusedError(
+                    f"every row that {target} asks for lies beyond the reject threshold {self.sign * reject:g} already; "
+                    "calibrate it too, with a second --target such as precision=0.95."
+                )
+            value = reject - max(4e-6 * abs(reject), 1e-9)
+            self.notes.append(f"{target} holds at the reject threshold already, so the review band is as good as empty")
+        self.flagging[target.band] = value
+        self.found[target.band] = Threshold(
+            band=target.band, direction=self._direction, value=self.sign * value, target=str(target), **evidence
+        )
+
+    @property
+    def _direction(self) -> str:
+        return "above" if self.sign > 0 else "below"
+
+    def _reach(self, target: Target) -> tuple[float, dict[str, Any]]:
+        """(threshold, evidence) for one target."""
+        if target.kind == "miss-rate":
+            return _miss_rate(self.judged, self.ascending, target, self.confidence)
+        if target.kind == "review-budget":
+            return _budget(self.ascending, self.rows, self.flagging.get("reject"), target)
+        low, high = self.limits if self.sign > 0 else (-self.limits[1], -self.limits[0])
+        value, evidence = _precision(self.judged, target, self.confidence, (low, high))
+        return value, evidence | {"guarantee": evidence["guarantee"] and self.undoubted}
 
 
 def _choose_rule(policy: Policy, labels: Sequence[Label], name: str | None) -> tuple[Rule, list[Label]]:
@@ -324,45 +387,23 @@ def _collect(run: ScoredRun, rule: str, labels: Sequence[Label], sign: float) ->
 
 def _judge(labels: Sequence[Label], flags: np.ndarray, ascending: np.ndarray, direction: str, sign: float) -> _Judged:
     """What the labels are worth: their design checked against the run, rows left out, weights."""
-    doubts: list[str] = []
     texts = {label.design for label in labels}
     design = Design.parse(next(iter(texts))) if len(texts) == 1 else None
-    if len(texts) > 1:
-        doubts.append("the labels were drawn in several ways")
-    elif texts == {None}:
-        doubts.append("the labels do not say how they were drawn (column sample_design)")
-    elif design is None:
-        doubts.append("the column sample_design names no design of `clipfilter policy sample`")
-    elif design.name not in ("uniform", "flagged"):
-        doubts.append(f"the labels were drawn by the design {design.name}, not uniformly")
+    doubts = _doubts_of_design(texts, design)
     population, cut = ascending, None
     if design is not None and design.name == "flagged" and design.cut is not None:
         cut = sign * design.cut
         population = ascending[past(ascending, "above", cut)]
         if design.direction != direction or not past(flags[~np.isnan(flags)], "above", cut).all():
             doubts.append(f"not every labelled row has a score {design}, as the design says")
-
-    # The same image twice (duplicate uids are legal) is one label; a judged one counts before an empty one.
-    merged: dict[str | None, int] = {}
-    for position, label in enumerate(labels):
-        name = label.uid or label.key
-        if name not in merged or labels[merged[name]].true is None:
-            merged[name] = position
-    kept = np.array(sorted(merged.values()), np.intp)
+    kept = _without_repeats(labels)
     absent = int(np.isnan(flags[kept]).sum())
     if absent:
         doubts.append(f"{absent} of the labelled rows have no score in this run")
     kept = kept[~np.isnan(flags[kept])]
-    chances = [label.probability for label in labels]
-    known = np.array([chance for chance in chances if chance is not None])
+    known = np.array([label.probability for label in labels if label.probability is not None])
     if not doubts:
-        drawn = known[0] * len(population) if len(known) == len(labels) else -1.0
-        if len(known) < len(labels):
-            doubts.append("some labels have no inclusion_probability")
-        elif np.ptp(known) > 1e-9 or abs(drawn - len(labels)) > 0.5:
-            doubts.append(
-                f"the file has {len(labels)} rows, but by their inclusion_probability {drawn:.0f} were drawn from this run"
-            )
+        doubts += _doubts_of_chances(known, len(labels), len(population))
     truth = np.array([labels[position].true is True for position in kept], bool)
     empty = np.array([labels[position].true is None for position in kept], bool)
     numbers = np.array(
@@ -384,6 +425,40 @@ def _judge(labels: Sequence[Label], flags: np.ndarray, ascending: np.ndarray, di
         population=population,
         cut=cut,
     )
+
+
+def _doubts_of_design(texts: set[str | None], design: Design | None) -> list[str]:
+    """Why the way in which the labels were drawn earns no guarantee. texts: what they say of it."""
+    if len(texts) > 1:
+        return ["the labels were drawn in several ways"]
+    if texts == {None}:
+        return ["the labels do not say how they were drawn (column sample_design)"]
+    if design is None:
+        return ["the column sample_design names no design of `clipfilter policy sample`"]
+    if design.name not in ("uniform", "flagged"):
+        return [f"the labels were drawn by the design {design.name}, not uniformly"]
+    return []
+
+
+def _without_repeats(labels: Sequence[Label]) -> np.ndarray:
+    """Positions, ascending. The same image twice (duplicate uids are legal) is one label; a judged one counts before an
+    empty one."""
+    merged: dict[str | None, int] = {}
+    for position, label in enumerate(labels):
+        name = label.uid or label.key
+        if name not in merged or labels[merged[name]].true is None:
+            merged[name] = position
+    return np.array(sorted(merged.values()), np.intp)
+
+
+def _doubts_of_chances(known: np.ndarray, labels: int, population: int) -> list[str]:
+    """Why the labels cannot be all that were drawn. known: the inclusion probabilities that there are."""
+    if len(known) < labels:
+        return ["some labels have no inclusion_probability"]
+    drawn = known[0] * population
+    if np.ptp(known) > 1e-9 or abs(drawn - labels) > 0.5:
+        return [f"the file has {labels} rows, but by their inclusion_probability {drawn:.0f} were drawn from this run"]
+    return []
 
 
 def _refuse_useless(judged: _Judged) -> None:

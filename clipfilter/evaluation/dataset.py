@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
 from clipfilter import defaults
@@ -32,9 +31,8 @@ from clipfilter.engine import (
 )
 from clipfilter.errors import ClipfilterError, RefusedError, ShardError
 from clipfilter.images import Mode
-from clipfilter.runs import PLAN_FILE, Plan, as_matrix, ledger, open_run
+from clipfilter.runs import Run, as_matrix, is_run, read_table
 from clipfilter.sources import COLUMN_PREFIX, Shard, Source, SourceOptions, is_binary, open_source
-from clipfilter.storage import Directory
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
@@ -106,7 +104,7 @@ class Dataset:
 
     request: DataRequest
     source: Source
-    base: tuple[Directory, dict[str, Any], Plan] | None
+    base: Run | None
     label_column: str | None
     captions: bool
 
@@ -136,14 +134,9 @@ class Dataset:
 
 def open_dataset(request: DataRequest) -> Dataset:
     """Check a request before anything is embedded. Raises RefusedError, also when there are neither labels nor captions."""
-    base = None
-    is_run = False
-    with contextlib.suppress(Exception):  # what is wrong with a place that cannot be asked, opening it says better
-        is_run = Directory(request.source).exists(PLAN_FILE)
-    if is_run:
-        directory, _, version, plan = open_run(request.source)
-        base = (directory, version, plan)
-        source = Source.from_plan(plan.source)
+    base = Run(request.source).origin() if is_run(request.source) else None
+    if base is not None:
+        source = Source.from_plan(base.dataset)
         if request.options.image_column or request.options.uid_column:
             raise RefusedError(
                 f"{request.source} is a run, whose images are embedded already; leave out --image-column."
@@ -153,7 +146,7 @@ def open_dataset(request: DataRequest) -> Dataset:
     for name, _ in request.where:
         _check_where(name, source)
     label_column = _label_column(request.label_column, source)
-    captions = _has_captions(request, source, base[2] if base else None)
+    captions = _has_captions(request, source, base is not None)
     if label_column is None and not captions:
         raise RefusedError(
             f"{request.source} has neither labels nor captions to evaluate against; name a column with --label-column "
@@ -194,9 +187,9 @@ def _is_label(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
 
 
-def _has_captions(request: DataRequest, source: Source, plan: Plan | None) -> bool:
+def _has_captions(request: DataRequest, source: Source, stored: bool) -> bool:
     named = request.options.caption_column
-    if plan is None:
+    if not stored:
         return source.has_captions is not False
     if named is not None and named not in source.schema.names:
         raise RefusedError(f"--caption-column: the run has no column {named!r}; its columns are: {_listing(source)}.")
@@ -378,34 +371,28 @@ def _usable(captions: str | list[str | None] | None) -> list[str]:
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def _read_run(dataset: Dataset, base: tuple[Directory, dict[str, Any], Plan], collected: _Collected) -> None:
-    directory, version, plan = base
+def _read_run(dataset: Dataset, run: Run, collected: _Collected) -> None:
     request = dataset.request
     captions = request.options.caption_column or cf.CAPTION
-    stored = captions == cf.CAPTION and plan.options["captions"] == "first" and plan.text_column
+    stored = captions == cf.CAPTION and run.plan.options["captions"] == "first" and run.plan.text_column
     wanted = {cf.KEY, captions, dataset.label_column, *(name for name, _ in request.where)}
     whole = not request.where and request.limit is None
-    for failed_shard in version["failed_shards"]:
-        collected.failed_shards.append({"path": failed_shard["shard"]["path"], "error": failed_shard["error"]})
-    for commit in ledger.read_commits(directory, version["commits"]):
+    for lost in run.version.failed_shards:
+        collected.failed_shards.append({"path": lost.shard.path, "error": lost.error})
+    for commit in run.commits():
         if collected.left == 0:
             break
-        if whole and "failed" in commit["files"]:
-            with directory.open(commit["files"]["failed"]["name"]) as handle:
-                failed = pq.read_table(handle)
-            collected.fail(failed)
-            collected.rows += failed.num_rows
+        if whole:
+            collected.fail(run.failed(commit))
+            collected.rows += commit.counts.failed
         if whole and stored:
-            collected.truncated += commit["captions_truncated"]
-        if commit["damaged"]:
-            collected.damaged.append(commit["shard"]["path"])
-        if "annotated" not in commit["files"]:
+            collected.truncated += commit.captions_truncated
+        if commit.damaged:
+            collected.damaged.append(commit.shard.path)
+        if commit.files.annotated is None:
             continue
-        with directory.open(commit["files"]["annotated"]["name"]) as handle:
-            file = pq.ParquetFile(handle)
-            rows = file.read(columns=[name for name in file.schema_arrow.names if name in wanted])
-        with directory.open(commit["files"]["embeddings"]["name"]) as handle:
-            embeddings = pa.ipc.open_file(handle).read_all()
+        rows = run.table(commit.files.annotated, wanted.__contains__)
+        embeddings = read_table(*run.embeddings_at(commit))
         chosen = np.arange(rows.num_rows) if not request.where else np.flatnonzero(_mask(rows, request.where))
         chosen = chosen[: collected.left]
         rows = rows.take(pa.array(chosen))

@@ -110,7 +110,7 @@ def evaluate(request: EvaluateRequest, on_rows: Callable[[int], None] | None = N
         "label_column": dataset.label_column,
         "caption_column": request.data.options.caption_column,
         "captions": request.data.captions if dataset.captions else None,
-        "decode": dataset.base[2].options["decode"] if dataset.base else request.data.decode,
+        "decode": dataset.base.plan.options["decode"] if dataset.base else request.data.decode,
         "model": encoder.fingerprint["model"],
         "fingerprint": encoder.fingerprint,
         "templates": list(templates) if found.zero_shot else [],
@@ -146,21 +146,35 @@ def assess(
             notes.append("there is only one class, so that every image is classified rightly.")
     if len(first):
         recalled = retrieval(data.image_emb, data.text_emb, data.text_image)
-        texts = len(data.text_emb)
-        if data.distinct_texts < 0.9 * texts:
-            notes.append(
-                f"only {data.distinct_texts:,} of {texts:,} captions are different; the same words on another image count "
-                "as wrong, so that retrieval and caption matching look worse than they are."
-            )
+        notes += _repeated_captions(data)
     if len(first) > 1:
         images, captions = data.image_emb[data.text_image[first]], data.text_emb[first]
         auc, shuffled = caption_match_auc(images, captions), shuffled_auc(images, captions, SHUFFLE_SEED)
         matched = CaptionMatch(len(first), auc, shuffled)
-    counts = {
+    for what, cut in (("captions", data.texts_truncated), ("prompts", prompts_truncated)):
+        if cut:
+            notes.append(f"{cut:,} {what} are longer than {encoder.name} reads and were cut.")
+    counts = _counts(data, len(labelled), len(first), prompts_truncated)
+    return Evaluation({}, counts, classes, classified, recalled, matched, notes)
+
+
+def _repeated_captions(data: EvaluationData) -> list[str]:
+    texts = len(data.text_emb)
+    if data.distinct_texts >= 0.9 * texts:
+        return []
+    return [
+        f"only {data.distinct_texts:,} of {texts:,} captions are different; the same words on another image count "
+        "as wrong, so that retrieval and caption matching look worse than they are."
+    ]
+
+
+def _counts(data: EvaluationData, labelled: int, captioned: int, prompts_truncated: int) -> dict[str, Any]:
+    """What became of the rows, as `Evaluation.counts` has it."""
+    return {
         "rows": data.rows,
         "images": len(data.image_emb),
-        "labelled": len(labelled),
-        "captioned": len(first),
+        "labelled": labelled,
+        "captioned": captioned,
         "failed": data.failed,
         "failed_by_class": data.failed_by_class,
         "failures": data.failures,
@@ -169,10 +183,6 @@ def assess(
         "captions_truncated": data.texts_truncated,
         "prompts_truncated": prompts_truncated,
     }
-    for what, cut in (("captions", data.texts_truncated), ("prompts", prompts_truncated)):
-        if cut:
-            notes.append(f"{cut:,} {what} are longer than {encoder.name} reads and were cut.")
-    return Evaluation({}, counts, classes, classified, recalled, matched, notes)
 
 
 def _load(request: EvaluateRequest, dataset: Dataset) -> Encoder:
@@ -181,7 +191,7 @@ def _load(request: EvaluateRequest, dataset: Dataset) -> Encoder:
         return load_encoder(
             request.model or defaults.MODEL, device=request.device, dtype=request.dtype, threads=request.data.threads
         )
-    recorded = dataset.base[2].model
+    recorded = dataset.base.plan.model
     encoder = load_encoder(
         request.model or recorded["model"],
         device=request.device,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import time
@@ -22,7 +21,7 @@ from clipfilter.ingest import states
 from clipfilter.ingest.fetching import Limits
 from clipfilter.ingest.shards import Settings, ShardTask, Workers, require_img2dataset
 from clipfilter.ingest.urls import UrlList, open_list, row_ids
-from clipfilter.storage import Directory
+from clipfilter.storage import Directory, only_one
 
 Retry = Literal["failed", "transient", "none"]
 
@@ -178,20 +177,15 @@ def _settle(request: IngestRequest, directory: Directory) -> None:
 @contextlib.contextmanager
 def _only_one(directory: Directory) -> Iterator[None]:
     """Two ingests into one local folder would fetch the same rows twice; the second is refused."""
-    if not directory.local:
-        yield
-        return
-    folder = Path(directory.path(states.FOLDER))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")  # noqa: SIM115 (the lock lives as long as the file is open)
-    except OSError as error:
-        raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RefusedError(f"another ingest is writing to {directory.url}; wait for it.") from None
+    with contextlib.ExitStack() as stack:
+        if directory.local:
+            refusal = f"another ingest is writing to {directory.url}; wait for it."
+            try:
+                stack.enter_context(only_one(Path(directory.path(states.FOLDER)), refusal))
+            except OSError as error:
+                raise RefusedError(
+                    f"--out {directory.url} cannot be written ({error}); choose another place."
+                ) from error
         yield
 
 

@@ -263,13 +263,9 @@ def _preprocess_config(folder: Path, kind: str, image_size: int) -> PreprocessCo
         raise RefusedError(f"{folder} does not say how its images are prepared: copy {PREPROCESSING[0]} there")
     try:
         content = refuse_remote_code(path)
-        return _exactly(content.get("image_processor", content), kind == "clip", image_size)
+        return _exactly(path, content.get("image_processor", content), kind == "clip", image_size)
     except _InexactError as error:
         raise RefusedError(f"the preprocessing in {path} cannot be done exactly: {error}") from None
-    except _WrongSizeError as error:
-        raise RefusedError(
-            f"{path} makes images of {error} pixels and the model in {folder / CONFIG} takes {image_size}: correct the size"
-        ) from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise RefusedError(f"the preprocessing in {folder} is not what it should be ({reason(error)})") from None
 
@@ -278,11 +274,7 @@ class _InexactError(Exception):
     """A step that PreprocessConfig does not have."""
 
 
-class _WrongSizeError(Exception):
-    """The side of the processor's images, in pixels, where it is not the model's."""
-
-
-def _exactly(content: dict[str, Any], clip: bool, image_size: int) -> PreprocessConfig:
+def _exactly(path: Path, content: dict[str, Any], clip: bool, image_size: int) -> PreprocessConfig:
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not content.get(step, True):
             raise _InexactError(f"{step} is off")
@@ -295,7 +287,10 @@ def _exactly(content: dict[str, Any], clip: bool, image_size: int) -> Preprocess
         raise _InexactError(f"resample {resample} is neither 2 (bilinear) nor 3 (bicubic)")
     mode, resized = _resizing(content, clip, image_size)
     if resized != image_size:
-        raise _WrongSizeError(resized)
+        raise RefusedError(
+            f"{path} makes images of {resized} pixels and the model in {path.parent / CONFIG} takes {image_size}: "
+            "correct the size"
+        )
     usual = (_CLIP_MEAN, _CLIP_STD) if clip else ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     try:
         return PreprocessConfig(

@@ -164,12 +164,6 @@ def _night(
     directory = job.directory
     base, arrivals = find_tonight(request, job)
     growth = Appending(directory, base, arrivals, request.missing, request.refit)
-    alerts: list[Alert] = []
-    if killed:
-        nights = ", ".join(map(str, killed[-_NAMED:]))
-        alerts.append(Alert("failure", f"night {nights} never finished; this one took over", {"nights": killed}))
-    if request.missing == "drop" and arrivals.vanished and not arrivals.listed:
-        alerts.append(Alert("failure", "the source lists nothing at all; no rows were dropped from the dataset"))
     version, messages = _append(request, job, base, growth, display)
     totals = ledger.read_version(directory, version).totals
 
@@ -177,7 +171,7 @@ def _night(
     shards |= {"vanished": len(arrivals.vanished), "failed": len(growth.failed)}
     counts, files = _tonight(directory, growth.added)
     mine = {"counts": counts, "scores": distributions(directory, files)}
-    alerts += _failures(request, base, growth, counts)
+    alerts = _oddities(request, killed, arrivals) + _failures(request, base, growth, counts)
     drift = compare_nights(_reference(directory, number, request.window), mine)
     alerts += _drifted(drift)
     alerts += _silence(directory, request, number, arrivals)
@@ -236,6 +230,17 @@ def _tonight(directory: Directory, added: list[str]) -> tuple[dict[str, Any], li
         if commit.files.annotated is not None:
             files.append(commit.files.annotated.name)
     return {**counts, "failed_by_class": dict(sorted(classes.items())), "damaged": damaged}, files
+
+
+def _oddities(request: NightRequest, killed: list[int], arrivals: Arrivals) -> list[Alert]:
+    """What was odd before any row was looked at: nights that were killed, a source without anything."""
+    alerts = []
+    if killed:
+        nights = ", ".join(map(str, killed[-_NAMED:]))
+        alerts.append(Alert("failure", f"night {nights} never finished; this one took over", {"nights": killed}))
+    if request.missing == "drop" and arrivals.vanished and not arrivals.listed:
+        alerts.append(Alert("failure", "the source lists nothing at all; no rows were dropped from the dataset"))
+    return alerts
 
 
 def _failures(request: NightRequest, base: Base, growth: Appending, counts: dict[str, Any]) -> list[Alert]:

@@ -104,13 +104,13 @@ def forget_rows(run: str, uids_file: str) -> Forgotten:
     try:
         touched = _touched(directory, values, found)
         newest = {name.path for name in ledger.list_commits(directory).values()}
-        for name in sorted(touched, key=lambda item: item.stage != "scored"):
-            if name.path in newest:
+        for name in sorted(touched, key=lambda name: ".scored." not in name):
+            if name in newest:
                 result.rows += _rewrite(directory, name, touched[name])
                 result.shards += 1
         result.unknown = len(uids - found)
         result.version = _new_version(directory)
-        _delete(directory, {name.path for name in touched}, result)
+        _delete(directory, set(touched), result)
     finally:
         directory.clean_scratch(stale_only=False)
         directory.clean_scratch(stale_only=True)
@@ -121,23 +121,18 @@ def forget_rows(run: str, uids_file: str) -> Forgotten:
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[ledger.CommitName, set[int]]:
-    """Every commit, of any stage and generation, whose files hold one of the uids, with the numbers of those rows."""
+def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[str, set[int]]:
+    """Every commit by name, of any stage and generation, whose files hold one of the uids, with the numbers of those rows."""
     rows_of: dict[str, set[int]] = {}
-    names: list[ledger.CommitName] = []
     for commit in ledger.commits(directory):
-        names.append(ledger.CommitName(commit.shard.id, commit.stage, commit.generation))
         for folder, file in commit.files.items():
             if folder in _SEARCHED:
                 for uid, row in _matches(directory, file, values):
                     found.add(uid)
-                    rows_of.setdefault(names[-1].shard, set()).add(row)
+                    rows_of.setdefault(commit.shard.id, set()).add(row)
     # The scores of a filter carry no uid: their rows are known from the other files of the shard.
-    return {
-        name: rows_of.get(name.shard, set())
-        for name in names
-        if _holds(directory, name, rows_of.get(name.shard, set()))
-    }
+    again = ((commit, rows_of.get(commit.shard.id, set())) for commit in ledger.commits(directory))
+    return {commit.name: rows for commit, rows in again if _holds(directory, commit, rows)}
 
 
 def _matches(directory: Directory, file: DataFile, values: pa.Array) -> Iterator[tuple[str, int]]:
@@ -151,9 +146,8 @@ def _matches(directory: Directory, file: DataFile, values: pa.Array) -> Iterator
     yield from zip(chosen[cf.UID].to_pylist(), chosen[cf.ROW].to_pylist(), strict=True)
 
 
-def _holds(directory: Directory, name: ledger.CommitName, rows: set[int]) -> bool:
+def _holds(directory: Directory, commit: Commit, rows: set[int]) -> bool:
     """Whether a file of the commit still has one of the rows, or is gone already (deleted by an interrupted call)."""
-    commit = ledger.read_commit(directory, name.path)
     wanted = pa.array(sorted(rows), pa.int64())
     for folder, file in commit.files.items():
         if not rows or folder not in _SEARCHED:
@@ -179,9 +173,9 @@ def _read(directory: Directory, file: DataFile, columns: list[str]) -> pa.Table 
 # --- writing anew ----------------------------------------------------------------------------------------------------
 
 
-def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> int:
+def _rewrite(directory: Directory, name: str, rows: set[int]) -> int:
     """Write the next generation of a commit without these rows; how many rows it had of them."""
-    commit = ledger.read_commit(directory, name.path)
+    commit = ledger.read_commit(directory, name)
     drop = pa.array(sorted(rows), pa.int64())
     tables = {folder: read_table(directory, file) for folder, file in commit.files.items() if folder in _TABLES}
     left = {f: table.filter(pc.invert(pc.is_in(table[cf.ROW], value_set=drop))) for f, table in tables.items()}
@@ -207,7 +201,7 @@ def _rewrite(directory: Directory, name: ledger.CommitName, rows: set[int]) -> i
             account,
             stage=commit.stage,
             plan=commit.plan,
-            generation=name.generation + 1,
+            generation=commit.generation + 1,
             thresholds=commit.thresholds,
             **_bases(directory, commit),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clipfilter.policies.blocks import similarity
+from clipfilter.policies.captions import language_detector
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
 from clipfilter.policies.curves import bent, sigmoid
@@ -20,7 +21,7 @@ from clipfilter.policies.fraction import (
     wanted_rank,
 )
 from clipfilter.policies.kinds.base import Measure
-from clipfilter.policies.kinds.registry import KINDS, measure_in, measure_of
+from clipfilter.policies.kinds.registry import measure_in, measure_of
 from clipfilter.policies.kinds.words import Words, Written, joined
 from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
 from clipfilter.policies.language.about import Expectation, RuleExpectation
@@ -39,7 +40,6 @@ from clipfilter.policies.parts.conditions import in_words
 from clipfilter.policies.parts.fields import suggest
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
-from clipfilter.policies.recheck import RECHECK
 from clipfilter.policies.scoring import Scores
 
 __all__ = [
@@ -48,12 +48,10 @@ __all__ = [
     "BUILTINS",
     "COSINE_BLOCK",
     "DEFAULT_TEMPLATES",
-    "KINDS",
     "LABEL_COLUMNS",
     "MAX_YAML_BYTES",
     "OVERRIDE_RULE",
     "REASONS",
-    "RECHECK",
     "TEMPLATES",
     "Attachments",
     "Band",
@@ -90,6 +88,7 @@ __all__ = [
     "json_sha256",
     "key_score",
     "label_names",
+    "language_detector",
     "load_policy",
     "locate",
     "low_histogram",

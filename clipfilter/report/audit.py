@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from clipfilter import columns as cf
 from clipfilter.decisions import ESCALATE, LIMITS, MISSING
 from clipfilter.errors import RefusedError
@@ -18,8 +16,8 @@ from clipfilter.policies import Policy, load_policy, pack_names
 from clipfilter.report.data import RuleData, rules_of
 from clipfilter.report.explain import RuleVerdict, sentence, verdict
 from clipfilter.report.interchange import SHAPES
-from clipfilter.runs import Plan, ledger, read_plan
-from clipfilter.storage import Directory
+from clipfilter.runs import Commit, Plan, Run
+from clipfilter.storage import directory_of
 
 FORMAT = "clipfilter-audit/1"
 AUDIT = "audit"
@@ -45,42 +43,32 @@ def export_decisions(run: str, out: str, *, kind: str = AUDIT, mapping: str | No
 
     Raises RefusedError when the run has no decisions, `out` exists, or there is no mapping.
     """
-    directory = Directory(run)
-    plan, newest = read_plan(directory), ledger.latest_version(directory)
-    if plan is None or newest is None:
-        raise RefusedError(f"{run} holds no finished run; give the --out of a run or filter that has finished.")
-    if plan.policy is None:
+    opened = Run.open(run)
+    if opened.plan.policy is None:
         raise RefusedError(f"{run} holds no decisions; decide it first: clipfilter filter {run} --policy P --out OUT.")
-    version, content = newest
-    exporter = _Exporter(plan, version, content, directory.url, kind, mapping)
-    parent, _, name = out.rstrip("/").rpartition("/")
-    target = Directory(parent or ("/" if out.startswith("/") else "."))
+    exporter = _Exporter(opened, kind, mapping)
+    target, name = directory_of(out.rstrip("/"))
     if not name or name in (".", "..") or target.exists(name):
         raise RefusedError(f"--out {out} exists; name a new file.")
     decisions: Counter[str] = Counter()
     with target:
         temporary = target.scratch() / PurePosixPath(name).name
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for row in _rows(directory, content["commits"]):
-                made = exporter.row(*row)
-                decisions[_decision(row[3], row[2])] += 1
+            for commit, failed, row in _rows(opened):
+                made = exporter.row(commit, failed, row)
+                decisions[_decision(row, failed)] += 1
                 file.write(json.dumps(made, allow_nan=False, separators=(",", ":")) + "\n")
         target.publish(temporary, name)
     return Exported(out, sum(decisions.values()), dict(decisions))
 
 
-def _rows(directory: Directory, names: list[str]) -> Iterator[tuple[str, dict[str, Any], bool, dict[str, Any]]]:
-    """(commit's name, commit, whether the row failed, row) of every row."""
-    for name, commit in ledger.iter_commits(directory, names):
-        for kind in ("annotated", "failed"):
-            if kind not in commit["files"]:
-                continue
-            with directory.open(commit["files"][kind]["name"]) as handle:
-                file = pq.ParquetFile(handle)
-                ours = [column for column in file.schema_arrow.names if column.startswith(cf.PREFIX)]
-                for batch in file.iter_batches(_BATCH, columns=ours):
-                    for row in batch.to_pylist():
-                        yield name, commit, kind == "failed", row
+def _rows(run: Run) -> Iterator[tuple[Commit, bool, dict[str, Any]]]:
+    """(commit, whether the row failed, row) of every row."""
+    for commit in run.commits():
+        for file in (commit.files.annotated, commit.files.failed):
+            for batch in run.batches_of(file, lambda name: name.startswith(cf.PREFIX), _BATCH):
+                for row in batch.to_pylist():
+                    yield commit, file is commit.files.failed, row
 
 
 def _decision(row: dict[str, Any], failed: bool) -> str:
@@ -90,24 +78,23 @@ def _decision(row: dict[str, Any], failed: bool) -> str:
 class _Exporter:
     """Turns rows into objects of one kind."""
 
-    def __init__(
-        self, plan: Plan, version: str, content: dict[str, Any], run: str, kind: str, mapping: str | None
-    ) -> None:
+    def __init__(self, run: Run, kind: str, mapping: str | None) -> None:
+        plan = self._plan = run.plan
         assert plan.policy is not None
-        self._plan, self._kind, self._content = plan, kind, content
-        self._rules = {rule.id: rule for rule in rules_of(plan, content)}
+        self._kind = kind
+        self._rules = {rule.id: rule for rule in rules_of(plan, run.version)}
         self._policy = {
             "name": plan.policy["policy"],
             "version": plan.policy["version"],
             "sha256": plan.policy_sha256,
         }
-        self._run = {"run": run, "version": version}
+        self._run = {"run": run.url, "version": run.version.name}
         self._categories = {} if kind == AUDIT else _categories(plan, kind, mapping, self._rules)
 
-    def row(self, name: str, commit: dict[str, Any], failed: bool, row: dict[str, Any]) -> dict[str, Any]:
+    def row(self, commit: Commit, failed: bool, row: dict[str, Any]) -> dict[str, Any]:
         verdicts = {} if failed else {rule.id: verdict(rule, row) for rule in self._rules.values()}
         if self._kind == AUDIT:
-            return self._audit(name, commit, failed, row, verdicts)
+            return self._audit(commit, failed, row, verdicts)
         ours = {
             "uid": row[cf.UID],
             "key": row[cf.KEY],
@@ -120,7 +107,7 @@ class _Exporter:
         return {**SHAPES[self._kind](self._categories, self._rules, verdicts, ours, title), "clipfilter": ours}
 
     def _audit(
-        self, name: str, commit: dict[str, Any], failed: bool, row: dict[str, Any], verdicts: dict[str, RuleVerdict]
+        self, commit: Commit, failed: bool, row: dict[str, Any], verdicts: dict[str, RuleVerdict]
     ) -> dict[str, Any]:
         image = {key: row.get(f"{cf.PREFIX}{key}") for key in ("sha256", "width", "height", "format")}
         return {
@@ -135,12 +122,12 @@ class _Exporter:
             "image": None if failed else image,
             "caption": row.get(cf.CAPTION),
             "similarity": row.get(cf.SIMILARITY),
-            "shard": {"id": commit["shard"]["id"], "path": commit["shard"]["path"]},
+            "shard": {"id": commit.shard.id, "path": commit.shard.path},
             "row": row[cf.ROW],
             "policy": self._policy,
             "model": self._plan.model,
             "decode": self._plan.options.get("decode"),
-            "record": {**self._run, "commit": name},
+            "record": {**self._run, "commit": commit.name},
         }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
 from clipfilter.charts import Histogram
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING
-from clipfilter.errors import RefusedError
 from clipfilter.policies import Measure, bent, measure_in, measure_of
-from clipfilter.runs import Plan, ledger, read_plan
-from clipfilter.storage import Directory
+from clipfilter.runs import Commit, Plan, Run, Totals, Version, Work
 
 BANDS = (*LIMITS, MISSING, ESCALATE)
 #: How many example messages each class of failure gets, and how many troubled shards are listed.
@@ -29,7 +26,6 @@ LISTED_SHARDS = 20
 _BATCH = 16_384
 _COMMITS_AT_ONCE = 64
 _THREADS = 4
-_EXTRA_COUNTS = ("clashes", "misfits")
 
 
 @dataclass
@@ -106,30 +102,25 @@ class Speed:
     halvings: int = 0
     retries: int = 0
 
-    def add(self, work: dict[str, Any]) -> None:
-        self.seconds.update(work.get("seconds", {}))
-        started, finished = work.get("started"), work.get("finished")
-        if started is not None and finished is not None:
-            self.first = started if self.first is None else min(self.first, started)
-            self.last = finished if self.last is None else max(self.last, finished)
-        machine = work.get("machine", {})
+    def add(self, work: Work) -> None:
+        self.first = work.started if self.first is None else min(self.first, work.started)
+        self.last = work.finished if self.last is None else max(self.last, work.finished)
         if len(self.machines) < 10_000:
-            self.machines[str(machine.get("host"))] = int(machine.get("cores") or 0)
-        if work.get("backend"):
-            self.backends.add(str(work["backend"]))
-        self.halvings += int(work.get("batch_halvings") or 0)
-        self.retries += max(0, int(work.get("attempt") or 1) - 1)
+            self.machines[str(work.machine.get("host"))] = int(work.machine.get("cores") or 0)
+        if work.of_worker is not None:
+            self.seconds.update(work.of_worker.seconds)
+            if work.of_worker.backend:
+                self.backends.add(str(work.of_worker.backend))
+            self.halvings += work.of_worker.batch_halvings
+            self.retries += max(0, work.of_worker.attempt - 1)
 
 
 @dataclass
 class RunData:
     """A finished run as the report shows it."""
 
-    url: str
-    plan: Plan
-    version: str
-    content: dict[str, Any]
-    run: dict[str, Any]  # run.json: derived, used for timings only
+    run: Run
+    summary: dict[str, Any]  # run.json: derived, used for timings only
     rules: list[RuleData]
     similarity: Histogram = field(default_factory=Histogram)
     decisions: Counter[str] = field(default_factory=Counter)
@@ -144,35 +135,39 @@ class RunData:
     chosen: list[str] = field(default_factory=list)  # commits to take examples from
 
     @property
-    def totals(self) -> dict[str, Any]:
-        return dict(self.content["totals"])
+    def plan(self) -> Plan:
+        return self.run.plan
+
+    @property
+    def version(self) -> Version:
+        return self.run.version
+
+    @property
+    def totals(self) -> Totals:
+        return self.run.version.totals
 
 
-def gather(directory: Directory) -> RunData:
-    """Read the newest version of a run.
-
-    Raises RefusedError when there is no finished run.
-    """
-    plan = read_plan(directory)
-    newest = ledger.latest_version(directory)
-    if plan is None or newest is None:
-        raise RefusedError(f"{directory.url} holds no finished run; repeat its command to finish it, then report.")
-    name, content = newest
-    run = directory.read_json("run.json") if directory.exists("run.json") else {}
-    data = RunData(directory.url, plan, name, content, run, rules_of(plan, content))
+def gather(run: Run) -> RunData:
+    """Read a run, whose thresholds and shards are those of its version. Raises RefusedError where it has not finished."""
+    summary = run.directory.read_json("run.json") if run.directory.exists("run.json") else {}
+    data = RunData(run, summary, rules_of(run.plan, run.version))
     picker = _ShardPicker()
-    for names, commits in _commits(directory, content["commits"]):
-        _add_shards(directory, data, commits)
-        for commit_name, commit in zip(names, commits, strict=True):
-            data.speed.add(commit.get("work", {}))
-            picker.see(commit_name, commit)
-    _add_scoring_times(directory, data)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        commits = run.commits()
+        while part := list(itertools.islice(commits, _COMMITS_AT_ONCE)):
+            for commit, sums in zip(part, pool.map(lambda c: _sum_shard(run, data.rules, c), part), strict=True):
+                _add_shard(data, commit, sums)
+                data.speed.add(commit.work)
+                picker.see(commit)
+    if run.version.thresholds:  # two stages; the first one's times are in its own commits
+        for commit in run.scored():
+            data.speed.add(commit.work)
     _compare(data)
     data.chosen = picker.choose()
     return data
 
 
-def rules_of(plan: Plan, version: dict[str, Any]) -> list[RuleData]:
+def rules_of(plan: Plan, version: Version) -> list[RuleData]:
     """The rules with the thresholds that decided: calibrated for this model, fixed over the dataset, or as written."""
     policy = plan.policy or {"rules": []}
     weights = plan.model.get("weights_sha256")
@@ -198,7 +193,7 @@ def _band(
     name: str,
     spec: dict[str, Any],
     calibrated: dict[str, Any] | None,
-    version: dict[str, Any],
+    version: Version,
     curve: dict[str, float] | None = None,
 ) -> Band:
     if calibrated:
@@ -209,15 +204,9 @@ def _band(
     written = spec[name]
     direction, value = next(iter(written.items()))
     if direction.startswith("outside_"):
-        fixed = version.get("thresholds", {}).get(f"{spec['id']}.{name}")
+        fixed = version.thresholds.get(f"{spec['id']}.{name}")
         return Band(name, "below" if direction == "outside_top" else "above", fixed, "dataset", written)
     return Band(name, direction, value, "written", written)
-
-
-def _commits(directory: Directory, names: list[str]) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    for start in range(0, len(names), _COMMITS_AT_ONCE):
-        part = names[start : start + _COMMITS_AT_ONCE]
-        yield part, ledger.read_commits(directory, part)
 
 
 @dataclass
@@ -231,51 +220,39 @@ class _ShardSums:
     failures: dict[str, FailureClass] = field(default_factory=dict)
 
 
-def _add_shards(directory: Directory, data: RunData, commits: list[dict[str, Any]]) -> None:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for commit, sums in zip(
-            commits, pool.map(lambda commit: _sum_shard(directory, data.rules, commit), commits), strict=True
-        ):
-            for rule, (histogram, unscored, counts, alone, beyond) in zip(data.rules, sums.rules, strict=False):
-                rule.histogram.merge(histogram)
-                rule.unscored += unscored
-                rule.counts.update(counts)
-                rule.alone += alone
-                for band, count in zip(rule.bands, beyond, strict=True):
-                    band.beyond += count
-            data.similarity.merge(sums.similarity)
-            data.decisions.update(sums.decisions)
-            data.rows += sums.rows
-            for found in sums.failures.values():
-                known = data.failures.setdefault(found.name, FailureClass(found.name))
-                known.count += found.count
-                seen = {message for message, _, _ in known.examples}
-                fresh = [example for example in found.examples if example[0] not in seen]
-                known.examples += fresh[: FAILURE_EXAMPLES - len(known.examples)]
-            for name in _EXTRA_COUNTS:
-                data.extra[name] += commit["counts"].get(name, 0)
-            if commit.get("damaged") and len(data.damaged) < LISTED_SHARDS:
-                data.damaged.append((commit["shard"]["path"], commit.get("bytes_unread", 0)))
-            if "kept" in commit["files"]:
-                data.kept_files += 1
-                data.kept_bytes += commit["files"]["kept"]["bytes"]
+def _add_shard(data: RunData, commit: Commit, sums: _ShardSums) -> None:
+    for rule, (histogram, unscored, counts, alone, beyond) in zip(data.rules, sums.rules, strict=True):
+        rule.histogram.merge(histogram)
+        rule.unscored += unscored
+        rule.counts.update(counts)
+        rule.alone += alone
+        for band, count in zip(rule.bands, beyond, strict=True):
+            band.beyond += count
+    data.similarity.merge(sums.similarity)
+    data.decisions.update(sums.decisions)
+    data.rows += sums.rows
+    for found in sums.failures.values():
+        known = data.failures.setdefault(found.name, FailureClass(found.name))
+        known.count += found.count
+        seen = {message for message, _, _ in known.examples}
+        fresh = [example for example in found.examples if example[0] not in seen]
+        known.examples += fresh[: FAILURE_EXAMPLES - len(known.examples)]
+    data.extra.update(clashes=commit.counts.clashes, misfits=commit.counts.misfits)
+    if commit.damaged and len(data.damaged) < LISTED_SHARDS:
+        data.damaged.append((commit.shard.path, commit.bytes_unread))
+    if commit.files.kept is not None:
+        data.kept_files += 1
+        data.kept_bytes += commit.files.kept.bytes
 
 
-def _sum_shard(directory: Directory, rules: list[RuleData], commit: dict[str, Any]) -> _ShardSums:
+def _sum_shard(run: Run, rules: list[RuleData], commit: Commit) -> _ShardSums:
     sums = _ShardSums(rules=[(Histogram(), 0, Counter(), 0, [0] * len(rule.bands)) for rule in rules])
-    if "annotated" in commit["files"]:
-        with directory.open(commit["files"]["annotated"]["name"]) as handle:
-            file = pq.ParquetFile(handle)
-            wanted = [cf.SIMILARITY, cf.DECISION, cf.REASONS, *(cf.score(rule.id) for rule in rules)]
-            there = set(file.schema_arrow.names)
-            for batch in file.iter_batches(_BATCH, columns=[name for name in wanted if name in there]):
-                _sum_batch(sums, rules, batch)
-    if "failed" in commit["files"]:
-        with directory.open(commit["files"]["failed"]["name"]) as handle:
-            columns = [cf.KEY, cf.ERROR_CLASS, cf.ERROR]
-            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=columns):
-                _sum_failures(sums.failures, batch, commit["shard"]["path"])
-                sums.rows += batch.num_rows
+    wanted = {cf.SIMILARITY, cf.DECISION, cf.REASONS, *(cf.score(rule.id) for rule in rules)}
+    for batch in run.batches_of(commit.files.annotated, wanted.__contains__, _BATCH):
+        _sum_batch(sums, rules, batch)
+    for batch in run.batches_of(commit.files.failed, (cf.KEY, cf.ERROR_CLASS, cf.ERROR), _BATCH):
+        _sum_failures(sums.failures, batch, commit.shard.path)
+        sums.rows += batch.num_rows
     return sums
 
 
@@ -351,27 +328,15 @@ def _sum_failures(failures: dict[str, FailureClass], batch: pa.RecordBatch, path
                 found.examples.append((message, key, path))
 
 
-def _add_scoring_times(directory: Directory, data: RunData) -> None:
-    """A policy with dataset-level rules works in two stages; the first one's times are in its own commits."""
-    if not data.content.get("thresholds"):
-        return
-    wanted = {name.rsplit("/", 1)[-1].split(".", 1)[0] for name in data.content["commits"]}
-    newest = ledger.list_commits(directory)
-    scored = [name.path for (shard, stage), name in newest.items() if stage == "scored" and shard in wanted]
-    for _, commits in _commits(directory, sorted(scored)):
-        for commit in commits:
-            data.speed.add(commit.get("work", {}))
-
-
 def _compare(data: RunData) -> None:
     """Where the version's totals are not what the rows say; a healthy run has none."""
     totals = data.totals
     failed = sum(item.count for item in data.failures.values())
-    pairs = [("rows", totals["rows"], data.rows), ("failed", totals["failed"], failed)]
-    if data.content["stage"] == "decided":
+    pairs = [("rows", totals.rows, data.rows), ("failed", totals.failed, failed)]
+    if data.version.stage == "decided":
         pairs += [(name, totals[name], data.decisions[name]) for name in DECISIONS]
         for rule in data.rules:
-            said = totals["rules"].get(rule.id, {})
+            said = totals.rules.get(rule.id, {})
             pairs += [(f"{rule.id} {band}", said.get(band, 0), rule.counts[band]) for band in BANDS]
     data.differences = [
         f"the version counts {said:,} {name}, the rows say {found:,}" for name, said, found in pairs if said != found
@@ -389,12 +354,13 @@ class _ShardPicker:
         self._does: dict[str, set[tuple[str, str]]] = {}
         self._names: list[str] = []
 
-    def see(self, name: str, commit: dict[str, Any]) -> None:
-        if "annotated" not in commit["files"]:
+    def see(self, commit: Commit) -> None:
+        if commit.files.annotated is None:
             return
+        name = commit.name
         self._names.append(name)
-        found = {("decision", decision): commit["counts"].get(decision, 0) for decision in DECISIONS}
-        found |= {(rule, band): n for rule, bands in commit.get("rules", {}).items() for band, n in bands.items()}
+        found = {("decision", decision): commit.counts.get(decision, 0) for decision in DECISIONS}
+        found |= {(rule, band): n for rule, bands in commit.rules.items() for band, n in bands.items()}
         done = {pair for pair, count in found.items() if count}
         for pair in done:
             if found[pair] > self._best.get(pair, (0, ""))[0]:

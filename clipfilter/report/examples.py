@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
 from clipfilter.policies import escalated
 from clipfilter.report.data import Band, RuleData, RunData, floats, past
-from clipfilter.runs import ledger
 from clipfilter.sources import Shard
-from clipfilter.storage import Directory
 
 #: Examples on the whole page, and of one rule's bucket.
 TOTAL = 48
@@ -71,19 +68,15 @@ class Examples:
         return [example for found in self.by_bucket.values() for example in found]
 
 
-def choose_examples(directory: Directory, data: RunData) -> Examples:
+def choose_examples(data: RunData) -> Examples:
     """Read the annotated rows of the chosen shards and pick at most `TOTAL` rows, no row twice."""
     heaps: dict[tuple[str, str], list[tuple[float, Example]]] = {}
     chosen = Examples()
-    for name in data.chosen:
-        commit = ledger.read_commits(directory, [name])[0]
-        chosen.shards[name] = Shard.from_json(commit["shard"])
-        with directory.open(commit["files"]["annotated"]["name"]) as handle:
-            file = pq.ParquetFile(handle)
-            scores = [cf.score(rule.id) for rule in data.rules] or [cf.SIMILARITY]
-            there = set(file.schema_arrow.names)
-            for batch in file.iter_batches(_BATCH, columns=[n for n in (*_COLUMNS, *scores) if n in there]):
-                _collect(heaps, data.rules, batch, name, commit["shard"]["path"])
+    wanted = {*_COLUMNS, *([cf.score(rule.id) for rule in data.rules] or [cf.SIMILARITY])}
+    for commit in data.run.commits(data.chosen):
+        chosen.shards[commit.name] = commit.shard
+        for batch in data.run.batches_of(commit.files.annotated, wanted.__contains__, _BATCH):
+            _collect(heaps, data.rules, batch, commit.name, commit.shard.path)
     chosen.by_bucket = _deal(heaps, [rule.id for rule in data.rules] or [""])
     return chosen
 

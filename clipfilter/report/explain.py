@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
 from clipfilter import text
@@ -18,8 +16,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies import OVERRIDE_RULE as OVERRIDE
 from clipfilter.policies import Attachments, Policy, in_words, joined, measure_of
 from clipfilter.report.data import RuleData, rules_of
-from clipfilter.runs import Plan, ledger, read_plan
-from clipfilter.storage import Directory
+from clipfilter.runs import Commit, DataFile, Run
 
 _ROW = (cf.ROW, cf.KEY, cf.UID, cf.SHA256, cf.WIDTH, cf.HEIGHT, cf.FORMAT, cf.CAPTION, cf.DECISION)
 
@@ -84,63 +81,48 @@ def explain_row(run: str, wanted: str) -> Explanation:
 
     Raises RefusedError when there is no such run or row, or when several rows have that key.
     """
-    directory = Directory(run)
-    plan, newest = read_plan(directory), ledger.latest_version(directory)
-    if plan is None or newest is None:
-        raise RefusedError(f"{run} holds no finished run; give the --out of a run or filter that has finished.")
-    version, content = newest
-    found: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = []
-    for name, commit in ledger.iter_commits(directory, content["commits"]):
-        found += [(name, commit, kind, row) for kind, row in _rows(directory, commit, wanted)]
-        exact = [item for item in found if item[3][cf.UID] == wanted]
+    opened = Run.open(run)
+    found: list[tuple[Commit, bool, dict[str, Any]]] = []
+    for commit in opened.commits():
+        for file in (commit.files.annotated, commit.files.failed):
+            found += [(commit, file is commit.files.failed, row) for row in _rows(opened, file, wanted)]
+        exact = [item for item in found if item[2][cf.UID] == wanted]
         if exact:
             found = exact
             break
     if not found:
         raise RefusedError(f"{run} has no row whose cf_uid or cf_key is {wanted!r}; annotated/ and failed/ list them.")
     if len(found) > 1:
-        uids = ", ".join(item[3][cf.UID] for item in found[:3])
+        uids = ", ".join(row[cf.UID] for _, _, row in found[:3])
         raise RefusedError(f"{len(found)} rows have the key {wanted!r}; give one's cf_uid ({uids}).")
-    name, commit, kind, row = found[0]
-    return _explanation(directory, plan, version, content, name, commit, kind == "failed", row)
+    return _explanation(opened, *found[0])
 
 
-def _rows(directory: Directory, commit: dict[str, Any], wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file kind, row) of the rows of one shard that bear the name."""
-    for kind in ("annotated", "failed"):
-        if kind not in commit["files"]:
-            continue
-        with directory.open(commit["files"][kind]["name"]) as handle:
-            file = pq.ParquetFile(handle)
-            for group in range(file.num_row_groups):
-                names = file.read_row_group(group, columns=[cf.UID, cf.KEY])
-                hit = pc.or_kleene(pc.equal(names[cf.UID], wanted), pc.equal(names[cf.KEY], wanted))
-                places = np.flatnonzero(pc.fill_null(hit, False).to_numpy(zero_copy_only=False))
-                if len(places):
-                    ours = [name for name in file.schema_arrow.names if name.startswith(cf.PREFIX)]
-                    rows = file.read_row_group(group, columns=ours).take(pa.array(places))
-                    yield from ((kind, row) for row in rows.to_pylist())
+def _rows(run: Run, file: DataFile | None, wanted: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file that bear the name; only where one does are the other columns read."""
+
+    def bearing(batch: pa.RecordBatch) -> pa.RecordBatch:
+        hit = pc.or_kleene(pc.equal(batch[cf.UID], wanted), pc.equal(batch[cf.KEY], wanted))
+        return batch.filter(pc.fill_null(hit, False))
+
+    if any(bearing(batch).num_rows for batch in run.batches_of(file, (cf.UID, cf.KEY))):
+        for batch in run.batches_of(file, lambda name: name.startswith(cf.PREFIX)):
+            yield from bearing(batch).to_pylist()
 
 
-def _explanation(
-    directory: Directory,
-    plan: Plan,
-    version: str,
-    content: dict[str, Any],
-    name: str,
-    commit: dict[str, Any],
-    failed: bool,
-    row: dict[str, Any],
-) -> Explanation:
+def _explanation(run: Run, commit: Commit, failed: bool, row: dict[str, Any]) -> Explanation:
+    plan = run.plan
     policy = plan.policy
-    rules = [] if failed or row.get(cf.DECISION) is None else [verdict(rule, row) for rule in rules_of(plan, content)]
+    rules = (
+        [] if failed or row.get(cf.DECISION) is None else [verdict(rule, row) for rule in rules_of(plan, run.version)]
+    )
     image = {key.removeprefix(cf.PREFIX): row[key] for key in _ROW[3:7] if row.get(key) is not None}
     notes = []
     if any(rule.calibrated is False for rule in rules):
         notes.append(
             "Thresholds marked uncalibrated are as written in the policy; nobody measured them for this model."
         )
-    override = _override(directory, plan, row)
+    override = _override(run, row)
     if any(rule.result == ESCALATE for rule in rules):
         notes.append(
             "The picture is on a list of known ones that are escalated: it is rejected, never copied and never shown"
@@ -148,13 +130,13 @@ def _explanation(
         )
     elif override is not None:
         notes.append("A person's decision wins over the rules; what they said is recorded all the same.")
-    if commit.get("damaged"):
-        notes.append(f"The shard is damaged: {commit.get('bytes_unread', 0):,} bytes after its last row were not read.")
+    if commit.damaged:
+        notes.append(f"The shard is damaged: {commit.bytes_unread:,} bytes after its last row were not read.")
     return Explanation(
         uid=row[cf.UID],
         key=row[cf.KEY] or "",
         decision="failed" if failed else row.get(cf.DECISION) or "none",
-        shard={"id": commit["shard"]["id"], "path": commit["shard"]["path"]},
+        shard={"id": commit.shard.id, "path": commit.shard.path},
         row=row[cf.ROW],
         image=image,
         caption=row.get(cf.CAPTION),
@@ -164,24 +146,24 @@ def _explanation(
         if policy is None
         else {"name": policy["policy"], "version": policy["version"], "sha256": plan.policy_sha256},
         model=plan.model,
-        run=directory.url,
-        version=version,
-        commit=name,
+        run=run.url,
+        version=run.version.name,
+        commit=commit.name,
         notes=notes,
         override=override,
     )
 
 
-def _override(directory: Directory, plan: Plan, row: dict[str, Any]) -> dict[str, Any] | None:
+def _override(run: Run, row: dict[str, Any]) -> dict[str, Any] | None:
     """What a person decided, with who, when and why as far as the run still has it."""
     made = next((reason for reason in row.get(cf.REASONS) or [] if reason["rule"] == OVERRIDE), None)
     if made is None:
         return None
     found = None
     try:
-        policy = Policy.from_canonical(plan.policy or {})
+        policy = Policy.from_canonical(run.plan.policy or {})
         if policy.overrides is not None:
-            found = policy.overrides.find(row[cf.UID], Attachments(directory))
+            found = policy.overrides.find(row[cf.UID], Attachments(run.directory))
     except RefusedError:  # the run's copy of the list is gone; the decision is in the row
         pass
     return {**(found or {}), "decision": made["band"]}

@@ -84,8 +84,8 @@ def _header(data: RunData) -> dict[str, Any]:
         "links": {shown.lower(): shown for shown in links},
         "facts": [
             f"Model {data.plan.model.get('model', 'unknown')}",
-            text.plural(data.totals["shards"], "shard"),
-            f"Dataset version {int(data.version)}",
+            text.plural(data.totals.shards, "shard"),
+            f"Dataset version {data.version.number}",
             f"Finished {text.moment(data.speed.last)}",
         ],
     }
@@ -96,8 +96,8 @@ def _summary(data: RunData) -> dict[str, Any]:
     if data.plan.policy is not None:
         tiles = [(name, shown, totals[name]) for name, shown in _DECIDED.items()]
     else:
-        tiles = [("plain", "Embedded", totals["embedded"]), ("failed", "Failed", totals["failed"])]
-    label = ", ".join(f"{shown} {count:,} ({text.share(count, totals['rows'])})" for _, shown, count in tiles)
+        tiles = [("plain", "Embedded", totals.embedded), ("failed", "Failed", totals.failed)]
+    label = ", ".join(f"{shown} {count:,} ({text.share(count, totals.rows)})" for _, shown, count in tiles)
     busiest = max(data.rules, key=lambda rule: rule.counts["reject"], default=None)
     several = busiest is not None and busiest.counts["reject"] and len(data.rules) > 1
     return {
@@ -113,18 +113,18 @@ def _summary(data: RunData) -> dict[str, Any]:
 def _failures(data: RunData) -> dict[str, Any]:
     totals = data.totals
     gaps = [
-        (totals["not_downloaded"], "rows of the source were never downloaded; they are not counted as images"),
-        (totals["duplicate_keys"], "images have a key that an earlier image of their shard has; both are kept apart"),
+        (totals.not_downloaded, "rows of the source were never downloaded; they are not counted as images"),
+        (totals.duplicate_keys, "images have a key that an earlier image of their shard has; both are kept apart"),
         (data.extra["clashes"], "files were passed over because their sample already had an image"),
         (data.extra["misfits"], "rows have metadata of another type than the rest; it is kept as JSON beside them"),
-        (totals["captions_truncated"], "captions are longer than the model reads; it saw their beginning"),
+        (totals.captions_truncated, "captions are longer than the model reads; it saw their beginning"),
         (data.speed.halvings, "times the batch was halved because memory ran out"),
         (data.speed.retries, "shards needed another attempt"),
     ]
     return {
         "failures": sorted(data.failures.values(), key=lambda item: -item.count),
         "meanings": FAILURES,
-        "failed_shards": data.content["failed_shards"],
+        "failed_shards": data.version.failed_shards,
         "damaged": data.damaged,
         "listed": LISTED_SHARDS,
         "gaps": [(count, what) for count, what in gaps if count],
@@ -132,7 +132,7 @@ def _failures(data: RunData) -> dict[str, Any]:
 
 
 def _speed(data: RunData) -> dict[str, Any]:
-    speed, run, rows = data.speed, data.run, data.totals["rows"]
+    speed, run, rows = data.speed, data.summary, data.totals.rows
     done, startup = run.get("rows_processed") or 0, run.get("startup_seconds") or 0
     working = (run.get("seconds") or 0) - startup
     timed = span = None
@@ -173,7 +173,7 @@ def _rate(value: float) -> str:
 
 def _fingerprints(data: RunData) -> list[tuple[str, object, bool]]:
     """(what, its value, whether that is a hash) of all that makes the decisions what they are."""
-    model, plan, content = data.plan.model, data.plan, data.content
+    model, plan = data.plan.model, data.plan
     preprocess = model.get("preprocess") or {}
     seen = (
         f"{preprocess.get('size')} x {preprocess.get('size')} pixels, {preprocess.get('interpolation')}, "
@@ -188,9 +188,9 @@ def _fingerprints(data: RunData) -> list[tuple[str, object, bool]]:
         ("Policy, sha256", plan.policy_sha256 or "no policy", bool(plan.policy_sha256)),
         ("Plan, sha256", plan.sha256, True),
     ]
-    for name, value in content.get("thresholds", {}).items():
+    for name, value in data.version.thresholds.items():
         rows.append((f"Fixed: {name}", text.score(value) if value is not None else "nothing to rank", False))
-    made = f"{int(data.version)}, made of {text.plural(len(content['commits']), 'commit')}"
+    made = f"{data.version.number}, made of {text.plural(len(data.version.commits), 'commit')}"
     rows.append(("Dataset version", made, False))
     if data.kept_files:
         rows.append(("Kept images", f"{text.plural(data.kept_files, 'file')}, {text.size(data.kept_bytes)}", False))

@@ -25,7 +25,7 @@ _COLUMN_OPTIONS = ("image_column", "caption_column", "uid_column")
 
 def commands(data: RunData) -> list[tuple[str, str]]:
     """(what it does, command line) in the order in which a reader would use them."""
-    out = _quote(data.url)
+    out = _quote(data.run.url)
     found = [("Prove from the files that every image is accounted for", f"clipfilter verify {out}")]
     if data.plan.policy is not None:
         found.append(("Write the kept images as a dataset, bytes unchanged", f"clipfilter export {out} --to DATASET"))

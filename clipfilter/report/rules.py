@@ -36,7 +36,7 @@ def similarity(data: RunData, examples: Examples) -> dict[str, Any]:
 
 
 def _rule(data: RunData, rule: RuleData, examples: Examples) -> dict[str, Any]:
-    total = data.totals["rows"]
+    total = data.totals.rows
     counts = [rule.counts["reject"] + rule.counts["escalate"], rule.counts["review"], rule.counts["missing"]]
     label = "{:,} rejected, {:,} to review, {:,} not scored".format(*counts)
     parts = [*zip((*reversed(LIMITS), "failed"), counts, strict=True), ("empty", max(total - rule.stopped, 0))]

@@ -36,7 +36,7 @@ from clipfilter.runs.records import (
     Work,
     WorkerDetails,
 )
-from clipfilter.runs.run import Run, RunShard, embeddings_of, is_run, open_run, read_table, read_tables
+from clipfilter.runs.run import Run, RunShard, embeddings_of, is_run, read_table, read_tables
 from clipfilter.runs.vectors import RunVectors, VectorShard
 from clipfilter.runs.writer import HASH_LENGTH, ShardWriter
 
@@ -81,7 +81,6 @@ __all__ = [
     "is_run",
     "ledger",
     "of_run",
-    "open_run",
     "read_plan",
     "read_table",
     "read_tables",

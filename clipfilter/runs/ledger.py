@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from clipfilter.runs.records import Commit, Version
 from clipfilter.storage import Directory
@@ -56,6 +55,11 @@ def list_commits(directory: Directory) -> dict[tuple[str, str], CommitName]:
         if key not in newest or newest[key].generation < name.generation:
             newest[key] = name
     return newest
+
+
+def shard_of(commit: str) -> str:
+    """The id of the shard of a commit, from its name."""
+    return commit.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
 def read_commit(directory: Directory, name: str) -> Commit:
@@ -116,19 +120,3 @@ def update_version(directory: Directory, change: Callable[[Version | None], Vers
                 return newest
         if directory.create(f"versions/{wanted.name}.json", (json.dumps(content, indent=1) + "\n").encode()):
             return wanted
-
-
-# --- until all readers use `Run`: the same as untyped JSON -----------------------------------------------------------
-
-
-def read_commits(directory: Directory, names: list[str]) -> list[Any]:
-    return [directory.read_json(name) for name in names]
-
-
-def iter_commits(directory: Directory, names: list[str]) -> Iterator[tuple[str, Any]]:
-    return ((name, directory.read_json(name)) for name in names)
-
-
-def latest_version(directory: Directory) -> tuple[str, Any] | None:
-    names = version_names(directory)
-    return (names[-1], directory.read_json(f"versions/{names[-1]}.json")) if names else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from clipfilter.runs.columns import FAILED, is_decision_column
 from clipfilter.runs.plan import PLAN_FILE, Plan, of_run, read_plan
 from clipfilter.runs.records import Commit, DataFile, FileKind, Version
 from clipfilter.storage import Directory
+
+#: Names of columns, or which of the names that a file has; None for all.
+Columns = Sequence[str] | Callable[[str], bool] | None
 
 
 def is_run(url: str) -> bool:
@@ -93,6 +96,10 @@ class Run:
             )
         return self._version
 
+    def versions(self) -> Iterator[Version]:
+        """All versions, oldest first."""
+        return (ledger.read_version(self.directory, name) for name in ledger.version_names(self.directory))
+
     @property
     def dataset(self) -> dict[str, Any]:
         """The plan of the dataset of images behind the run, for `Source.from_plan`."""
@@ -106,27 +113,39 @@ class Run:
         _ = self.version
         return self
 
-    def commits(self) -> Iterator[Commit]:
-        """The commits of the version in its order, a bounded number in memory."""
-        return ledger.commits(self.directory, self.version.commits)
+    def commits(self, names: Iterable[str] | None = None) -> Iterator[Commit]:
+        """The commits of the version in its order, or some of them by name; a bounded number in memory."""
+        return ledger.commits(self.directory, self.version.commits if names is None else names)
+
+    def scored(self) -> Iterator[Commit]:
+        """The newest commits, by name, of the first stage that a policy with dataset-level rules has, of the version's shards."""
+        ours = {ledger.shard_of(name) for name in self.version.commits}
+        newest = ledger.list_commits(self.directory).values()
+        return ledger.commits(self.directory, sorted(n.path for n in newest if n.stage == "scored" and n.shard in ours))
 
     # --- data files --------------------------------------------------------------------------------------------------
 
-    def table(self, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
+    def table(self, file: DataFile, columns: Columns = None) -> pa.Table:
         """Some columns of a data file (Parquet or Arrow), by default all."""
         return read_table(self.directory, file, columns)
 
     def batches(
-        self, kind: FileKind = "annotated", columns: Sequence[str] | None = None, size: int = 65_536
+        self, kind: FileKind = "annotated", columns: Columns = None, size: int = 65_536
     ) -> Iterator[tuple[Commit, pa.RecordBatch]]:
         """(commit, some columns of its annotated or failed rows), shard by shard in batches of at most `size` rows."""
         for commit in self.commits():
-            file = commit.files.get(kind)
-            if file is not None:
-                with self.directory.open(file.name) as handle:
-                    chosen = None if columns is None else list(columns)
-                    for batch in pq.ParquetFile(handle).iter_batches(size, columns=chosen):
-                        yield commit, batch
+            for batch in self.batches_of(commit.files.get(kind), columns, size):
+                yield commit, batch
+
+    def batches_of(
+        self, file: DataFile | None, columns: Columns = None, size: int = 65_536
+    ) -> Iterator[pa.RecordBatch]:
+        """The same of one Parquet file; none where there is no file."""
+        if file is None:
+            return
+        with self.directory.open(file.name) as handle:
+            parquet = pq.ParquetFile(handle)
+            yield from parquet.iter_batches(size, columns=_chosen(parquet.schema_arrow, columns))
 
     # --- shards with their embeddings, of a run that holds them (`origin`) ----------------------------------------------
 
@@ -175,6 +194,12 @@ class Run:
         raise RefusedError(f"the run in {self.url} has no rows; there is nothing to compute.")
 
 
+def _chosen(schema: pa.Schema, columns: Columns) -> list[str] | None:
+    if columns is None:
+        return None
+    return [name for name in schema.names if columns(name)] if callable(columns) else list(columns)
+
+
 def embeddings_of(commit: Commit, run: str) -> DataFile:
     """The embeddings that a commit of a run with rows must name. Raises RefusedError where it does not."""
     if commit.files.embeddings is None:
@@ -184,13 +209,14 @@ def embeddings_of(commit: Commit, run: str) -> DataFile:
     return commit.files.embeddings
 
 
-def read_table(directory: Directory, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(directory: Directory, file: DataFile, columns: Columns = None) -> pa.Table:
     """`Run.table` by the directory of the run."""
     with directory.open(file.name) as handle:
         if file.name.endswith(".arrow"):
             table = pa.ipc.open_file(handle).read_all()
-            return table if columns is None else table.select(list(columns))
-        return pq.read_table(handle, columns=None if columns is None else list(columns))
+            return table if columns is None else table.select(_chosen(table.schema, columns))
+        parquet = pq.ParquetFile(handle)
+        return parquet.read(columns=_chosen(parquet.schema_arrow, columns))
 
 
 def read_tables(
@@ -235,13 +261,3 @@ def _version(directory: Directory, url: str, version: str | int) -> Version:
         shown = ", ".join(str(int(each)) for each in have) or "none"
         raise RefusedError(f"{url} has no version {int(version)}; it has {shown}.")
     return ledger.read_version(directory, name)
-
-
-# --- until everybody uses `Run` --------------------------------------------------------------------------------------
-
-
-def open_run(url: str) -> tuple[Directory, str, dict[str, Any], Plan]:
-    run = Run(url).origin()
-    newest = ledger.latest_version(run.directory)
-    assert newest is not None
-    return run.directory, newest[0], newest[1], run.plan

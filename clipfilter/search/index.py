@@ -176,30 +176,15 @@ def _build(
 ) -> IndexResult:
     found = _existing(vectors, directory, rebuild)
     wanted = default_lists(vectors.rows)
-    old = found[1] if found else None
-    outgrown = old is not None and wanted >= _OUTGROWN * old.lists
-    keep = old is not None and not rebuild and not outgrown
-    if old is not None and keep:
+    old = found[1] if found and not rebuild and wanted < _OUTGROWN * found[1].lists else None
+    if old is not None:
         quantizer = Quantizer.read(directory, old)
         manifest_quantizer, trained_rows = old.quantizer, old.trained_rows
     else:
         quantizer = Quantizer.train(vectors, wanted)
         manifest_quantizer, trained_rows = quantizer.write(directory), vectors.rows
-    have = {segment.embeddings: segment for segment in old.segments} if old is not None and keep else {}
-    todo = sum(shard.rows for shard in vectors.shards if shard.embeddings.sha256 not in have)
-    done = new = 0
-    segments: dict[str, Segment] = {}
-    for number, shard in enumerate(vectors.shards):
-        key = shard.embeddings.sha256
-        if key in have:
-            segments[key] = have[key]
-            continue
-        if key not in segments:
-            segments[key] = _segment(vectors, number, quantizer, directory)
-            new += 1
-        done += shard.rows
-        if on_rows is not None:
-            on_rows(done, todo)
+    have = {segment.embeddings: segment for segment in old.segments} if old is not None else {}
+    segments = _segments(vectors, quantizer, directory, have, on_rows)
     manifest = Manifest(
         model=identity(vectors.model),
         dim=vectors.dim,
@@ -217,11 +202,35 @@ def _build(
         rows=manifest.rows,
         lists=manifest.lists,
         segments=len(manifest.segments),
-        segments_new=new,
+        segments_new=len(set(segments) - set(have)),
         segments_dropped=len(set(have) - set(segments)),
         bytes=manifest.quantizer["bytes"] + sum(segment.bytes for segment in manifest.segments),
-        retrained=not keep,
+        retrained=old is None,
     )
+
+
+def _segments(
+    vectors: RunVectors,
+    quantizer: Quantizer,
+    directory: Directory,
+    have: dict[str, Segment],
+    on_rows: Callable[[int, int], None] | None,
+) -> dict[str, Segment]:
+    """The segments of the run's shards, by the sha256 of their embeddings; those that are not in `have` are made."""
+    todo = sum(shard.rows for shard in vectors.shards if shard.embeddings.sha256 not in have)
+    done = 0
+    segments: dict[str, Segment] = {}
+    for number, shard in enumerate(vectors.shards):
+        key = shard.embeddings.sha256
+        if key in have:
+            segments[key] = have[key]
+            continue
+        if key not in segments:
+            segments[key] = _segment(vectors, number, quantizer, directory)
+        done += shard.rows
+        if on_rows is not None:
+            on_rows(done, todo)
+    return segments
 
 
 def _existing(vectors: RunVectors, directory: Directory, rebuild: bool) -> tuple[int, Manifest] | None:

@@ -37,9 +37,9 @@ def serve(
     from clipfilter.serve.app import Server
     from clipfilter.serve.export import find_text
     from clipfilter.serve.labels import LabelFile
-    from clipfilter.serve.run import Run
+    from clipfilter.serve.run import ServedRun
 
-    opened = Run(run, model)
+    opened = ServedRun(run, model)
     try:
         text = find_text(opened.plan, policy) if opened.plan.policy is not None else None
         name = opened.url.rstrip("/").rsplit("/", 1)[-1] or "run"

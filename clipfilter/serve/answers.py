@@ -21,25 +21,25 @@ from clipfilter.serve.effect import Changes
 from clipfilter.serve.export import changed_policy
 from clipfilter.serve.labels import LabelFile
 from clipfilter.serve.query import MOST_FOUND, Found, RowsRequest
-from clipfilter.serve.run import Run
+from clipfilter.serve.run import ServedRun
 
 _ROW = (cf.UID, cf.KEY, cf.CAPTION)
 _CAPTION = 600
 
 
-def about(run: Run, labels: LabelFile) -> dict[str, Any]:
+def about(run: ServedRun, labels: LabelFile) -> dict[str, Any]:
     """Everything that does not change while the page is open, and the labels so far."""
-    plan, totals = run.plan, run.content["totals"]
+    plan = run.plan
     return {
         "name": text.clean(
             text.place(run.plan.dataset.get("url", "")).rstrip("/").rsplit("/", 1)[-1] or "dataset", 120
         ),
         "run": text.place(run.url),
-        "version": int(run.version),
+        "version": run.run.version.number,
         "model": str(plan.model.get("model")),
         "policy": {"name": plan.policy["policy"], "version": plan.policy["version"]} if plan.policy else None,
         "rows": run.columns.rows,
-        "failed": totals["failed"],
+        "failed": run.run.version.totals.failed,
         "decisions": run.columns.totals() if plan.policy else {},
         "rules": [_rule(run, rule) for rule in run.rules],
         "scores": [name for name in run.columns.scores if not np.isnan(run.columns.scores[name]).all()],
@@ -49,7 +49,7 @@ def about(run: Run, labels: LabelFile) -> dict[str, Any]:
     }
 
 
-def _rule(run: Run, rule: RuleData) -> dict[str, Any]:
+def _rule(run: ServedRun, rule: RuleData) -> dict[str, Any]:
     columns = run.columns
     limits = [band.threshold for band in rule.bands if band.threshold is not None]
     scores = columns.ascending(rule.id)[1] if rule.id in columns.scores else np.empty(0, np.float32)
@@ -84,7 +84,7 @@ def _rule(run: Run, rule: RuleData) -> dict[str, Any]:
     }
 
 
-def label_state(run: Run, labels: LabelFile, rule: str) -> dict[str, Any]:
+def label_state(run: ServedRun, labels: LabelFile, rule: str) -> dict[str, Any]:
     """How far the labels of a rule are, where they are written, and the command that uses them."""
     given, sample = labels.labelled(rule), labels.sample(rule)
     done = sum(uid in given for uid in sample)
@@ -100,7 +100,7 @@ def label_state(run: Run, labels: LabelFile, rule: str) -> dict[str, Any]:
     }
 
 
-def page_of(run: Run, labels: LabelFile, request: RowsRequest, found: Found) -> dict[str, Any]:
+def page_of(run: ServedRun, labels: LabelFile, request: RowsRequest, found: Found) -> dict[str, Any]:
     """One page of the rows found."""
     part = slice(request.offset, request.offset + request.limit)
     positions = found.positions[part]
@@ -121,7 +121,7 @@ def page_of(run: Run, labels: LabelFile, request: RowsRequest, found: Found) -> 
 
 
 def _card(
-    run: Run,
+    run: ServedRun,
     labels: LabelFile,
     request: RowsRequest,
     position: int,
@@ -152,7 +152,7 @@ def _card(
     }
 
 
-def _score(run: Run, rule: str, position: int) -> float | None:
+def _score(run: ServedRun, rule: str, position: int) -> float | None:
     return _number(run.columns.scores[rule][position]) if rule in run.columns.scores else None
 
 
@@ -160,7 +160,7 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def row_explained(run: Run, position: int) -> dict[str, Any]:
+def row_explained(run: ServedRun, position: int) -> dict[str, Any]:
     """One row with everything that decided it, in plain words."""
     if position >= run.columns.rows:
         raise RefusedError(f"there is no row {position}.")
@@ -194,7 +194,7 @@ def row_explained(run: Run, position: int) -> dict[str, Any]:
     }
 
 
-def effect(run: Run, changes: Changes, *, exact: bool) -> dict[str, Any]:
+def effect(run: ServedRun, changes: Changes, *, exact: bool) -> dict[str, Any]:
     """What moved thresholds change. Raises RefusedError where no policy could say them."""
     began = time.perf_counter()
     changed_policy(run.plan, changes)
@@ -215,7 +215,7 @@ def effect(run: Run, changes: Changes, *, exact: bool) -> dict[str, Any]:
     }
 
 
-def labelled_row(run: Run, position: int, rule: str) -> dict[str, Any]:
+def labelled_row(run: ServedRun, position: int, rule: str) -> dict[str, Any]:
     """What a labels file says of a row. Raises RefusedError where the row has no score of the rule."""
     own = run.rule(rule)
     if not own.measure.needs_model:

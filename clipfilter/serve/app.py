@@ -21,7 +21,7 @@ from clipfilter.serve.guard import Guard, Handler
 from clipfilter.serve.labels import LabelFile
 from clipfilter.serve.pictures import Gallery, NoPictureError, Wanted
 from clipfilter.serve.query import Changes, Name, Queries, RowsRequest, decode_picture
-from clipfilter.serve.run import Run
+from clipfilter.serve.run import ServedRun
 
 log = logging.getLogger("clipfilter.serve")
 
@@ -67,7 +67,7 @@ class _ImageRequest(_Request):
 class Server:
     """Serves one run to the browsers that hold the token."""
 
-    def __init__(self, run: Run, labels: LabelFile, policy: PolicyText | None, host: str) -> None:
+    def __init__(self, run: ServedRun, labels: LabelFile, policy: PolicyText | None, host: str) -> None:
         self._run = run
         self._labels = labels
         self._policy = policy

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
@@ -79,16 +78,15 @@ class RunColumns:
         if cf.DECISION in vectors.schema.names:
             wanted += [cf.DECISION, "cf_reasons.list.element.rule", "cf_reasons.list.element.band"]
         at = shard.start
-        with vectors.directory.open(shard.annotated.name) as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=wanted):
-                rows = slice(at, at + batch.num_rows)
-                for name, column in self._names.items():
-                    self.scores[name][rows] = floats(batch.column(column))
-                if cf.DECISION in batch.schema.names:
-                    codes = pc.index_in(batch.column(cf.DECISION), pa.array(DECISIONS))
-                    self.decision[rows] = np.asarray(codes.fill_null(-1), np.int8)
-                    self._reasons(batch.column(cf.REASONS), rows)
-                at = rows.stop
+        for batch in vectors.run.batches_of(shard.annotated, wanted, _BATCH):
+            rows = slice(at, at + batch.num_rows)
+            for name, column in self._names.items():
+                self.scores[name][rows] = floats(batch.column(column))
+            if cf.DECISION in batch.schema.names:
+                codes = pc.index_in(batch.column(cf.DECISION), pa.array(DECISIONS))
+                self.decision[rows] = np.asarray(codes.fill_null(-1), np.int8)
+                self._reasons(batch.column(cf.REASONS), rows)
+            at = rows.stop
 
     def _reasons(self, reasons: pa.ListArray, rows: slice) -> None:
         flat = reasons.flatten()

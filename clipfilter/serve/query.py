@@ -19,7 +19,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.search import parse_where, query_vector, top_k
 from clipfilter.serve.columns import BANDS, SIMILARITY
 from clipfilter.serve.labels import LabelFile
-from clipfilter.serve.run import Run
+from clipfilter.serve.run import ServedRun
 
 #: The most rows one search finds; a page of it is then a slice.
 MOST_FOUND = 1000
@@ -65,7 +65,7 @@ class Found:
 class Queries:
     """Answers requests for rows; the newest answers stay, so that paging costs nothing."""
 
-    def __init__(self, run: Run, labels: LabelFile) -> None:
+    def __init__(self, run: ServedRun, labels: LabelFile) -> None:
         self._run = run
         self._labels = labels
         self._known: OrderedDict[str, Found] = OrderedDict()

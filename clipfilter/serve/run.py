@@ -9,24 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
 from clipfilter.engine import refuse_other_weights, stored_model
 from clipfilter.errors import RefusedError
 from clipfilter.operations import escalated_rows
 from clipfilter.report import RuleData, rules_of
-from clipfilter.runs import Plan, RunVectors, VectorShard, annotate, read_plan
+from clipfilter.runs import Run, RunVectors, VectorShard, annotate, of_run
 from clipfilter.serve.columns import RunColumns
 from clipfilter.serve.effect import Changes, Effects
 from clipfilter.serve.export import changed_policy
-from clipfilter.storage import Directory
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
 
 
-class Run:
+class ServedRun:
     """A finished run, opened at its newest version. Safe to use from several threads; memory as `RunColumns` says.
 
     model: where the run's own model is, if it was a local one.
@@ -35,11 +33,10 @@ class Run:
     def __init__(self, url: str, model: str | None = None) -> None:
         """Raises RefusedError where there is no finished run, or none with rows."""
         self.vectors = RunVectors.open(url)
-        self.url = self.vectors.url
-        self.plan = self.vectors.plan
-        self.version = self.vectors.version
-        self.content: dict[str, Any] = self.vectors.directory.read_json(f"versions/{self.version}.json")
-        self.rules: list[RuleData] = rules_of(self.plan, self.content) if self.plan.policy is not None else []
+        self.run = self.vectors.run
+        self.url = self.run.url
+        self.plan = self.run.plan
+        self.rules: list[RuleData] = rules_of(self.plan, self.run.version)
         self.columns = RunColumns(self.vectors, self.rules)
         self._hide_escalated_before()
         self.effects = Effects(self.columns, self.rules, self._rescore)
@@ -75,8 +72,7 @@ class Run:
             if wanted:
                 values = pa.array(wanted, pa.string())
                 for shard in self.shards:
-                    with self.vectors.directory.open(shard.annotated.name) as handle:
-                        column = pq.read_table(handle, columns=[cf.UID])[cf.UID]
+                    column = self.run.table(shard.annotated, [cf.UID])[cf.UID]
                     index = pc.index_in(column, value_set=values)
                     rows = np.flatnonzero(np.asarray(index.is_valid()))
                     for row, number in zip(rows.tolist(), index.drop_null().to_pylist(), strict=True):
@@ -89,17 +85,16 @@ class Run:
 
     def _hide_escalated_before(self) -> None:
         """What an earlier decision of these rows escalated is not shown because a later one no longer says so."""
-        plan: Plan | None = self.plan
-        while plan is not None and plan.job == "filter":
-            url = plan.source["run"]
-            hidden = escalated_rows(url)
+        run = self.run
+        while of_run(run.plan.source):
+            run = Run(run.plan.source["run"])
+            hidden = escalated_rows(run.url)
             for shard in self.shards:
                 rows = [row for name, row in hidden if name == shard.shard.id]
                 if rows:
                     part = range(shard.start, shard.start + shard.rows)
                     numbers = self.vectors.rows_at(part, [cf.ROW])[cf.ROW].to_numpy()
                     self.columns.escalated[shard.start : shard.start + shard.rows] |= np.isin(numbers, rows)
-            plan = read_plan(Directory(url))
 
     def _load(self) -> Encoder:
         if self._encoder is None:
@@ -107,7 +102,7 @@ class Run:
 
             encoder = load_encoder(self._model or stored_model(self.plan))
             refuse_other_weights(self.plan, encoder.fingerprint)
-            self._encoder = _Remembering(encoder)
+            self._encoder = encoder
         assert self._encoder is not None
         return self._encoder
 
@@ -120,7 +115,7 @@ class Run:
 
         policy = changed_policy(self.plan, changes)
         decode = "exact" if self.plan.options["decode"] == "exact" else "fast"
-        compiled = compile_policy(policy, encoder, decode=decode, files=Attachments(Directory(self.url)))
+        compiled = compile_policy(policy, encoder, decode=decode, files=Attachments(self.run.directory))
         numbers, inside = self.vectors.locate(rows)
         found = np.empty(len(rows), np.float32)
         for number in np.unique(numbers):
@@ -130,22 +125,3 @@ class Run:
             scored = annotate(stored.take(some), embeddings.take(some), encoder, compiled, None)[cf.score(rule)]
             found[mine] = scored.to_numpy().astype(np.float32)
         return found
-
-
-class _Remembering:
-    """An encoder that knows the texts of the last few rules, so that moving a threshold again embeds nothing."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._texts: dict[tuple[str, ...], np.ndarray] = {}
-
-    def encode_texts(self, texts: Any) -> np.ndarray:
-        key = tuple(texts)
-        if key not in self._texts:
-            if len(self._texts) >= 64:
-                self._texts.clear()
-            self._texts[key] = self._encoder.encode_texts(texts)
-        return self._texts[key]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._encoder, name)

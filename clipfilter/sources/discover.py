@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from clipfilter import storage
-from clipfilter.errors import ClipfilterError, RefusedError
+from clipfilter.errors import ClipfilterError, RefusedError, one_line
 from clipfilter.sources.tar import IMAGE_EXTENSIONS
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -80,19 +80,14 @@ def refusing(url: str) -> Iterator[None]:
         raise RefusedError(f"{url} does not exist; check the spelling of the path or URL.") from error
     except PermissionError as error:
         raise RefusedError(
-            f"{url} may not be read ({_reason(error)}); check its permissions or your credentials."
+            f"{url} may not be read ({one_line(error).rstrip('.')}); check its permissions or your credentials."
         ) from error
     except Exception as error:  # every filesystem has exceptions of its own (botocore, aiohttp, gcsfs)
         if "credential" in repr(error).lower() or "token" in repr(error).lower():
             fix = "set the credentials of this store in the environment"
         else:
             fix = "check the address, the network and your credentials"
-        raise RefusedError(f"{url} cannot be read ({_reason(error)}); {fix}.") from error
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return (text or type(error).__name__)[:200]
+        raise RefusedError(f"{url} cannot be read ({one_line(error).rstrip('.')}); {fix}.") from error
 
 
 def locate(url: str) -> Location:

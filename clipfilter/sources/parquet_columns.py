@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter import storage
-from clipfilter.errors import RefusedError
+from clipfilter.errors import RefusedError, one_line
 from clipfilter.sources.discover import Found, Location, is_image_name
 from clipfilter.sources.records import CAPTION_NAMES, UID_PATTERN
 from clipfilter.sources.schema import is_binary, is_list, is_text
@@ -128,7 +128,7 @@ def first_readable(location: Location, found: Found, stack: ExitStack) -> tuple[
     if problem is None:
         raise FileNotFoundError(where)
     raise RefusedError(
-        f"{where} is not a readable Parquet file ({' '.join(str(problem).split())[:200]}); "
+        f"{where} is not a readable Parquet file ({one_line(problem)}); "
         "it is probably incomplete: copy or write it again."
     )
 
@@ -145,15 +145,18 @@ def _listing(schema: pa.Schema) -> str:
     return ", ".join(f"{item.name} ({item.type})" for item in schema)[:1000]
 
 
+def _kind_of(schema: pa.Schema, named: str, option: str, where: str) -> pa.DataType:
+    """The type of the column that an option names; RefusedError where there is none."""
+    place = schema.get_field_index(named)
+    if place < 0:
+        raise RefusedError(f"{option} {named} is not a column of {where}; its columns are: {_listing(schema)}.")
+    return schema.field(place).type
+
+
 def find_image(schema: pa.Schema, sample: pa.RecordBatch | None, named: str | None, where: str) -> tuple[str, str]:
     """(column, "bytes" or "names"); raises RefusedError that lists the columns when the choice is not clear."""
     if named is not None:
-        place = schema.get_field_index(named)
-        if place < 0:
-            raise RefusedError(
-                f"--image-column {named} is not a column of {where}; its columns are: {_listing(schema)}."
-            )
-        kind = schema.field(place).type
+        kind = _kind_of(schema, named, "--image-column", where)
         if _holds_bytes(kind):
             return named, "bytes"
         if is_textual(kind):
@@ -206,15 +209,9 @@ def _looks_like_paths(sample: pa.RecordBatch, name: str) -> bool:
 
 def find_caption(schema: pa.Schema, named: str | None, image: str | None, where: str) -> str | None:
     if named is not None:
-        place = schema.get_field_index(named)
-        if place < 0:
-            raise RefusedError(
-                f"--caption-column {named} is not a column of {where}; its columns are: {_listing(schema)}."
-            )
-        if not is_caption(schema.field(place).type):
-            raise RefusedError(
-                f"--caption-column {named} has type {schema.field(place).type}; it must be text or a list of texts."
-            )
+        kind = _kind_of(schema, named, "--caption-column", where)
+        if not is_caption(kind):
+            raise RefusedError(f"--caption-column {named} has type {kind}; it must be text or a list of texts.")
         return named
     fitting = [item.name for item in schema if item.name != image and is_caption(item.type)]
     return next((name for name in CAPTION_NAMES if name in fitting), None)
@@ -222,9 +219,7 @@ def find_caption(schema: pa.Schema, named: str | None, image: str | None, where:
 
 def find_uid(schema: pa.Schema, named: str | None, sample: pa.RecordBatch | None, where: str) -> str | None:
     if named is not None:
-        if named not in schema.names:
-            raise RefusedError(f"--uid-column {named} is not a column of {where}; its columns are: {_listing(schema)}.")
-        kind = schema.field(named).type
+        kind = _kind_of(schema, named, "--uid-column", where)
         if not (is_textual(kind) or pa.types.is_integer(kind)):
             raise RefusedError(f"--uid-column {named} has type {kind}; it must be text or whole numbers.")
         return named

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import Encoder, load_encoder
-from clipfilter.storage import Directory, is_local
+from clipfilter.storage import Directory, is_local, only_one
 from clipfilter.training.card import model_card
 from clipfilter.training.checkpoints import Checkpoints
 from clipfilter.training.distributed import check_ray_train, work_on_ray
@@ -63,7 +61,7 @@ def train(
     everywhere = settings.out.startswith("file://")  # says that the disk is mounted on every machine
     settings = replace(settings, out=settings.out.removeprefix("file://"))
     out = _check(settings)
-    with _alone(out):
+    with only_one(out, f"another training is writing to {out}: wait for it, or choose another --out."):
         _same_run(settings, out)
         if (out / RESULT).exists():
             return TrainResult(str(out), json.loads((out / RESULT).read_text(encoding="utf-8")), False)
@@ -89,18 +87,6 @@ def _check(settings: TrainSettings) -> Path:
     if settings.engine == "ray":
         check_ray_train()
     return Path(settings.out)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Two trainings must not write one log."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RefusedError(f"another training is writing to {out}: wait for it, or choose another --out.") from None
-        yield
 
 
 def _same_run(settings: TrainSettings, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from clipfilter.engine import MAX_THREADS, cpu_count
 from clipfilter.training.batches import Loader
 from clipfilter.training.freezing import freeze
 from clipfilter.training.group import Group
-from clipfilter.training.loop import Shown, fit
+from clipfilter.training.loop import Shown, Training
 from clipfilter.training.measuring import embed_images, measure_pairs
 from clipfilter.training.model import Trainable, load_trainable
 from clipfilter.training.pairs import Pairs
@@ -90,4 +91,5 @@ def work(settings: TrainSettings, group: Group, show: Callable[[Shown], None] | 
         return measure_pairs(model.encoder, start.embed(data.choose), data.choose, scale)
 
     image_features = model.image_features if recorded is None else start.store.prefix.features
-    fit(settings, model, loader, image_features, measure, group, show)
+    with contextlib.closing(Training(settings, model, loader, image_features, measure, group, show)) as training:
+        training.run()

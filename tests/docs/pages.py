@@ -30,7 +30,8 @@ class Block:
     """One fenced block.
 
     Markers are HTML comments on the line above the fence: `no-run: reason` exempts the block from being run, `exit: N`
-    is the exit code of its last command (the others exit with 0), `file: NAME` writes a block into the page's folder.
+    is the exit code of its last command (the others exit with 0), `file: NAME` writes a block into the page's folder,
+    `varies: COLUMN` says that the numbers below a column's name depend on the machine.
     """
 
     page: Path
@@ -172,6 +173,20 @@ def shows(page: str, printed: str) -> bool:
         return False
     ours, theirs = (_NUMBER.findall(_settled(line)) for line in (page, printed))
     return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+
+
+def without(column: str, lines: list[str]) -> list[str]:
+    """Lines of output without the numbers that end below the end of a column's name."""
+    found, end = [], 0
+    for line in lines:
+        at = line.find(column)
+        if at >= 0:
+            end = at + len(column)
+        elif end and line[end - 1 : end].isdigit():
+            start = len(line[:end].rstrip("0123456789.,"))
+            line = line[:start] + " " * (end - start) + line[end:]
+        found.append(line)
+    return found
 
 
 def _same(one: str, other: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from clipfilter.policies import TEMPLATES
+from clipfilter.policies.kinds.pixels import PIXELS
 from tests.docs.claims import REPO, calculated, constants, numbers, options, places, prose, value, values
 from tests.docs.pages import blocks, commands, pages
 
@@ -49,7 +50,7 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "the first 500 rows": ["option.models_export.limit"],
         "below 0.995": ["onnx_export.INT8_COSINE"],
     },
-    "docs/guide/score.md": {"within 1e-5 of a threshold": ["plans.RECHECK"]},
+    "docs/guide/score.md": {"within 1e-5 of a threshold": ["recheck.RECHECK"]},
     "docs/guide/train.md": {
         "5 % of them, more of a small set": ["worker.HELD_OUT * 100"],
         "stays below 100": ["model.MAX_LOGIT_SCALE"],
@@ -95,7 +96,7 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "a Hamming distance of at most 16": ["hashes.MAX_DISTANCE"],
         "more than 1 000 belong there": ["overrides.MAX_LISTED"],
         "At most 8 files deep and 32 in all": ["extends.MAX_DEPTH", "extends.MAX_FILES"],
-        "within 1e-5 of a threshold": ["plans.RECHECK"],
+        "within 1e-5 of a threshold": ["recheck.RECHECK"],
         "at most 256 KiB and 12 levels": ["yaml_nodes.MAX_YAML_BYTES / 1024", "yaml_nodes.MAX_DEPTH"],
         "below 20 000 entries": ["yaml_nodes.MAX_NODES"],
         "(default 0.01)": ["Safety.adjustment"],
@@ -304,14 +305,31 @@ def name(page: Path) -> str:
 @cache
 def known() -> dict[str, Any]:
     """Everything that an expression in CODE may name."""
-    from clipfilter import policies
-
     found = constants() | {f"templates.{key.replace('-', '_')}": len(lines) for key, lines in TEMPLATES.items()}
-    found |= {f"quality.{key}": quality.threshold for key, quality in policies.PIXELS.items()}
+    found |= {f"quality.{key}": quality.threshold for key, quality in PIXELS.items()}
     for key, default in options().items():
         command, _, option = key.partition(" --")
         found[f"option.{command.replace(' ', '_')}.{option.replace('-', '_')}"] = default
     return found
+
+
+def test_what_counts_as_a_number() -> None:
+    text = "At most 12 rows, 1 000 words or 0.5 %; with Python 3.11 to 3.13, exit code 3, `x = 5`, from 0 to 1, in 2021"
+    assert [found.text for found in numbers(text)] == ["12", "1 000", "0.5"]
+    assert values("6 x 224 = 1 344, 32,768 and 1e-5") == [6, 224, 1344, 32768, 1e-5]
+    assert places("at most\n12 rows, not 112 rows", "12 rows") == [(8, 15)]
+
+
+def test_what_an_expression_may_be() -> None:
+    def result(text: str) -> float:
+        return calculated(ast.parse(text, mode="eval").body, {"defaults.MAX": 0.25})
+
+    assert result("defaults.MAX * 100 + (1 << 4)") == 41
+    for text in ("defaults.MIN", "open('x')", "'1'", "True"):
+        with pytest.raises(ValueError, match="is no number here"):
+            result(text)
+    assert known()["defaults.MAX_FAILURES"] == 0.01
+    assert known()["option.run.max_failures"] == known()["defaults.MAX_FAILURES"]
 
 
 @pytest.mark.parametrize("page", checked(), ids=name)

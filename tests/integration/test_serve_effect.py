@@ -12,14 +12,14 @@ from clipfilter.engine.job import JobResult
 from clipfilter.operations.compare import compare_policies
 from clipfilter.policies import load_policy
 from clipfilter.serve.export import changed_text, find_text
-from clipfilter.serve.run import Run
+from clipfilter.serve.run import ServedRun
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def run(finished: JobResult) -> Iterator[Run]:
-    opened = Run(finished.out)
+def run(finished: JobResult) -> Iterator[ServedRun]:
+    opened = ServedRun(finished.out)
     yield opened
     opened.close()
 
@@ -35,7 +35,7 @@ def run(finished: JobResult) -> Iterator[Run]:
     ],
 )
 def test_close_scores_are_scored_again(
-    run: Run, policy: str, tmp_path: Path, rule: str, band: str, least: float, nudge: float, close: bool
+    run: ServedRun, policy: str, tmp_path: Path, rule: str, band: str, least: float, nudge: float, close: bool
 ) -> None:
     scores = run.columns.ascending(rule)[1]
     scores = scores[scores > least]

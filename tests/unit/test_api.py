@@ -185,7 +185,7 @@ def test_a_run_is_read_and_used_without_its_images(run: Path, nano: Encoder) -> 
     emb = nano.encode_texts(["a photo of a cat"])[0]
     best = int((stored.astype(np.float32) @ emb).argmax())
     assert result.hits["cf_key"].to_pylist()[0] == rows["cf_key"].to_pylist()[best]
-    with pytest.raises(RefusedError, match="no finished run"):
+    with pytest.raises(RefusedError, match="is not a run directory"):
         clipfilter.open_run(run.parent)
 
 

@@ -23,8 +23,11 @@ from clipfilter.calibration.sampling import SAMPLE_COLUMNS, draw_number
 from clipfilter.cli.policies import policy_app
 from clipfilter.errors import RefusedError
 from clipfilter.policies import compile_policy, load_policy, parse_policy
-from clipfilter.runs.plan import Plan
+from clipfilter.runs import DataFile, Plan, ledger
+from clipfilter.sources import Shard
+from clipfilter.storage import Directory
 from tests.support.policies import FakeEncoder
+from tests.support.runs import commit_of, version_of
 
 POLICY = """\
 # Weapons, for the test.
@@ -81,6 +84,7 @@ def write_run(
     alignment = (0.3 - 0.2 * scores).astype(np.float32)
     missing = np.zeros(rows, bool)
     missing[7] = rows == ROWS
+    commits = []
     for shard, part in enumerate(np.array_split(np.arange(rows), shards)):
         names = pa.array([uid(row) for row in part])
         table = pa.table(
@@ -96,15 +100,13 @@ def write_run(
             }
         )
         pq.write_table(table, folder / f"annotated/{shard}.parquet", row_group_size=500)
-        commit = {
-            "shard": {"path": f"tars/{shard}.tar"},
-            "files": {"annotated": {"name": f"annotated/{shard}.parquet"}},
-        }
-        (folder / f"commits/{shard}.json").write_text(json.dumps(commit))
-    version = {
-        "version": 1, "totals": {"decided": rows}, "commits": [f"commits/{shard}.json" for shard in range(shards)],
-    }  # fmt: skip
-    (folder / "versions/000001.json").write_text(json.dumps(version))
+        file = DataFile(f"annotated/{shard}.parquet", len(part), 0, "")
+        found = Shard(f"{shard:016x}", f"tars/{shard}.tar", "tar")
+        commits.append(
+            commit_of(found, "decided", counts={"rows": len(part), "decided": len(part)}, files={"annotated": file})
+        )
+        ledger.write_commit(Directory(str(folder)), commits[-1])
+    ledger.write_version(Directory(str(folder)), version_of(commits))
     return str(folder)
 
 

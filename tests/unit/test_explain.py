@@ -86,7 +86,7 @@ def test_failed_rows_and_keys_and_refusals(built: Built, tmp_path: Path) -> None
     assert by_key.uid == built.rows[3]["cf_uid"]
     with pytest.raises(RefusedError, match=r"no row whose cf_uid or cf_key is 'nobody'"):
         explain_row(built.url, "nobody")
-    with pytest.raises(RefusedError, match="holds no finished run"):
+    with pytest.raises(RefusedError, match="is not a run directory"):
         explain_row(str(tmp_path), "x")
 
 

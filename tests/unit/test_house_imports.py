@@ -34,7 +34,7 @@ def test_the_linter_sees_every_package() -> None:
     there = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}
     assert set(layers()) == there - {"__init__"}
     assert contract("layers")["exhaustive"]
-    assert "ignore_imports" not in contract("layers")
+    assert "ignore_imports" not in contract("layers").keys() | contract("circles").keys()
 
 
 def test_no_module_imports_itself_around_a_corner() -> None:

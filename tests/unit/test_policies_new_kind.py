@@ -21,6 +21,7 @@ from clipfilter.policies import (
     Words,
     Written,
     compile_policy,
+    joined,
     measure_of,
     parse_policy,
     policy_schema,
@@ -128,7 +129,7 @@ def test_reports_and_explanations_have_its_words(distance: None) -> None:
     rule = RuleData("far", "distance", spec, None, bands)
     said = sentence(verdict(rule, row))
     assert said == "distance 160 is above 80, as written in the policy"
-    assert "How far away, by the column miles." in "".join(map(str, meaning(rule)))
+    assert "How far away, by the column miles." in joined(meaning(rule), lambda written: written.text)
     assert compiled.policy.rules[0].measure.summary(conditional=False) == '{"column": "miles", "factor": 1.6}'
 
 

@@ -24,7 +24,7 @@ from clipfilter.report import examples as report_examples
 from clipfilter.report import write_report
 from clipfilter.report.data import gather
 from clipfilter.report.thumbnails import MAX_BYTES, SIDE, thumbnail
-from clipfilter.storage import Directory
+from clipfilter.runs import Run
 from tests.support import report as build
 from tests.support.report import Built, build_run
 
@@ -166,7 +166,7 @@ def _failed(built: Built) -> list[list[Any]]:
 
 
 def test_throughput_and_fingerprints(built: Built, page: Page) -> None:
-    plan = gather(Directory(built.url)).plan
+    plan = gather(Run.open(built.url)).plan
     assert "48 images in 10 s: 4.8 images a second" in page.text
     assert page.table_row("Embedding images", 3)[1:] == ["7.5 s", "58.8%"]
     for value in ("ab" * 32, "ef" * 32, plan.sha256, "made of 3 commits", "nano@1"):
@@ -257,9 +257,8 @@ def test_none_does_not_touch_the_source(built: Built, monkeypatch: pytest.Monkey
 
 
 def test_examples_are_few_and_none_twice(built: Built) -> None:
-    directory = Directory(built.url)
-    data = gather(directory)
-    found = report_examples.choose_examples(directory, data)
+    data = gather(Run.open(built.url))
+    found = report_examples.choose_examples(data)
     rows = [(example.path, example.commit, example.row) for example in found.all()]
     assert len(rows) == len(set(rows)) <= report_examples.TOTAL
     assert len(data.chosen) <= 6
@@ -316,7 +315,7 @@ def test_numbers_that_disagree_are_said(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="no finished run"):
+    with pytest.raises(RefusedError, match="is not a run directory"):
         write_report(str(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
 

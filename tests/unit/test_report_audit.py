@@ -119,7 +119,7 @@ def test_the_shapes_of_other_services(built: Built, tmp_path: Path, mapping: str
 
 
 def test_refusals(built: Built, tmp_path: Path, mapping: str) -> None:
-    with pytest.raises(RefusedError, match="holds no finished run"):
+    with pytest.raises(RefusedError, match="is not a run directory"):
         export_decisions(str(tmp_path), str(tmp_path / "x.jsonl"))
     (tmp_path / "there.jsonl").write_text("mine")
     with pytest.raises(RefusedError, match="exists"):

@@ -191,3 +191,27 @@ def test_what_is_no_run_says_so(tmp_path: Path) -> None:
     assert not Run(str(tmp_path)).finished
     with pytest.raises(RefusedError, match="has not finished"):
         _ = Run(str(tmp_path)).version
+
+
+def test_columns_batches_versions_and_first_stages_of_a_run(tmp_path: Path) -> None:
+    url = write_run(tmp_path / "run", {0: unit(10), 1: unit(7, seed=1)})
+    write_run(url, {1: unit(4, seed=2)}, generation=2)
+    run = Run.open(str(url))
+    assert [version.number for version in run.versions()] == [1, 2]
+    old = Run.open(str(url), 1)
+    found = list(old.batches("annotated", lambda name: name in ("cf_key", "absent"), size=4))
+    assert [batch.schema.names for _, batch in found] == [["cf_key"]] * len(found)
+    assert [(commit.shard.id, batch.num_rows) for commit, batch in found] == [
+        (commit.shard.id, rows)
+        for commit, sizes in zip(old.commits(), ((4, 4, 2), (4, 3)), strict=True)
+        for rows in sizes
+    ]
+    assert list(old.batches("failed")) == []
+    first = next(old.commits())
+    assert old.table(first.files["annotated"], ["cf_uid"]).column_names == ["cf_uid"]
+    assert [commit.name for commit in old.commits([first.name])] == [first.name]
+    assert list(old.scored()) == []
+    scored = commit_of(first.shard, "scored")
+    for commit in (scored, replace(scored, generation=2), commit_of("f" * 16, "scored")):
+        ledger.write_commit(old.directory, commit)
+    assert [commit.name for commit in old.scored()] == [f"commits/{first.shard.id}.scored.002.json"]

@@ -27,7 +27,7 @@ from clipfilter.serve.export import PolicyText, changed_policy, changed_text, fi
 from clipfilter.serve.guard import Guard, is_loopback
 from clipfilter.serve.labels import BY_HAND, LabelFile
 from clipfilter.serve.query import Queries, RowsRequest
-from clipfilter.serve.run import Run
+from clipfilter.serve.run import ServedRun
 from tests.support.report import BEST, OFF_CAPTION, POLICY, SMALL, WEAPONS_REJECT, WEAPONS_REVIEW, Built
 from tests.support.serve import embedded_run
 
@@ -39,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture(scope="module")
 def run(built: Built) -> Any:
-    opened = Run(built.url)
+    opened = ServedRun(built.url)
     yield opened
     opened.close()
 
@@ -56,7 +56,7 @@ def decide(row: dict[str, Any], **moved: float) -> int:
     return max(worst, 1 if small < np.float32(t["small"]) else 0)
 
 
-def test_columns_are_what_the_files_say(built: Built, run: Run) -> None:
+def test_columns_are_what_the_files_say(built: Built, run: ServedRun) -> None:
     assert [DECISIONS[code] for code in run.columns.decision] == [row["cf_decision"] for row in built.rows]
     for number, rule in enumerate(run.columns.rules):
         found = [BANDS[code] for code in run.columns.band[number]]
@@ -82,7 +82,7 @@ def test_columns_are_what_the_files_say(built: Built, run: Run) -> None:
     ],
 )
 def test_moved_thresholds_change_what_deciding_again_changes(
-    built: Built, run: Run, changes: dict[str, dict[str, float]], moved: dict[str, float]
+    built: Built, run: ServedRun, changes: dict[str, dict[str, float]], moved: dict[str, float]
 ) -> None:
     before = [decide(row) for row in built.rows]
     assert before == run.columns.decision.tolist()
@@ -94,7 +94,7 @@ def test_moved_thresholds_change_what_deciding_again_changes(
     assert found.doubtful == 0
 
 
-def test_a_fraction_moves_to_the_threshold_that_the_dataset_gives(built: Built, run: Run) -> None:
+def test_a_fraction_moves_to_the_threshold_that_the_dataset_gives(built: Built, run: ServedRun) -> None:
     ranked = sorted((row["cf_similarity"] for row in built.rows if row["cf_similarity"] is not None), reverse=True)
     threshold = ranked[int(len(ranked) * 0.25)]
     found = run.effects.of({"best": {"reject": 0.25}}, exact=False)
@@ -103,7 +103,7 @@ def test_a_fraction_moves_to_the_threshold_that_the_dataset_gives(built: Built, 
     assert len(found.rows) == sum(a != b for a, b in zip(after, run.columns.decision.tolist(), strict=True)) > 0
 
 
-def test_rows_that_a_person_overrode_stay(run: Run) -> None:
+def test_rows_that_a_person_overrode_stay(run: ServedRun) -> None:
     found = run.effects.of({"weapons": {"reject": 0.55}}, exact=False)
     kept = run.columns.fixed.copy()
     try:
@@ -124,7 +124,7 @@ def test_rows_that_a_person_overrode_stay(run: Run) -> None:
         ({"best": {"reject": 0.0}}, "fraction"),
     ],
 )
-def test_what_no_policy_can_say_is_refused(run: Run, changes: dict[str, dict[str, float]], said: str) -> None:
+def test_what_no_policy_can_say_is_refused(run: ServedRun, changes: dict[str, dict[str, float]], said: str) -> None:
     with pytest.raises(RefusedError, match=said):
         answers.effect(run, changes, exact=False)
 
@@ -180,7 +180,7 @@ def test_a_threshold_that_stands_elsewhere_is_not_changed_here() -> None:
         changed_text(PolicyText(text.encode(), "trial.yaml", True), plan, {"dark": {"review": 30.5}})
 
 
-def test_without_its_file_a_policy_is_written_anew(run: Run) -> None:
+def test_without_its_file_a_policy_is_written_anew(run: ServedRun) -> None:
     text = find_text(run.plan, None)
     assert not text.original
     changed = changed_text(text, run.plan, {"small": {"review": 150.0}})
@@ -188,7 +188,7 @@ def test_without_its_file_a_policy_is_written_anew(run: Run) -> None:
     assert changed_policy(run.plan, {}).canonical()["rules"][2]["review"] == {"below": 100.0}
 
 
-def test_another_policys_file_is_refused(run: Run, tmp_path: Path) -> None:
+def test_another_policys_file_is_refused(run: ServedRun, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(TEXT)
     with pytest.raises(RefusedError, match="not the policy that decided"):
         find_text(run.plan, str(tmp_path / "other.yaml"))
@@ -197,7 +197,7 @@ def test_another_policys_file_is_refused(run: Run, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- rows
 
 
-def found(run: Run, labels: LabelFile, **request: Any) -> list[int]:
+def found(run: ServedRun, labels: LabelFile, **request: Any) -> list[int]:
     return Queries(run, labels).find(RowsRequest(**request)).positions.tolist()
 
 
@@ -208,7 +208,7 @@ def labels(tmp_path: Path) -> Any:
     opened.close()
 
 
-def test_filters_and_orders_are_those_of_the_rows(built: Built, run: Run, labels: LabelFile) -> None:
+def test_filters_and_orders_are_those_of_the_rows(built: Built, run: ServedRun, labels: LabelFile) -> None:
     rows = built.rows
     assert found(run, labels) == list(range(len(rows)))
     assert found(run, labels, decision="reject") == [i for i, row in enumerate(rows) if row["cf_decision"] == "reject"]
@@ -234,7 +234,7 @@ def test_filters_and_orders_are_those_of_the_rows(built: Built, run: Run, labels
             found(run, labels, **bad)
 
 
-def test_a_page_tells_what_the_files_hold(built: Built, run: Run, labels: LabelFile) -> None:
+def test_a_page_tells_what_the_files_hold(built: Built, run: ServedRun, labels: LabelFile) -> None:
     request = RowsRequest(offset=10, limit=7, sort="weapons", label_rule="weapons")
     page = answers.page_of(run, labels, request, Queries(run, labels).find(request))
     assert (page["total"], page["offset"], len(page["rows"])) == (len(built.rows), 10, 7)
@@ -252,7 +252,7 @@ def test_a_page_tells_what_the_files_hold(built: Built, run: Run, labels: LabelF
 
 def test_a_run_that_decided_nothing_can_be_looked_at(tmp_path: Path) -> None:
     built = embedded_run(tmp_path, job="embed")
-    run, labels = Run(built.url), LabelFile(str(tmp_path / "labels.csv"))
+    run, labels = ServedRun(built.url), LabelFile(str(tmp_path / "labels.csv"))
     about = answers.about(run, labels)
     assert (about["policy"], about["rules"], about["rows"]) == (None, [], len(built.rows))
     assert (
@@ -268,7 +268,7 @@ def test_a_run_that_decided_nothing_can_be_looked_at(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- labels
 
 
-def test_labels_are_a_file_that_calibrate_reads(run: Run, labels: LabelFile) -> None:
+def test_labels_are_a_file_that_calibrate_reads(run: ServedRun, labels: LabelFile) -> None:
     for position, label in ((0, True), (5, False), (7, True)):
         labels.set(answers.labelled_row(run, position, "weapons"), "weapons", label)
     labels.set(answers.labelled_row(run, 5, "weapons"), "weapons", None)
@@ -287,7 +287,7 @@ def test_labels_are_a_file_that_calibrate_reads(run: Run, labels: LabelFile) -> 
     assert not [p for p in path.parent.iterdir() if p.name.endswith(".csv") and p != path]
 
 
-def test_rows_picked_by_hand_never_mix_with_a_sample(run: Run, labels: LabelFile) -> None:
+def test_rows_picked_by_hand_never_mix_with_a_sample(run: ServedRun, labels: LabelFile) -> None:
     scored = open_scored(run.url)
     rule = scored.policy.rules[0]
     sample = draw(scored, scored.policy, rule, n=12, design="uniform", cut=None, seed=0)
@@ -336,7 +336,7 @@ def test_other_files_are_not_overwritten(tmp_path: Path, name: str, text: str | 
     assert not list(tmp_path.glob(".*.lock"))
 
 
-def test_rows_without_a_score_and_other_rules_take_no_labels(built: Built, run: Run) -> None:
+def test_rows_without_a_score_and_other_rules_take_no_labels(built: Built, run: ServedRun) -> None:
     silent = next(i for i, row in enumerate(built.rows) if row["cf_similarity"] is None)
     with pytest.raises(RefusedError, match="no score"):
         answers.labelled_row(run, silent, "off-caption")
@@ -349,7 +349,7 @@ def test_rows_without_a_score_and_other_rules_take_no_labels(built: Built, run: 
 
 def pictures(built: Built, tmp_path: Path, paths: list[str]) -> list[tuple[int, bytes]]:
     """(status, body) of each of these paths, asked with the token."""
-    run, labels = Run(built.url), LabelFile(str(tmp_path / "labels.csv"))
+    run, labels = ServedRun(built.url), LabelFile(str(tmp_path / "labels.csv"))
 
     async def asked() -> list[tuple[int, bytes]]:
         server = Server(run, labels, None, "127.0.0.1")
@@ -417,8 +417,8 @@ def test_only_its_own_names_are_answered(listening: str, host: str, fine: bool) 
     assert is_loopback(listening) is (listening != "0.0.0.0")
 
 
-def test_rules_of_a_policy_that_is_more_than_its_scores_stay(run: Run) -> None:
-    modifier, rule = rules_of(run.plan, run.content)[:2]
+def test_rules_of_a_policy_that_is_more_than_its_scores_stay(run: ServedRun) -> None:
+    modifier, rule = rules_of(run.plan, run.run.version)[:2]
     modifier.spec = {**modifier.spec, "tighten": {"above": 0.5, "by": 0.1, "rules": [rule.id]}}
     effects = Effects(run.columns, [modifier, rule], None)
     assert "tighten" in str(effects.movable(modifier))

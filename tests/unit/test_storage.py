@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clipfilter.storage import Directory, directory_of, replacing
+from clipfilter.errors import RefusedError
+from clipfilter.storage import Directory, directory_of, only_one, replacing
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -60,3 +61,11 @@ def test_a_directory_in_a_block_leaves_nothing_unfinished(tmp_path: Path) -> Non
         (directory.scratch() / "half").write_bytes(b"x")
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with only_one(tmp_path / "out", "taken"):  # noqa: SIM117
+        with pytest.raises(RefusedError, match="taken"), only_one(tmp_path / "out", "taken"):
+            pass
+    with only_one(tmp_path / "out", "taken"):
+        pass

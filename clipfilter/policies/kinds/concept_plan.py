@@ -119,11 +119,7 @@ class ConceptPlan:
                 (part, backgrounds[name]) for part, name in enumerate(owners) if backgrounds and name in backgrounds
             ),
             curves=tuple((place, *rule.curve) for place, rule in enumerate(rules) if rule.curve is not None),
-            # A curve moves an error by at most its steepest slope, a / 4.
-            recheck=Recheck.of(
-                [rule.thresholds for rule in rules],
-                [RECHECK * max(1.0, abs((rule.curve or (0.0, 0.0))[0]) / 4) for rule in rules],
-            ),
+            recheck=_recheck(rules),
             explained=_explained(rules),
             logit_scale=logit_scale,
             logit_bias=logit_bias,
@@ -176,6 +172,12 @@ class _Order:
     def groups(self, given: Sequence[Sequence[int]]) -> np.ndarray:
         """intp [P, 3], the new numbers of these groups."""
         return self.numbers[np.array(given, dtype=np.intp).reshape(-1, 3)]
+
+
+def _recheck(rules: Sequence[CompiledRule]) -> Recheck:
+    """A curve moves an error by at most its steepest slope, a / 4."""
+    slopes = [abs(rule.curve[0]) / 4 if rule.curve is not None else 0.0 for rule in rules]
+    return Recheck.of([rule.thresholds for rule in rules], [RECHECK * max(1.0, slope) for slope in slopes])
 
 
 def _explained(rules: Sequence[CompiledRule]) -> tuple[np.ndarray, np.ndarray]:

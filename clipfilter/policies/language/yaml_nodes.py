@@ -148,33 +148,64 @@ def _place_of(text: str, position: int) -> tuple[int, int]:
 
 
 def _build(text: str, file: str) -> Node:
-    stack: list[Node] = []
-    anchors_open: list[str | None] = []
-    anchors: dict[str, Node] = {}
-    root: Node | None = None
-    documents = nodes = 0
-
+    """The one document of the text, from the events of the parser."""
+    builder = _Builder(file)
     for event in YAML(typ="safe", pure=True).parse(text):
         if isinstance(event, ev.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                raise YamlRefusedError("a policy file holds one document; remove the second `---`", *_at(event))
-            continue
-        if not isinstance(event, ev.NodeEvent | ev.CollectionEndEvent):
-            continue
+            builder.begin(event)
+        elif isinstance(event, ev.CollectionEndEvent):
+            builder.close()
+        elif isinstance(event, ev.NodeEvent):
+            builder.add(event)
+    if builder.root is None or builder.root.data is None:
+        raise YamlRefusedError("the file is empty; a policy needs at least `policy`, `version` and `rules`", 1, 1)
+    return builder.root
+
+
+class _Builder:
+    """The tree that grows with every event; nothing recurses."""
+
+    def __init__(self, file: str) -> None:
+        self.root: Node | None = None
+        self._file = file
+        self._stack: list[Node] = []  # the collections that are open
+        self._anchors_open: list[str | None] = []
+        self._anchors: dict[str, Node] = {}
+        self._documents = self._nodes = 0
+
+    def begin(self, event: ev.DocumentStartEvent) -> None:
+        self._documents += 1
+        if self._documents > 1:
+            raise YamlRefusedError("a policy file holds one document; remove the second `---`", *_at(event))
+
+    def close(self) -> None:
+        """The innermost open collection is complete."""
+        node = self._stack.pop()
+        anchor = self._anchors_open.pop()
+        if anchor is not None:
+            self._anchors[anchor] = node
+        if self._stack:
+            _measure(self._stack[-1], node, node.line, node.column)
+
+    def add(self, event: ev.NodeEvent) -> None:
+        """A key, a value, or the beginning of a collection."""
         line, column = _at(event)
+        node = self._node(event, line, column)
+        if not self._stack:
+            self.root = node
+        else:
+            _attach(self._stack[-1], node, event)
+        if isinstance(event, ev.CollectionStartEvent):
+            self._stack.append(node)
+            self._anchors_open.append(event.anchor)
+            if len(self._stack) > MAX_DEPTH:
+                raise YamlRefusedError(f"the policy is nested more than {MAX_DEPTH} levels deep", line, column)
+        elif self._stack and self._stack[-1].open_key is None:
+            _measure(self._stack[-1], node, line, column)
 
-        if isinstance(event, ev.CollectionEndEvent):
-            node = stack.pop()
-            anchor = anchors_open.pop()
-            if anchor is not None:
-                anchors[anchor] = node
-            if stack:
-                _measure(stack[-1], node, node.line, node.column)
-            continue
-
-        nodes += 1
-        if nodes > MAX_NODES:
+    def _node(self, event: ev.NodeEvent, line: int, column: int) -> Node:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
             raise YamlRefusedError(f"the policy has more than {MAX_NODES:,} entries", line, column)
         tag = getattr(event, "tag", None)
         if tag is not None:
@@ -183,35 +214,18 @@ def _build(text: str, file: str) -> Node:
                 line,
                 column,
             )
-
         if isinstance(event, ev.AliasEvent):
-            if event.anchor not in anchors:
+            if event.anchor not in self._anchors:
                 raise YamlRefusedError(f"the alias *{event.anchor} has no finished anchor before it", line, column)
-            target = anchors[event.anchor]
-            node = Node(target.data, line, column, target.size, target.depth, target.keys, file=file)
-        elif isinstance(event, ev.ScalarEvent):
+            target = self._anchors[event.anchor]
+            return Node(target.data, line, column, target.size, target.depth, target.keys, file=self._file)
+        if isinstance(event, ev.ScalarEvent):
             value = scalar(event.value) if event.implicit[0] and event.style is None else event.value
-            node = Node(value, line, column, file=file)
+            node = Node(value, line, column, file=self._file)
             if event.anchor is not None:
-                anchors[event.anchor] = node
-        else:
-            node = Node({} if isinstance(event, ev.MappingStartEvent) else [], line, column, file=file)
-
-        if not stack:
-            root = node
-        else:
-            _attach(stack[-1], node, event)
-        if isinstance(event, ev.CollectionStartEvent):
-            stack.append(node)
-            anchors_open.append(event.anchor)
-            if len(stack) > MAX_DEPTH:
-                raise YamlRefusedError(f"the policy is nested more than {MAX_DEPTH} levels deep", line, column)
-        elif stack and stack[-1].open_key is None:
-            _measure(stack[-1], node, line, column)
-
-    if root is None or root.data is None:
-        raise YamlRefusedError("the file is empty; a policy needs at least `policy`, `version` and `rules`", 1, 1)
-    return root
+                self._anchors[event.anchor] = node
+            return node
+        return Node({} if isinstance(event, ev.MappingStartEvent) else [], line, column, file=self._file)
 
 
 def _attach(parent: Node, node: Node, event: ev.NodeEvent) -> None:

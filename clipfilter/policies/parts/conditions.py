@@ -7,6 +7,7 @@ is unknown stays unknown unless the rest decides alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Annotated, Any
 
 import numpy as np
@@ -142,40 +143,42 @@ def check_condition(condition: dict[str, Any], schema: pa.Schema) -> None:
 
 def truth(condition: dict[str, Any], table: pa.Table) -> np.ndarray:
     """int8 [n]: 1 where the condition holds, 0 where it does not, -1 where a missing value leaves it open."""
+    return np.asarray(pc.fill_null(pc.cast(_holds(condition, table), pa.int8()), -1))
+
+
+def _holds(condition: dict[str, Any], table: pa.Table) -> pa.Array:
+    """bool [n], null where it is open; Arrow's own Kleene logic, as of the conditions after --where."""
     if "not" in condition:
-        inner = truth(condition["not"], table)
-        return np.where(inner < 0, inner, 1 - inner).astype(np.int8)
-    for key, deciding in (("all", 0), ("any", 1)):
+        return pc.invert(_holds(condition["not"], table))
+    for key, join in (("all", pc.and_kleene), ("any", pc.or_kleene)):
         if key in condition:
-            parts = np.stack([truth(part, table) for part in condition[key]])
-            decided = (parts == deciding).any(axis=0)
-            known = (parts >= 0).all(axis=0)
-            return np.where(decided, deciding, np.where(known, 1 - deciding, -1)).astype(np.int8)
+            return reduce(join, (_holds(part, table) for part in condition[key]))
     return _compare(condition, table)
 
 
-def _compare(leaf: dict[str, Any], table: pa.Table) -> np.ndarray:
+def _compare(leaf: dict[str, Any], table: pa.Table) -> pa.Array:
     check_condition(leaf, table.schema)
     name = leaf["column"]
     if name not in BUILTINS:
-        column = table.column(name)
+        column = table.column(name).combine_chunks()
         if pa.types.is_dictionary(column.type):
             column = pc.cast(column, column.type.value_type)
         if "present" in leaf:
-            return np.asarray(np.asarray(column.is_valid()) == leaf["present"], dtype=np.int8)
+            return pc.equal(column.is_valid(), leaf["present"])
         if isinstance(leaf.get("is", [0.0])[0], str):
             hit = pc.is_in(column, value_set=pa.array(leaf["is"], column.type))
-            return np.where(np.asarray(column.is_valid()), np.asarray(hit), np.int8(-1)).astype(np.int8)
+            return pc.if_else(column.is_valid(), hit, pa.scalar(None, pa.bool_()))
     values = metadata_values(name, table)
+    unknown = np.isnan(values)
     if "present" in leaf:
-        return np.asarray(~np.isnan(values) == leaf["present"], dtype=np.int8)
+        return pa.array(unknown != leaf["present"])
     with np.errstate(invalid="ignore"):
         hit = np.isin(values, np.array(leaf["is"], dtype=np.float64)) if "is" in leaf else np.ones(len(values), bool)
         if "above" in leaf:
             hit &= values > leaf["above"]
         if "below" in leaf:
             hit &= values < leaf["below"]
-    return np.where(np.isnan(values), -1, hit).astype(np.int8)
+    return pa.array(hit, mask=unknown)
 
 
 def in_words(condition: dict[str, Any]) -> str:
