@@ -21,7 +21,7 @@ from clipfilter.policies.fraction import (
     wanted_rank,
 )
 from clipfilter.policies.kinds.base import Measure
-from clipfilter.policies.kinds.registry import KINDS, measure_in, measure_of
+from clipfilter.policies.kinds.registry import measure_in, measure_of
 from clipfilter.policies.kinds.words import Words, Written, joined
 from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
 from clipfilter.policies.language.about import Expectation, RuleExpectation
@@ -40,7 +40,6 @@ from clipfilter.policies.parts.conditions import in_words
 from clipfilter.policies.parts.fields import suggest
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
-from clipfilter.policies.recheck import RECHECK
 from clipfilter.policies.scoring import Scores
 
 __all__ = [
@@ -49,12 +48,10 @@ __all__ = [
     "BUILTINS",
     "COSINE_BLOCK",
     "DEFAULT_TEMPLATES",
-    "KINDS",
     "LABEL_COLUMNS",
     "MAX_YAML_BYTES",
     "OVERRIDE_RULE",
     "REASONS",
-    "RECHECK",
     "TEMPLATES",
     "Attachments",
     "Band",

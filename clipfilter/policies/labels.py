@@ -13,6 +13,7 @@ from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies.class_vectors import class_vectors, cosine_blocks
 from clipfilter.policies.curves import sigmoid
+from clipfilter.policies.parts.values import same_phrase
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES, fill
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ class LabelScorer:
             phrases = GENERIC_NEGATIVES[labels.generic]
             self._generics = class_vectors(encoder, phrases, labels.templates)
             # A label is no negative of itself.
-            self._own = np.array([[_plain(name) == _plain(phrase) for phrase in phrases] for name in labels.names])
+            self._own = np.array(
+                [[same_phrase(name) == same_phrase(phrase) for phrase in phrases] for name in labels.names]
+            )
 
     def best(self, image_emb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best labels of each image: positions int32 [n, k] and scores float32 [n, k], best first.
@@ -169,10 +172,6 @@ def _largest(values: np.ndarray, k: int) -> np.ndarray:
         order[:, place] = left.argmax(axis=1)
         left[rows, order[:, place]] = -np.inf
     return order
-
-
-def _plain(phrase: str) -> str:
-    return " ".join(phrase.split()).casefold()
 
 
 def parse_labels(text: str) -> tuple[str, ...]:

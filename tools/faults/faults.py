@@ -53,10 +53,10 @@ FAULTS = (
         ("tests/unit/test_engine_shard.py", "tests/golden"),
     ),
     Fault(
-        "captions shifted by one row",
+        "captions in the wrong order",
         "clipfilter/engine/shard.py",
-        "lists = [_usable(c) for c in batch.rows[cf.CAPTIONS].to_pylist()]",
-        "lists = [_usable(c) for c in batch.rows[cf.CAPTIONS].to_pylist()]; lists = lists[1:] + lists[:1]",
+        "lists = [_usable(own) for own in batch.rows[cf.CAPTIONS].to_pylist()]",
+        "lists = [_usable(own) for own in batch.rows[cf.CAPTIONS].to_pylist()][::-1]",
         ("tests/unit/test_engine_shard.py", "tests/golden"),
     ),
     Fault(
