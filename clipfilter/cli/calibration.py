@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clipfilter.cli.options import Json, Policy
-from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.cli.printing import new_table, print_json, say, stdout
 from clipfilter.decisions import Limit
 
 if TYPE_CHECKING:
@@ -154,9 +154,7 @@ def _summary(found: Calibrated, written: str | None) -> dict[str, Any]:
 
 
 def _print(found: Calibrated, written: str | None, plot: str | None) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     say(
         console,
         f"{found.rule}: {found.labels:,} labels ({found.positives:,} positive, {found.design}), "

@@ -16,7 +16,7 @@ from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.cli import options as o
 from clipfilter.cli.jobs import job_request, run_command
-from clipfilter.cli.printing import bar, new_table, say
+from clipfilter.cli.printing import bar, new_table, say, stdout
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -232,9 +232,7 @@ def _print(
     lost: list[dict[str, str]],
     files: list[str],
 ) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     total = counts.total()
     if total <= _IN_FULL:
         for row in rows:
@@ -311,12 +309,10 @@ def _print_table(console: Console, counts: Counter[str | None]) -> None:
 
 def _print_counts(out: str) -> None:
     """How many rows of a finished run each label won, read shard by shard."""
-    from rich.console import Console
-
     from clipfilter.runs import Run
 
     run = Run.open(out)
     counts: Counter[str | None] = Counter({None: run.version.totals.failed})
     for _, batch in run.batches("annotated", [cf.LABEL]):
         counts.update(_won(batch))
-    _print_table(Console(), counts)
+    _print_table(stdout(), counts)

@@ -10,7 +10,7 @@ import typer
 from clipfilter import defaults
 from clipfilter.cli import options as o
 from clipfilter.cli.jobs import job_request
-from clipfilter.cli.printing import print_json, say
+from clipfilter.cli.printing import print_json, say, stdout
 from clipfilter.decisions import DECISIONS
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def run_and_show(request: NightRequest, *, as_json: bool, quiet: bool, metrics: 
 
 
 def _print(result: NightResult) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     counts, totals, shards = result.counts, result.totals, result.shards
     found = [f"{shards[name]:,} {name}" for name in ("new", "changed", "again", "failed", "vanished") if shards[name]]
     if shards["set_aside"]:

@@ -11,7 +11,7 @@ import typer
 from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.cli.options import Json, ModelOfRun, Run
-from clipfilter.cli.printing import COLOURS, new_table, print_json, say
+from clipfilter.cli.printing import COLOURS, new_table, print_json, say, stdout
 
 if TYPE_CHECKING:
     from clipfilter.search import Searcher, SearchResult
@@ -147,10 +147,9 @@ def _columns(chosen: list[str]) -> list[str]:
 
 
 def _print(found: SearchResult, chosen: list[str]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = stdout()
     rows = found.hits.to_pylist()
     decided = any(row[cf.DECISION] for row in rows)
     names = chosen or [cf.KEY, cf.CAPTION, *([cf.DECISION] if decided else [])]

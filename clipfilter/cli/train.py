@@ -13,7 +13,7 @@ import typer
 
 from clipfilter import defaults
 from clipfilter.cli import options as o
-from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.cli.printing import new_table, print_json, say, stdout
 
 if TYPE_CHECKING:
     from clipfilter.training import Shown, TrainResult
@@ -179,11 +179,9 @@ def _progress(*, enabled: bool) -> Iterator[_Shown]:
 
 
 def _print_result(result: TrainResult) -> None:
-    from rich.console import Console
-
     from clipfilter.training import table_rows
 
-    console = Console()
+    console = stdout()
     if not result.computed:
         console.print("everything was already done; nothing was computed again", style="dim")
     found = new_table("", *(f">{name}" for name in result.summary["reported"]))
