@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from clipfilter.engine.decoding import DecodedBatch, DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.decoding import (
+    DecodedBatch,
+    DecodeSettings,
+    StageTimes,
+    ThreadDecoder,
+    decode_batches,
+    decoded_ahead,
+    prefetch,
+)
 from clipfilter.engine.driver import MAX_ATTEMPTS, Display, Progress, StageResult, Unit, fix_thresholds, run_units
 from clipfilter.engine.executors.inline import InlineExecutor
 from clipfilter.engine.executors.interface import Outcome, Resources
@@ -70,6 +78,7 @@ __all__ = [
     "compile_for",
     "cpu_count",
     "decode_batches",
+    "decoded_ahead",
     "embed_rows",
     "embed_stream",
     "fix_thresholds",

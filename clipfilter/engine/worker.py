@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from clipfilter import defaults
 from clipfilter.decisions import DECISIONS
-from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decoded_ahead
 from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
 from clipfilter.runs import (
@@ -213,21 +213,14 @@ class Worker:
             if task.isolated:
                 decoder = IsolatedDecoder(self._settings)
                 stack.callback(decoder.close)
-            on_gpu = self.spec.device.startswith("cuda")
             # On a GPU decoding runs two batches ahead, and begins while an earlier shard still has the encoder. On a
             # CPU the cores are the encoder's too, and taking turns is faster than competing (docs/decisions/0003): only
             # reading runs ahead.
-            batches = decode_batches(
-                stack.enter_context(contextlib.closing(prefetch(reader, 1))),
-                decoder,
-                self.encoder.preprocess.size,
-                options["batch_size"],
-                times,
-                _sampler(options["sample"]),
-                task.row_cap,
+            ahead = 2 if self.spec.device.startswith("cuda") else 0
+            size, keep_row = self.encoder.preprocess.size, _sampler(options["sample"])
+            batches = stack.enter_context(
+                decoded_ahead(reader, decoder, size, options["batch_size"], times, ahead, keep_row, task.row_cap)
             )
-            if on_gpu:
-                batches = stack.enter_context(contextlib.closing(prefetch(batches, 2)))
             report = process_shard(
                 batches,
                 self.encoder,

@@ -103,7 +103,7 @@ def _write_shard(run: Run, directory: Directory, plan: Plan, base: Commit, added
         if shard is not None:
             writer.annotated(with_columns(shard.rows, added, compute(shard)), final=True)
         counts = {name: base.counts.get(name, 0) for name in ("rows", "failed", "embedded")} | base.counts.of_source()
-        account = replace(base.account, counts=Counts(counts), rules={})
+        account = replace(base, counts=Counts(counts), rules={})
         writer.commit(account, stage="embedded", plan=plan.sha256, carried=carried)
 
 

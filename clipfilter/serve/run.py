@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 from clipfilter import columns as cf
 from clipfilter.engine import refuse_other_weights, stored_model
-from clipfilter.errors import RefusedError
 from clipfilter.operations import escalated_rows
 from clipfilter.report import RuleData, rules_of
 from clipfilter.runs import Run, RunVectors, VectorShard, annotate, of_run
@@ -58,12 +57,6 @@ class ServedRun:
     def on_encoder(self, work: Any) -> Any:
         """`work(encoder)`, on the thread that owns the model. Raises RefusedError where the model cannot be had."""
         return self._torch.submit(lambda: work(self._load())).result()
-
-    def rule(self, name: str) -> RuleData:
-        found = next((rule for rule in self.rules if rule.id == name), None)
-        if found is None:
-            raise RefusedError(f"the run's policy has no rule {name[:80]!r}.")
-        return found
 
     def positions_of(self, uids: list[str]) -> list[int | None]:
         """Where the rows with these uids are; None for those the run does not hold. Reads the uids shard by shard."""
