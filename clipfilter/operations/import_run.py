@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -293,11 +292,7 @@ def _opened(directory: Directory, part: _Part, target: Directory) -> Iterator[tu
             if array:
                 with directory.open(file) as handle, np.load(handle, allow_pickle=False) as arrays:
                     return np.asarray(arrays[array])
-            path = Path(directory.path(file))
-            if not directory.local:
-                path = target.scratch() / file.replace("/", "-")
-                directory.fs.get_file(directory.path(file), str(path))
-                stack.callback(path.unlink)
+            path = stack.enter_context(directory.fetched(file, target.scratch()))
             return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
         yield load(part.image), None if part.text is None else load(part.text)

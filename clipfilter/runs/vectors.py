@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,11 +88,6 @@ class RunVectors:
         Raises RefusedError when there is no finished run, no such version, or no row.
         """
         return cls(Run.open(run, version))
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """The fingerprint of the model that made the embeddings."""
-        return self.plan.model
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(position of the first row, float16 [n, dim] memory-mapped, unit norm), in order, at most 65 536 rows each."""

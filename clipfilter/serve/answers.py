@@ -177,7 +177,7 @@ def row_explained(run: ServedRun, position: int) -> dict[str, Any]:
         "escalated": bool(run.columns.escalated[position]),
         "image": {name: row.get(f"{cf.PREFIX}{name}") for name in ("width", "height", "format", "sha256")},
         "similarity": row.get(cf.SIMILARITY),
-        "shard": text.clean(run.shards[int(number[0])].shard.path, 400),
+        "shard": text.clean(run.vectors.shards[int(number[0])].shard.path, 400),
         "row": row[cf.ROW],
         "rules": [
             {
@@ -229,7 +229,7 @@ def labelled_row(run: ServedRun, position: int, rule: str) -> dict[str, Any]:
     return {
         cf.UID: row[cf.UID],
         cf.KEY: row.get(cf.KEY),
-        "path": str(run.shards[int(number[0])].shard.path),
+        "path": str(run.vectors.shards[int(number[0])].shard.path),
         cf.SHARD: row[cf.SHARD],
         cf.ROW: row[cf.ROW],
         "caption": row.get(cf.CAPTION),
