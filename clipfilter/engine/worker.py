@@ -251,7 +251,7 @@ class Worker:
         origin, commit = Directory(task.inputs.run), task.inputs.commit
         same_run = origin.url == self.directory.url
         failed_file, rows_file = commit.files.failed, commit.files.scored if same_run else commit.files.annotated
-        try:
+        with origin:
             failed = read_table(origin, failed_file) if failed_file else FAILED.empty_table()
             if rows_file is None:
                 none = dict.fromkeys(("embedded", "decided", *DECISIONS), 0)
@@ -264,8 +264,6 @@ class Worker:
                     rows, embeddings, failed, self.encoder, self.policy, None if scored_only else task.thresholds or {},
                     writer, copy=same_run and self.spec.options["copy"], final=task.op == "decide", labels=self.labels,
                 )  # fmt: skip
-        finally:
-            origin.clean_scratch(stale_only=False)
         if not same_run and task.op == "decide":
             writer.failed(failed)
         self._count(report.counts.rows)

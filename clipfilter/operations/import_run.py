@@ -23,14 +23,13 @@ from clipfilter.runs import (
     Counts,
     Plan,
     ShardWriter,
-    Version,
     annotate,
     embeddings_schema,
     failed_table,
+    finish_run,
     ledger,
     settle_plan,
     vector_column,
-    write_summary,
 )
 from clipfilter.sources import (
     IMPORTED_KIND,
@@ -117,9 +116,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
                         here = slice(shard.start, shard.stop)
                         texts = None if text_emb is None else text_emb[here]
                         writer.write(shard, rows, image[here], texts)
-        made = Version.of(plan.sha256, "embedded", ledger.commits(target, committed), [])
-        version = ledger.write_version(target, made)
-    return write_summary(target, version)
+        return finish_run(target, plan, committed, [])
 
 
 def _format(names: dict[str, str | None], text: bool) -> dict[str, Any]:
