@@ -15,7 +15,7 @@ from clipfilter.engine.driver import MAX_ATTEMPTS, Display, Progress, StageResul
 from clipfilter.engine.executors.inline import InlineExecutor
 from clipfilter.engine.executors.interface import Outcome, Resources
 from clipfilter.engine.executors.ray import RayExecutor
-from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
+from clipfilter.engine.hardware import MAX_THREADS, cpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
@@ -82,7 +82,6 @@ __all__ = [
     "embed_rows",
     "embed_stream",
     "fix_thresholds",
-    "gpu_count",
     "on_device",
     "open_inputs",
     "plan_overview",

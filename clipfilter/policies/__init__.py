@@ -7,7 +7,7 @@ from clipfilter.policies.captions import language_detector
 from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
 from clipfilter.policies.curves import bent, sigmoid
-from clipfilter.policies.deciding import REASONS, Decisions, escalated
+from clipfilter.policies.deciding import REASONS, escalated
 from clipfilter.policies.fraction import (
     BUCKETS,
     Threshold,
@@ -40,7 +40,6 @@ from clipfilter.policies.parts.conditions import in_words
 from clipfilter.policies.parts.fields import suggest
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
-from clipfilter.policies.scoring import Scores
 
 __all__ = [
     "ATTACHMENTS_FOLDER",
@@ -56,7 +55,6 @@ __all__ = [
     "Attachments",
     "Band",
     "CompiledPolicy",
-    "Decisions",
     "Expectation",
     "LabelScorer",
     "LabelSet",
@@ -66,7 +64,6 @@ __all__ = [
     "Rule",
     "RuleExpectation",
     "ScorePolicy",
-    "Scores",
     "Threshold",
     "Words",
     "Written",

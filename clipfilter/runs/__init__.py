@@ -16,7 +16,7 @@ from clipfilter.runs.columns import (
     with_facts,
 )
 from clipfilter.runs.derive import derive, finish_run, refuse_existing
-from clipfilter.runs.ledger import FINAL_STAGE, CommitName
+from clipfilter.runs.ledger import FINAL_STAGE
 from clipfilter.runs.pictures import Pictures
 from clipfilter.runs.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
 from clipfilter.runs.records import (
@@ -52,7 +52,6 @@ __all__ = [
     "Account",
     "Base",
     "Commit",
-    "CommitName",
     "Counts",
     "DataFile",
     "FailedShard",
