@@ -103,15 +103,8 @@ def calibrate(
         raise RefusedError(f"--plot {plot} must be an .svg file in a folder that exists.")
     loaded = load_policy(policy)
     source, destination = (None, None) if dry_run else c.policy_path(policy, out)
-    found = c.calibrate(
-        loaded,
-        c.open_scored(on),
-        c.read_labels(labels),
-        targets,
-        rule=rule,
-        confidence=confidence,
-        prevalence=prevalence,
-    )
+    judged = (c.open_scored(on), c.read_labels(labels), targets)
+    found = c.calibrate(loaded, *judged, rule=rule, confidence=confidence, prevalence=prevalence)
     if source is not None and destination is not None:
         _write(found, source, destination)
     if plot is not None:

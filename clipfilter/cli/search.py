@@ -119,13 +119,12 @@ def search(
         problem = None if sheet is None else _write_sheet(sheet, searcher, found, thumbnails)
     if as_json:
         print_json(found.to_json() | {"sheet": sheet}, ascii_only=False, default=str)
-    else:
-        _print(found, chosen)
-        if sheet is not None:
-            typer.echo(f"sheet    {sheet}")
-    for note in (*found.notes, problem):
-        if note and not as_json:
-            typer.echo(f"note     {note}", err=True)
+        return
+    _print(found, chosen)
+    if sheet is not None:
+        typer.echo(f"sheet    {sheet}")
+    for note in filter(None, (*found.notes, problem)):
+        typer.echo(f"note     {note}", err=True)
 
 
 def _write_sheet(sheet: str, searcher: Searcher, found: SearchResult, thumbnails: defaults.Thumbnails) -> str | None:

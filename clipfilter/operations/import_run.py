@@ -99,9 +99,8 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
     parts = _find(directory, encoder.dim, options)
     schema, names = _columns(directory, parts, options)
     text = any(part.text for part in parts)
-    source = Source(
-        directory.url, Imported(Location(directory.url), SourceOptions(), freeze(schema), _format(names, text))
-    )
+    form = {"kind": IMPORTED_KIND, "has_captions": text or names["caption"] is not None, "columns": names}
+    source = Source(directory.url, Imported(Location(directory.url), SourceOptions(), freeze(schema), form))
     plan = settle_plan(target, _plan(source, encoder, options, text))
     writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
@@ -117,10 +116,6 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
                         texts = None if text_emb is None else text_emb[here]
                         writer.write(shard, rows, image[here], texts)
         return finish_run(target, plan, committed, [])
-
-
-def _format(names: dict[str, str | None], text: bool) -> dict[str, Any]:
-    return {"kind": IMPORTED_KIND, "has_captions": text or names["caption"] is not None, "columns": names}
 
 
 def _plan(source: Source, encoder: Encoder, options: ImportOptions, text: bool) -> Plan:

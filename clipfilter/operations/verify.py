@@ -92,7 +92,8 @@ def _hash(directory: Directory, name: str) -> tuple[str, int]:
     if directory.fs.isdir(directory.path(name)):
         digest, size = hashlib.sha256(), 0
         files: list[str] = directory.walk(name)
-        for file in sorted(files, key=lambda f: _folder_order(f, name)):
+        # pathlib sorts by path components, which differs from sorting the joined names.
+        for file in sorted(files, key=lambda file: file[len(name) + 1 :].split("/")):
             inner, length = _hash(directory, file)
             digest.update(f"{file[len(name) + 1 :]}\0{inner}\n".encode())
             size += length
@@ -103,11 +104,6 @@ def _hash(directory: Directory, name: str) -> tuple[str, int]:
             digest.update(chunk)
             size += len(chunk)
     return digest.hexdigest(), size
-
-
-def _folder_order(file: str, folder: str) -> list[str]:
-    # pathlib sorts by path components, which differs from sorting the joined names.
-    return file[len(folder) + 1 :].split("/")
 
 
 def _check_shard(run: Run, commit: Commit) -> Iterator[str]:

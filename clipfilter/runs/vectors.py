@@ -78,8 +78,10 @@ class RunVectors:
         self._origins: dict[str, Directory] = {run.url: run.directory}
         self._open: OrderedDict[int, _Opened] = OrderedDict()
         self._lock = threading.Lock()
-        self.dim: int = _dim(self._local(self.shards[0]))
-        self.schema: pa.Schema = self._annotated_schema()
+        with pa.memory_map(str(self._local(self.shards[0]))) as file:
+            self.dim = int(pa.ipc.open_file(file).schema.field("image_emb").type.list_size)
+        with self.directory.open(self.shards[0].annotated.name) as file:
+            self.schema: pa.Schema = pq.read_schema(file).remove_metadata()
 
     @classmethod
     def open(cls, run: str, version: str | int | None = None) -> RunVectors:
@@ -232,15 +234,6 @@ class RunVectors:
             origin.fs.get_file(origin.path(name), str(partial))
             partial.rename(copy)
         return copy
-
-    def _annotated_schema(self) -> pa.Schema:
-        with self.directory.open(self.shards[0].annotated.name) as handle:
-            return pq.read_schema(handle).remove_metadata()
-
-
-def _dim(path: Path) -> int:
-    with pa.memory_map(str(path)) as handle:
-        return int(pa.ipc.open_file(handle).schema.field("image_emb").type.list_size)
 
 
 def _shards(run: Run) -> Iterator[VectorShard]:
