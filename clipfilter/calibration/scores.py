@@ -129,7 +129,7 @@ def bands_in_use(policy: Policy, rule: Rule, weights_sha256: str | None) -> dict
     bands = {}
     for name in LIMITS:
         calibrated = getattr(own, name) if own is not None else None
-        band = calibrated.band() if calibrated is not None else getattr(rule, name)
+        band = calibrated.band if calibrated is not None else getattr(rule, name)
         if band is not None:
             bands[name] = band
     return bands
@@ -140,7 +140,7 @@ def direction_of(policy: Policy, rule: Rule) -> str:
     bands = [rule.review, rule.reject]
     for entry in policy.calibrations:
         own = entry.rules.get(rule.id)
-        bands += [band.band() for band in (own.review, own.reject) if band is not None] if own is not None else []
+        bands += [band.band for band in (own.review, own.reject) if band is not None] if own is not None else []
     direction = next((band.direction for band in bands if band is not None), None)
     if direction is None:
         raise RefusedError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from clipfilter.policies.blocks import similarity
 from clipfilter.policies.captions import language_detector
-from clipfilter.policies.class_vectors import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
 from clipfilter.policies.curves import bent, sigmoid
 from clipfilter.policies.deciding import REASONS, escalated
@@ -40,6 +39,7 @@ from clipfilter.policies.parts.conditions import in_words
 from clipfilter.policies.parts.fields import suggest
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
+from clipfilter.policies.texts import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 
 __all__ = [
     "ATTACHMENTS_FOLDER",

@@ -17,16 +17,15 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies import deciding
 from clipfilter.policies.curves import bent
 from clipfilter.policies.deciding import Decider, Decisions
-from clipfilter.policies.encoder import TextEncoder
 from clipfilter.policies.kinds.base import Answer, CompiledRule, Context, Plan, naming
 from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.rule import Rule
 from clipfilter.policies.language.schema import DatasetThreshold, Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.parts.attachments import Attachments
-from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.calibrated import Calibration
+from clipfilter.policies.parts.bands import Band, Calibration
 from clipfilter.policies.parts.conditions import check_condition
 from clipfilter.policies.scoring import Scorer, Scores
+from clipfilter.policies.texts import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def compile_policy(
     labels: list[str] = []
     plans: list[tuple[Plan, int]] = []
     for measure in KINDS.values():
-        plan = measure.plan([rule for rule in rules if isinstance(rule.measure, measure)], context)
+        plan = measure.plan([rule for rule in rules if type(rule.measure) is measure], context)
         if plan is not None:
             plans.append((plan, len(labels)))
             labels += plan.labels
@@ -204,7 +203,7 @@ def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, m
     if own is not None:
         for name, calibrated in (("review", own.review), ("reject", own.reject)):
             if calibrated is not None:
-                band = calibrated.band()
+                band = calibrated.band
                 # Calibrated thresholds are raw scores; the curve carries them over to probabilities.
                 bands[name] = band if curve is None else Band(**{band.direction: bent(curve, band.value)})
     tighten = rule.tighten.band if rule.tighten is not None else None

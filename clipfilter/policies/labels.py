@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
-from clipfilter.policies.class_vectors import class_vectors, cosine_blocks
 from clipfilter.policies.curves import sigmoid
 from clipfilter.policies.parts.values import same_phrase
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES, fill
+from clipfilter.policies.texts import class_vectors, cosine_blocks
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder

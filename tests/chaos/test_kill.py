@@ -29,7 +29,7 @@ from tests.support.engine import (
 )
 from tests.support.quick import BATCH_SIZE
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.cores]
 
 SHARDS = 6
 SEED = int(os.environ.get("CLIPFILTER_CHAOS_SEED", "20261121"))

@@ -75,7 +75,12 @@ def make(name: str, folder: Path, photos: Path = PHOTOS) -> Path:
         file.write_text(policy)
         policy = str(file)
     out = folder / name
-    run_job(JobRequest(job, str(photos), str(out), policy=policy, engine="local", max_failures=0.1))  # type: ignore[arg-type]
+    # Threads and batch size decide how a product is rounded.
+    run_job(
+        JobRequest(
+            job, str(photos), str(out), policy=policy, engine="local", threads=2, batch_size=64, max_failures=0.1
+        )  # type: ignore[arg-type]
+    )
     return out
 
 

@@ -19,6 +19,8 @@ from tests.golden.capture import GOLDEN, RUNS, capture, machine, make
 TOLERANCE = 2e-4
 
 
+@pytest.mark.processes
+@pytest.mark.cores
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_writes_what_it_always_wrote(name: str, tmp_path: Path) -> None:
     golden = json.loads((GOLDEN / f"{name}.json").read_text())

@@ -14,6 +14,7 @@ from clipfilter.engine.job import JobRequest, run_job
 from clipfilter.errors import RefusedError
 from clipfilter.operations.verify import verify_run
 from tests.support.engine import FRACTION_POLICY, cli, commits, data_files, policy_file, samples
+from tests.support.quick import BATCH_SIZE
 from tests.support.sources import write_webdataset
 
 pytestmark = pytest.mark.integration
@@ -75,7 +76,7 @@ def test_an_image_that_kills_its_decoder_costs_that_row(engine: str, policy: str
     out = tmp_path / "out"
     done = cli(
         "run", str(tmp_path / "tars"), "--policy", policy, "--out", str(out), "--engine", engine,
-        "--max-failures", "0.05", "--json", env=environment,
+        "--max-failures", "0.05", "--batch-size", str(BATCH_SIZE), "--json", env=environment,
     )  # fmt: skip
     totals = json.loads(done.stdout)["totals"]
     assert totals["failed_by_class"] == {"decoder_crash": 1}

@@ -20,8 +20,8 @@ from clipfilter.evaluation.evaluate import EvaluateRequest, Evaluation, assess, 
 from clipfilter.evaluation.labels import name_classes, read_labels, read_templates
 from clipfilter.evaluation.measures import caption_match_auc, retrieval
 from clipfilter.models import Encoder, load_encoder
-from clipfilter.policies.class_vectors import class_vectors
 from clipfilter.policies.prompts import TEMPLATES
+from clipfilter.policies.texts import class_vectors
 from clipfilter.sources import SourceOptions
 from tests.support.edition import CAPTIONS_AUC, LABELS_TOP1, RECALL_AT_10
 from tests.support.engine import PHOTOS, cli, photos, samples

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from clipfilter.errors import RefusedError
 from clipfilter.evaluation.measures import caption_match_auc, retrieval, shuffled_auc, zero_shot
-from clipfilter.policies.class_vectors import class_vectors
 from clipfilter.policies.prompts import TEMPLATES
+from clipfilter.policies.texts import class_vectors
 
 
 def grid(seed: int, rows: int, dim: int = 3) -> np.ndarray:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from clipfilter.errors import RefusedError
 from clipfilter.images.facts import image_facts
-from clipfilter.policies import CompiledPolicy, Policy, compile_policy, load_policy, parse_policy, text_cache
+from clipfilter.policies import CompiledPolicy, Policy, compile_policy, load_policy, parse_policy, texts
 from clipfilter.policies.kinds.pixels import PIXELS
 from clipfilter.policies.language.schema import rule_prompts_sha256
 from clipfilter.policies.parts.conditions import truth
@@ -564,7 +564,7 @@ class Real(FakeEncoder):
 
 
 def test_prompts_are_embedded_once_per_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(text_cache.VARIABLE, str(tmp_path / "texts"))
+    monkeypatch.setenv(texts.VARIABLE, str(tmp_path / "texts"))
     first, second, other = Real(), Real(), Real(weights_sha256="c" * 64)
     plans = [compiled(CAT, encoder=encoder).matrix for encoder in (first, second, other)]
     assert first.asked
@@ -579,7 +579,7 @@ def test_prompts_are_embedded_once_per_model(tmp_path: Path, monkeypatch: pytest
         again = Real()
         np.testing.assert_array_equal(compiled(CAT, encoder=again).matrix, plans[0])
         assert again.asked == first.asked
-    monkeypatch.setenv(text_cache.VARIABLE, "off")
+    monkeypatch.setenv(texts.VARIABLE, "off")
     last = Real()
     compiled(CAT, encoder=last)
     assert last.asked
@@ -587,5 +587,5 @@ def test_prompts_are_embedded_once_per_model(tmp_path: Path, monkeypatch: pytest
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(text_cache.VARIABLE, str(tmp_path / "file" / "texts"))
+    monkeypatch.setenv(texts.VARIABLE, str(tmp_path / "file" / "texts"))
     assert compiled(CAT, encoder=Real()).matrix.shape == (DIM, 2)

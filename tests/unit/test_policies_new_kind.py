@@ -29,12 +29,12 @@ from clipfilter.policies import (
 )
 from clipfilter.policies.kinds.base import Answer, numbers_answer
 from clipfilter.policies.kinds.registry import MEASURES
-from clipfilter.policies.language.schema import trial_kind
 from clipfilter.policies.parts.fields import fail
 from clipfilter.policies.parts.values import Number
 from clipfilter.report.data import Band, RuleData
 from clipfilter.report.explain import sentence, verdict
 from clipfilter.report.rules import meaning
+from tests.support.kinds import trial_kind
 from tests.support.policies import FakeEncoder, embeddings
 
 POLICY = """

@@ -181,7 +181,7 @@ FAULTS = (
     ),
     Fault(
         "class vectors average prompts that are no unit vectors",
-        "clipfilter/policies/class_vectors.py",
+        "clipfilter/policies/texts.py",
         "texts /= np.maximum(np.linalg.norm(texts, axis=2, keepdims=True), 1e-12)",
         "texts *= np.arange(1.0, 1.0 + texts.shape[1])[None, :, None]",
         ("tests/unit/test_evaluation_measures.py", "tests/unit/test_evaluation.py"),

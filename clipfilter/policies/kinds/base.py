@@ -18,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.encoder import TextEncoder
 from clipfilter.policies.kinds.words import Words
-from clipfilter.policies.parts.attachments import Attachment, Attachments
-from clipfilter.policies.parts.bands import Band, moved
-from clipfilter.policies.parts.calibrated import CalibratedRule
+from clipfilter.policies.parts.attachments import Attachment, Attachments, Listed
+from clipfilter.policies.parts.bands import Band, CalibratedRule, moved
 from clipfilter.policies.parts.fields import Model, fail
 from clipfilter.policies.recheck import RECHECK, settle
+from clipfilter.policies.texts import TextEncoder
 
 
 class Measure(Model):
@@ -91,7 +90,10 @@ class Measure(Model):
     @property
     def attachments(self) -> Iterator[Attachment]:
         """The files that belong to it."""
-        yield from ()
+        for value in (getattr(self, key) for key in self.file_keys):
+            source = value.source if isinstance(value, Listed) else value
+            if source is not None:
+                yield source
 
     def check_rule(self, rule: Any) -> None:
         """Refuse other keys of the rule (see `language.rule.Rule`) that cannot stand beside this kind."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,13 +13,12 @@ from clipfilter.policies.kinds.base import CompiledRule, Context, Measure, check
 from clipfilter.policies.kinds.concept_plan import ConceptPlan, Part
 from clipfilter.policies.kinds.vectors import LearnedVectors, read_vectors
 from clipfilter.policies.kinds.words import Words, Written, phrase_list
-from clipfilter.policies.parts.attachments import Attached, Attachment, Attachments
-from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.calibrated import CalibratedRule
+from clipfilter.policies.parts.attachments import Attached, Attachments
+from clipfilter.policies.parts.bands import Band, CalibratedRule
 from clipfilter.policies.parts.fields import choice, fail, shown
 from clipfilter.policies.parts.values import Generic, Number, Phrases, WeighedPhrases, same_phrase
-from clipfilter.policies.phrases import Phrase, unit_vectors
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION
+from clipfilter.policies.texts import Phrase, unit_vectors
 
 Score = Annotated[
     Literal["probability", "margin", "cosine", "calibrated"],
@@ -159,11 +158,6 @@ class Concept(Measure):
     @property
     def phrases(self) -> int:
         return len((*self.any_of, *self.all_of, *self.but_not))
-
-    @property
-    def attachments(self) -> Iterator[Attachment]:
-        if self.vectors is not None:
-            yield self.vectors
 
     def check_band(self, band: Band, *at: str | int) -> None:
         if self.score in ("probability", "calibrated"):

@@ -32,7 +32,7 @@ class Fraction(Measure):
         return self.of
 
     def check_rule(self, rule: Any) -> None:
-        if rule.review is None and rule.reject is None:
+        if not rule.bands:
             fail(
                 f"the fraction rule {rule.id!r} needs a band, for example reject: {{outside_top: 0.30}}",
                 self.kind, key=True,

@@ -17,8 +17,7 @@ from clipfilter.models.heads import Layers, load_head
 from clipfilter.policies.kinds.base import Block, CompiledRule, Context, Found, Measure, check_probability, naming
 from clipfilter.policies.kinds.words import Words, Written
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import fail, shown, text
-from clipfilter.policies.parts.shapes import TEXT
+from clipfilter.policies.parts.fields import TEXT, fail, shown, text
 from clipfilter.policies.parts.values import Sha256
 from clipfilter.policies.recheck import RECHECK, Recheck, settle
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,11 +23,9 @@ from clipfilter.policies.hashes import (
 )
 from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
 from clipfilter.policies.kinds.words import Words
-from clipfilter.policies.parts.attachments import Attachment, Attachments
+from clipfilter.policies.parts.attachments import Attachments, Listed, filed
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import fail, shown, suggest
-from clipfilter.policies.parts.listed import Listed, filed
-from clipfilter.policies.parts.shapes import TEXTS_OR_FILE
+from clipfilter.policies.parts.fields import TEXTS_OR_FILE, fail, shown, suggest
 from clipfilter.policies.parts.values import Whole
 
 
@@ -89,11 +87,6 @@ class Known(Measure):
         found = self.sha256 or self.phash
         assert found is not None
         return found
-
-    @property
-    def attachments(self) -> Iterator[Attachment]:
-        if self.listed.source is not None:
-            yield self.listed.source
 
     def check_rule(self, rule: Any) -> None:
         if rule.action is not None and rule.action not in self.actions:

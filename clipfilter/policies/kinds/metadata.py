@@ -14,8 +14,7 @@ from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
 from clipfilter.policies.kinds.words import Words, Written
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.columns import check_metadata, metadata_values
-from clipfilter.policies.parts.fields import text
-from clipfilter.policies.parts.shapes import TEXT
+from clipfilter.policies.parts.fields import TEXT, text
 
 _MEANINGS = {
     "width": "width in pixels",
@@ -55,26 +54,32 @@ class Metadata(Measure):
     def plain(self) -> Any:
         return self.name
 
+    def written(self) -> Any:
+        return self.name
+
     @property
     def numbers(self) -> tuple[str, ...]:
-        return (self.name,)
+        return (self.number(self.name),)
 
     def check_columns(self, schema: pa.Schema) -> None:
-        check_metadata(self.name, schema)
+        check_metadata(self.number(self.name), schema)
 
     def answer(self, thresholds: Sequence[float], files: Attachments) -> Answer:
-        return numbers_answer(lambda table: metadata_values(self.name, table), thresholds)
+        return numbers_answer(lambda table: metadata_values(self.number(self.name), table), thresholds)
+
+    @classmethod
+    def number(cls, name: str) -> str:
+        """The number that is compared."""
+        return name
 
     @classmethod
     def meaning(cls, spec: Any) -> Words:
-        return number_meaning(spec)
+        number = cls.number(spec)
+        return ["A number of the image: ", Written(_MEANINGS.get(number, f"the column {number}")), "."]
 
     @classmethod
     def measured(cls, spec: Any) -> Words:
-        return [str(spec)]
-
-    def written(self) -> Any:
-        return self.name
+        return [cls.number(spec)]
 
     @classmethod
     def is_whole(cls, spec: Any) -> bool:
@@ -83,8 +88,3 @@ class Metadata(Measure):
     @classmethod
     def reach(cls, threshold: float) -> float:
         return 0.0
-
-
-def number_meaning(name: str) -> Words:
-    """What the number of this name says, in a sentence."""
-    return ["A number of the image: ", Written(_MEANINGS.get(name, f"the column {name}")), "."]

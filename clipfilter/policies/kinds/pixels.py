@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pyarrow as pa
 from pydantic import GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
-from clipfilter.policies.kinds.metadata import number_meaning
-from clipfilter.policies.kinds.words import Words
-from clipfilter.policies.parts.attachments import Attachments
+from clipfilter.policies.kinds.metadata import Metadata
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.columns import check_metadata, metadata_values
 from clipfilter.policies.parts.fields import fail, shown, suggest
 
 
@@ -40,13 +34,11 @@ PIXELS = {
 }
 
 
-class Pixels(Measure):
+class Pixels(Metadata):
     """One of the qualities by its name."""
 
     kind = "pixels"
     about = "A quality such as dark or blurry; without bands it rejects from its documented threshold on."
-
-    name: str
 
     @model_validator(mode="before")
     @classmethod
@@ -64,37 +56,11 @@ class Pixels(Measure):
         quality = PIXELS.get(written) if isinstance(written, str) else None
         return None if quality is None else {"reject": {quality.direction: quality.threshold}}
 
-    @property
-    def quality(self) -> Quality:
-        return PIXELS[self.name]
-
-    def plain(self) -> Any:
-        return self.name
+    @classmethod
+    def number(cls, name: str) -> str:
+        return PIXELS[name].metadata
 
     def check_band(self, band: Band, *at: str | int) -> None:
-        if band.direction != self.quality.direction:
-            fail(
-                f"{self.name} lies {self.quality.direction} its threshold, not {band.direction}",
-                *at, band.direction, key=True,
-            )  # fmt: skip
-
-    def check_columns(self, schema: pa.Schema) -> None:
-        check_metadata(self.quality.metadata, schema)
-
-    def answer(self, thresholds: Sequence[float], files: Attachments) -> Answer:
-        return numbers_answer(lambda table: metadata_values(self.quality.metadata, table), thresholds)
-
-    @classmethod
-    def meaning(cls, spec: Any) -> Words:
-        return number_meaning(PIXELS[spec].metadata)
-
-    @classmethod
-    def measured(cls, spec: Any) -> Words:
-        return [PIXELS[spec].metadata]
-
-    def written(self) -> Any:
-        return self.name
-
-    @classmethod
-    def reach(cls, threshold: float) -> float:
-        return 0.0
+        direction = PIXELS[self.name].direction
+        if band.direction != direction:
+            fail(f"{self.name} lies {direction} its threshold, not {band.direction}", *at, band.direction, key=True)

@@ -1,7 +1,6 @@
 """Every kind of rule, in the order in which reports and refusals list them.
 
-A new kind is one file beside this one, with a subclass of `Measure`, and its entry here. A test that tries a kind out adds
-it for a while with `language.schema.trial_kind`.
+A new kind is one file beside this one, with a subclass of `Measure`, and its entry here.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from clipfilter.policies.kinds.text import Text
 MEASURES: tuple[type[Measure], ...] = (
     Concept, Alignment, Head, Safety, Metadata, Pixels, Text, Known, Combine, Fraction,
 )  # fmt: skip
-#: By name; `trial_kind` adds to it.
+#: By name; a test that tries a kind out adds it for a while.
 KINDS: dict[str, type[Measure]] = {measure.kind: measure for measure in MEASURES}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -13,11 +13,11 @@ from clipfilter.errors import RefusedError
 from clipfilter.models.heads import SafetyChecker, load_head
 from clipfilter.policies.kinds.base import Block, CompiledRule, Context, Found, Measure, naming
 from clipfilter.policies.kinds.words import Words, Written, phrase_list
-from clipfilter.policies.parts.attachments import Attached, Attachment
+from clipfilter.policies.parts.attachments import Attached
 from clipfilter.policies.parts.fields import Model, fail, shown, text
 from clipfilter.policies.parts.values import MAX_PHRASE_CHARS, MAX_PHRASES, Number
-from clipfilter.policies.phrases import unit_vectors
 from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
+from clipfilter.policies.texts import unit_vectors
 
 
 class SafetyConcept(Model):
@@ -81,11 +81,6 @@ class Safety(Measure):
     @property
     def prompted(self) -> bool:
         return self.file is None
-
-    @property
-    def attachments(self) -> Iterator[Attachment]:
-        if self.file is not None:
-            yield self.file
 
     def identity(self, templates: Sequence[str]) -> Any:
         return {"safety": self.model_dump(mode="json"), "templates": templates if self.prompted else None}

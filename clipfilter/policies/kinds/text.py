@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,11 +14,9 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies import captions
 from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
 from clipfilter.policies.kinds.words import Words, Written
-from clipfilter.policies.parts.attachments import Attachment, Attachments
+from clipfilter.policies.parts.attachments import Attachments, Listed, filed
 from clipfilter.policies.parts.columns import is_text
-from clipfilter.policies.parts.fields import fail, shown, suggest, text
-from clipfilter.policies.parts.listed import Listed, filed
-from clipfilter.policies.parts.shapes import TEXT_OR_TEXTS, TEXTS_OR_FILE
+from clipfilter.policies.parts.fields import TEXT_OR_TEXTS, TEXTS_OR_FILE, fail, shown, suggest, text
 
 
 def _languages(value: Any) -> Any:
@@ -93,11 +91,6 @@ class Text(Measure):
             if self.column is not None:
                 fail("a language is read from language_column or told from the text of column", "column", key=True)
         return self
-
-    @property
-    def attachments(self) -> Iterator[Attachment]:
-        if self.block_list is not None and self.block_list.source is not None:
-            yield self.block_list.source
 
     def check_columns(self, schema: pa.Schema) -> None:
         """Captions are never refused: where there are none, the rule's `on_missing` applies."""

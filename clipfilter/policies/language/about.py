@@ -13,8 +13,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from clipfilter.decisions import DECISIONS, Decision
-from clipfilter.policies.parts.fields import Model, choice, fail, number, shown, suggest, text
-from clipfilter.policies.parts.shapes import TEXTS, VARIABLE
+from clipfilter.policies.parts.fields import TEXTS, VARIABLE, Model, choice, fail, number, shown, suggest, text
 
 MAX_TESTS = 500
 MAX_CATEGORIES = 200

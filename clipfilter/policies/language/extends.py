@@ -62,7 +62,7 @@ def resolve(root: Node) -> Node:
         # A base may define what the extending file has no use for any more.
         if node.file == root.file and name not in expansion.used:
             refuse(merged.data["variables"].keys[name], f"the variable {name!r} is never used; remove it or its typo")
-    return _map(_with_files(data, root.file), merged, merged.keys)
+    return merged.put(_with_files(data, root.file))
 
 
 def _with_files(data: dict[str, Node], file: str) -> dict[str, Node]:
@@ -71,28 +71,23 @@ def _with_files(data: dict[str, Node], file: str) -> dict[str, Node]:
 
     def seen(node: Node) -> Node:
         if isinstance(node.data, dict) and "file" in node.data:
-            return _map(node.data | {"file": seen(node.data["file"])}, node, node.keys)
+            return node.put(node.data | {"file": seen(node.data["file"])})
         there = os.path.dirname(os.path.abspath(node.file))
         if not isinstance(node.data, str) or there == here or os.path.isabs(node.data) or node.data.startswith("~"):
             return node
-        path = os.path.relpath(os.path.join(there, node.data), here)
-        return Node(path, node.line, node.column, file=node.file)
+        return node.put(os.path.relpath(os.path.join(there, node.data), here))
 
     def rule(node: Node) -> Node:
-        for kind, measure in KINDS.items() if isinstance(node.data, dict) else ():
-            part = node.data.get(kind)
-            if part is None or not isinstance(part.data, dict):
-                continue
-            named = [key for key in measure.file_keys if key in part.data]
-            if named:
-                moved = _map(part.data | {key: seen(part.data[key]) for key in named}, part, part.keys)
-                node = _map(node.data | {kind: moved}, node, node.keys)
+        for kind, measure in KINDS.items():
+            part = node.get(kind)
+            named = {key: seen(file) for key in measure.file_keys if part and (file := part.get(key)) is not None}
+            if part and named:
+                node = node.put(node.data | {kind: part.put(part.data | named)})
         return node
 
     rules = data.get("rules")
     if rules is not None and isinstance(rules.data, list):
-        made = [rule(node) for node in rules.data]
-        data = data | {"rules": Node(made, rules.line, rules.column, file=rules.file)}
+        data = data | {"rules": rules.put([rule(node) for node in rules.data])}
     if "overrides" in data:
         data = data | {"overrides": seen(data["overrides"])}
     return data
@@ -106,10 +101,6 @@ def kind(value: Any) -> str:
     """What a value is, in the words of the language."""
     names = {dict: "a map", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _map(data: dict[str, Node], like: Node, keys: dict[str, Place]) -> Node:
-    return Node(data, like.line, like.column, keys={key: keys[key] for key in data}, file=like.file)
 
 
 class _Loader:
@@ -176,13 +167,8 @@ def _find(entry: Node) -> Path:
             return pack_path(name)
         except RefusedError as error:
             refuse(entry.at, str(error))
-    if (
-        PurePosixPath(name).is_absolute()
-        or PureWindowsPath(name).drive
-        or "\\" in name
-        or "://" in name
-        or name[0] == "~"
-    ):
+    elsewhere = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or name[0] == "~"
+    if elsewhere or "\\" in name or "://" in name:
         refuse(entry.at, f"{shown} must be a path relative to this file, with forward slashes")
     return Path(os.path.normpath(Path(entry.file).parent / name))
 
@@ -201,13 +187,11 @@ def _merge(base: Node, child: Node) -> Node:
             node = _merged_rules(before, node)
         elif before is not None and key in ("variables", "interchange") and _both(dict, before, node):
             node = _over(before, node)
-        elif key == "calibrations":
-            continue
-        data[key] = node
-    data = {key: node for key, node in data.items() if key not in ("extends", "remove")}
+        if key not in ("extends", "remove", "calibrations"):
+            data[key] = node
     _merge_calibrations(data, child, removed)
     keys.setdefault("calibrations", child.at)
-    return _map(data, child, keys)
+    return child.put(data, keys)
 
 
 def _both(kind: type, a: Node, b: Node) -> bool:
@@ -216,17 +200,16 @@ def _both(kind: type, a: Node, b: Node) -> bool:
 
 def _over(base: Node, child: Node) -> Node:
     """The map `child` on top of the map `base`, key by key."""
-    return _map(base.data | child.data, child, base.keys | child.keys)
+    return child.put(base.data | child.data, base.keys | child.keys)
 
 
 def _rule_id(node: Node) -> str | None:
-    found = node.data.get("id") if isinstance(node.data, dict) else None
+    found = node.get("id")
     return found.data if found is not None and isinstance(found.data, str) else None
 
 
 def _ids(rules: Node | None) -> list[str]:
-    items = rules.data if rules is not None and isinstance(rules.data, list) else []
-    return [name for name in map(_rule_id, items) if name is not None]
+    return [name for name in map(_rule_id, rules.items() if rules else []) if name is not None]
 
 
 def _removed(rules: Node | None, remove: Node | None) -> set[str]:
@@ -248,10 +231,7 @@ def _removed(rules: Node | None, remove: Node | None) -> set[str]:
 
 def _take_away(data: dict[str, Node], removed: set[str]) -> None:
     """Leave the removed rules out of the base's rules and mappings."""
-    rules = data["rules"]
-    data["rules"] = Node(
-        [node for node in rules.data if _rule_id(node) not in removed], rules.line, rules.column, file=rules.file
-    )
+    data["rules"] = data["rules"].put([node for node in data["rules"].data if _rule_id(node) not in removed])
     mapping = data.get("interchange")
     if mapping is None or not isinstance(mapping.data, dict):
         return
@@ -262,14 +242,13 @@ def _take_away(data: dict[str, Node], removed: set[str]) -> None:
             continue
         kept = {}
         for name, ids in categories.data.items():
-            items = ids.data if isinstance(ids.data, list) else None
-            left = None if items is None else [node for node in items if node.data not in removed]
-            if left is None or left:
-                kept[name] = ids if left is None else Node(left, ids.line, ids.column, file=ids.file)
+            left = [node for node in ids.items() if node.data not in removed]
+            if left or not isinstance(ids.data, list):
+                kept[name] = ids.put(left) if left else ids
         if kept:
-            services[service] = _map(kept, categories, categories.keys)
+            services[service] = categories.put(kept)
     if services:
-        data["interchange"] = _map(services, mapping, mapping.keys)
+        data["interchange"] = mapping.put(services)
     else:
         del data["interchange"]
 
@@ -292,7 +271,7 @@ def _merged_rules(base: Node, child: Node) -> Node:
             if old is not None and new is not None and _both(dict, old, new):
                 merged.data[kind] = _over(old, new)
         rules[place] = merged
-    return Node(rules, child.line, child.column, file=child.file)
+    return child.put(rules)
 
 
 def _merge_calibrations(data: dict[str, Node], child: Node, removed: set[str]) -> None:
@@ -302,31 +281,29 @@ def _merge_calibrations(data: dict[str, Node], child: Node, removed: set[str]) -
         if own is not None:
             data["calibrations"] = own
         return
-    entries = list(own.data) if own is not None and isinstance(own.data, list) else []
-    rules = child.data.get("rules")
+    entries = list(own.items()) if own is not None else []
+    rules = child.get("rules")
     changed = removed | {
-        _rule_id(node) or ""
-        for node in (rules.data if rules is not None and isinstance(rules.data, list) else [])
-        if isinstance(node.data, dict) and set(LIMITS) & set(node.data)
+        _rule_id(node) or "" for node in (rules.items() if rules else ()) if any(node.get(limit) for limit in LIMITS)
     }
     taken = {_weights(entry) for entry in entries}
     for entry in inherited.data:
-        bands = entry.data.get("rules") if isinstance(entry.data, dict) else None
+        bands = entry.get("rules")
         if bands is None or not isinstance(bands.data, dict) or _weights(entry) in taken:
             continue
         kept = {name: node for name, node in bands.data.items() if name not in changed}
         if kept:
-            entries.append(_map(entry.data | {"rules": _map(kept, bands, bands.keys)}, entry, entry.keys))
+            entries.append(entry.put(entry.data | {"rules": bands.put(kept)}))
     if own is not None and not isinstance(own.data, list):
         data["calibrations"] = own
     elif entries:
-        data["calibrations"] = Node(entries, child.line, child.column, file=child.file)
+        data["calibrations"] = child.put(entries)
     else:
         del data["calibrations"]
 
 
 def _weights(entry: Node) -> Any:
-    node = entry.data.get("weights_sha256") if isinstance(entry.data, dict) else None
+    node = entry.get("weights_sha256")
     return node.data if node is not None else None
 
 
@@ -368,14 +345,14 @@ class _Expansion:
     def expand(self, node: Node) -> Node:
         self._count(node, 1)
         if isinstance(node.data, dict):
-            return _map({key: self.expand(child) for key, child in node.data.items()}, node, node.keys)
+            return node.put({key: self.expand(child) for key, child in node.data.items()})
         if isinstance(node.data, list):
             items: list[Node] = []
             for child in node.data:
                 made = self.expand(child)
                 spliced = isinstance(child.data, str) and isinstance(made.data, list)
                 items += made.data if spliced else [made]
-            return Node(items, node.line, node.column, file=node.file)
+            return node.put(items)
         if isinstance(node.data, str) and "${" in node.data:
             return self._replaced(node, node.data)
         return node
@@ -392,9 +369,8 @@ class _Expansion:
             value = self._value(node, whole)
             if isinstance(value.data, list):
                 self._count(node, len(value.data), sum(len(str(item.data)) for item in value.data))
-                items = [Node(item.data, node.line, node.column, file=node.file) for item in value.data]
-                return Node(items, node.line, node.column, file=node.file)
-            return Node(value.data, node.line, node.column, file=node.file)
+                return node.put([node.put(item.data) for item in value.data])
+            return node.put(value.data)
 
         def put(match: re.Match[str]) -> str:
             if match[0].startswith("$$"):
@@ -406,7 +382,7 @@ class _Expansion:
 
         made = _USE.sub(put, text)
         self._count(node, 0, len(made))
-        return Node(made, node.line, node.column, file=node.file)
+        return node.put(made)
 
     def _value(self, node: Node, match: re.Match[str]) -> Node:
         name = match[1]

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.schema import Policy
-from clipfilter.policies.parts.shapes import TEXT_OR_TEXTS, TEXTS, VARIABLE
+from clipfilter.policies.parts.fields import TEXT_OR_TEXTS, TEXTS, VARIABLE
 
 _VALUE: dict[str, Any] = {"type": ["string", "number", "boolean"]}
 #: Keys whose values are never variables.

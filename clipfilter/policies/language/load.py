@@ -61,15 +61,12 @@ def parse_policy(raw: bytes | str, source: str = "policy") -> Policy:
     node = root.data.get("calibrations")
     if node is None or all(entry.file == source for entry in node.data):
         return policy
-    fitting = [entry for entry, fits in zip(node.data, _fitting(policy), strict=True) if fits or entry.file == source]
-    root.data["calibrations"] = Node(fitting, node.line, node.column, file=node.file)
-    return _validated(root, source)
-
-
-def _fitting(policy: Policy) -> list[bool]:
-    """Which calibrations have the policy's own prompts; an inherited one with others belongs to another policy."""
+    # An inherited calibration with other prompts belongs to another policy.
     prompts = json_sha256(rule_prompts_sha256(policy))
-    return [entry.prompts_sha256 == prompts for entry in policy.calibrations]
+    pairs = zip(node.data, policy.calibrations, strict=True)
+    fitting = [item for item, entry in pairs if entry.prompts_sha256 == prompts or item.file == source]
+    root.data["calibrations"] = node.put(fitting)
+    return _validated(root, source)
 
 
 def _validated(root: Node, source: str) -> Policy:
@@ -87,11 +84,7 @@ def _validated(root: Node, source: str) -> Policy:
 
 
 def _first_empty(node: Node) -> tuple[str, Place] | None:
-    children = (
-        node.data.items()
-        if isinstance(node.data, dict)
-        else enumerate(node.data if isinstance(node.data, list) else ())
-    )
+    children = node.data.items() if isinstance(node.data, dict) else enumerate(node.items())
     for name, child in children:
         if child.data is None:
             return (str(name)[:60] if isinstance(node.data, dict) else "a list item"), node.place((name,), key=True)

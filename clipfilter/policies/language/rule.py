@@ -83,15 +83,14 @@ class Rule(_Measured):
         return self
 
     def _check_bands(self) -> None:
-        for name, band in (("review", self.review), ("reject", self.reject)):
-            if band is not None:
-                check_band(self, band, name)
+        for name, band in self.bands.items():
+            check_band(self, band, name)
         if self.review is not None and self.reject is not None:
             check_order(self.id, self.review, self.reject)
         if self.tighten is not None:
             check_band(self, self.tighten.band, "tighten")
-            for band in (self.review, self.reject):
-                if band is not None and band.direction != self.tighten.band.direction:
+            for band in self.bands.values():
+                if band.direction != self.tighten.band.direction:
                     fail(
                         f"the bands of {self.id!r} point {band.direction} and tighten {self.tighten.band.direction}; "
                         "a rule has one direction",
@@ -109,6 +108,11 @@ class Rule(_Measured):
                 f"the bands decide what is {self.action}ed or kept; action is a name for what to do beyond that",
                 "action",
             )
+
+    @property
+    def bands(self) -> dict[str, Band]:
+        """The bands it has, by name."""
+        return {name: band for name in LIMITS if (band := getattr(self, name)) is not None}
 
     @property
     def measure(self) -> Measure:

@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from clipfilter.decisions import ESCALATE, LIMITS
 from clipfilter.errors import RefusedError
-from clipfilter.policies.kinds.base import Measure
-from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.about import Card, Expectation, Interchange, check_rules
 from clipfilter.policies.language.rule import Rule, check_band
 from clipfilter.policies.parts.attachments import Attachment
-from clipfilter.policies.parts.bands import Band, Tighten, check_order, moved
-from clipfilter.policies.parts.calibrated import CalibratedBand, Calibration
+from clipfilter.policies.parts.bands import Band, CalibratedBand, Calibration, Tighten, check_order, moved
 from clipfilter.policies.parts.fields import Model, fail, shown, suggest, text, within
 from clipfilter.policies.parts.overrides import OverridesField
 from clipfilter.policies.parts.values import Identifier, Missing, Templates, Whole
@@ -125,7 +119,7 @@ class Policy(Model):
         """Refuse rules that nothing comes of."""
         calibrated = {name for entry in self.calibrations for name in entry.rules}
         for position, rule in enumerate(self.rules):
-            idle = rule.review is None and rule.reject is None and rule.tighten is None and not rule.measure.actions
+            idle = not rule.bands and rule.tighten is None and not rule.measure.actions
             if self.decides and idle and rule.id not in self.used | calibrated:
                 fail(
                     f"the rule {rule.id!r} would decide nothing: "
@@ -143,8 +137,8 @@ class Policy(Model):
                 fail(f"the rule {name!r} cannot tighten itself", *at)
             if not target.measure.measures:
                 fail(f"{name!r} is of kind {target.kind}, which has no threshold that could move", *at)
-            for band in (target.review, target.reject):
-                if band is not None and target.measure.has_probability:
+            for band in target.bands.values():
+                if target.measure.has_probability:
                     shifted = moved(band.direction, band.value, tighten.by)
                     if not 0.0 < shifted < 1.0:
                         fail(f"by {tighten.by:g} moves the threshold {band.value:g} of {name!r} to {shifted:g}", *at)
@@ -170,7 +164,7 @@ class Policy(Model):
                 calibrated: CalibratedBand | None = getattr(bands, which)
                 if calibrated is None:
                     continue
-                band = calibrated.band()
+                band = calibrated.band
                 written: Band | None = getattr(rule, which)
                 if written is not None and written.direction != band.direction:
                     fail(
@@ -203,12 +197,11 @@ class Policy(Model):
             )
             for rule in self.rules
             if rule.measure.ranks
-            for name, band in (("review", rule.review), ("reject", rule.reject))
-            if band is not None
+            for name, band in rule.bands.items()
         )
 
     @classmethod
-    def from_canonical(cls, data: dict[str, Any]) -> Policy:
+    def from_canonical(cls, data: dict[str, Any]) -> Self:
         """The policy whose `canonical()` this is, for instance from a run's plan. Raises RefusedError."""
         try:
             return cls.model_validate(data)
@@ -268,26 +261,3 @@ def rule_prompts_sha256(policy: Policy) -> dict[str, str]:
     kind of score, vectors; the files of heads and safety checkers."""
     identities = {rule.id: rule.measure.identity(rule.templates or policy.templates) for rule in policy.rules}
     return {name: json_sha256(identity) for name, identity in identities.items() if identity is not None}
-
-
-@contextmanager
-def trial_kind(measure: type[Measure]) -> Iterator[None]:
-    """A kind of rule beside those of the registry while this lasts: for a test that tries it out, in one thread."""
-
-    def rebuild() -> None:
-        models: list[type[Model]] = [Rule, Policy, *Policy.__subclasses__()]
-        for model in models:
-            model.model_rebuild(force=True)
-
-    KINDS[measure.kind] = measure
-    Rule.__pydantic_fields__[measure.kind] = FieldInfo(
-        annotation=measure | None,  # type: ignore[arg-type]
-        default=None,
-        description=measure.about,
-    )
-    rebuild()
-    try:
-        yield
-    finally:
-        del KINDS[measure.kind], Rule.__pydantic_fields__[measure.kind]
-        rebuild()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ValidationError
 
@@ -23,12 +23,6 @@ class ScorePolicy(Policy):
     """A policy whose rules need no bands: each adds its column `cf_score.<rule>`, and nothing is decided."""
 
     decides: ClassVar[bool] = False
-
-    @classmethod
-    def from_canonical(cls, data: dict[str, Any]) -> ScorePolicy:
-        found = super().from_canonical(data)
-        assert isinstance(found, ScorePolicy)
-        return found
 
 
 def scores_of(policy: Policy) -> ScorePolicy:

@@ -70,6 +70,20 @@ class Node:
     def at(self) -> Place:
         return Place(self.line, self.column, self.file)
 
+    def put(self, data: Any, keys: dict[str, Place] | None = None) -> Node:
+        """Other data in this place. keys: where the keys of a map stand, by default as in this one."""
+        known = self.keys if keys is None else keys
+        places = {key: known[key] for key in data} if isinstance(data, dict) else {}
+        return Node(data, self.line, self.column, keys=places, file=self.file)
+
+    def items(self) -> list[Node]:
+        """The items of a list, none of anything else."""
+        return self.data if isinstance(self.data, list) else []
+
+    def get(self, key: str) -> Node | None:
+        """The value of this key of a map, None where there is none."""
+        return self.data.get(key) if isinstance(self.data, dict) else None
+
     def plain(self) -> Any:
         """The value as Python data without places; its depth and size were limited while it was read."""
         if isinstance(self.data, dict):

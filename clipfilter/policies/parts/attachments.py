@@ -6,15 +6,14 @@ Lists of hashes, overrides and learned vectors may be large, so a policy holds o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_serializer
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.parts.fields import Model, fail, shown
-from clipfilter.policies.parts.shapes import FILE
+from clipfilter.policies.parts.fields import FILE, Model, fail, shown
 from clipfilter.policies.parts.values import Sha256
 from clipfilter.storage import Directory, file_sha256
 
@@ -106,3 +105,37 @@ def keep_copies(directory: Directory, attachments: Iterable[Attachment]) -> None
         name = f"{ATTACHMENTS_FOLDER}/{wanted.sha256}"
         if not directory.exists(name):
             directory.create(name, finder.path(wanted).read_bytes())
+
+
+#: Reads the list in a file of this sha256. Raises RefusedError.
+Reader = Callable[[Path, str], tuple[str, ...]]
+
+
+class Listed(Model):
+    """A list written in the policy, or in a file beside it."""
+
+    rows: tuple[str, ...] | None = None
+    source: Attachment | None = None
+
+    @model_serializer
+    def _plain(self) -> Any:
+        return list(self.rows) if self.rows is not None else {"sha256": self.source.sha256 if self.source else None}
+
+    def read(self, files: Attachments, reader: Reader) -> tuple[str, ...]:
+        """Its entries. Raises RefusedError."""
+        if self.rows is not None:
+            return self.rows
+        assert self.source is not None
+        return reader(files.path(self.source), self.source.sha256)
+
+
+def filed(value: Any, info: ValidationInfo, read: Callable[[Path, str], object]) -> Any:
+    """The file's hash, after its content was found good where the file is here."""
+    source = attach(value, info)
+    if isinstance(value, str) or "file" in value:
+        attachment = Attachment.model_validate(source)
+        try:
+            read(Attachments().path(attachment), attachment.sha256)
+        except RefusedError as error:
+            fail(str(error))
+    return {"source": source}

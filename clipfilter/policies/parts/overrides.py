@@ -19,9 +19,8 @@ from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, Decision
 from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import DigestTable, name_digests
-from clipfilter.policies.parts.attachments import Attachment, Attachments, attach
-from clipfilter.policies.parts.fields import Model, choice, fail, shown, suggest, text
-from clipfilter.policies.parts.shapes import FILE
+from clipfilter.policies.parts.attachments import Attachment, Attachments, filed
+from clipfilter.policies.parts.fields import FILE, Model, choice, fail, shown, suggest, text
 
 #: The name under which an override stands among the reasons of a row; no rule may have it.
 OVERRIDE_RULE = "override"
@@ -29,6 +28,7 @@ MAX_LISTED = 1000
 
 _NEEDED = (cf.UID, "decision")
 _OPTIONAL = ("by", "date", "note")
+_SCHEMA = pa.schema([(name, pa.string()) for name in (*_NEEDED, *_OPTIONAL)])
 
 
 class Override(Model):
@@ -94,7 +94,7 @@ def _read_csv(path: Path) -> pa.Table:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = [name.strip().strip('"') for name in file.readline(10_000).split(",")]
     _check_names(path, header)
-    names = [name for name in (*_NEEDED, *_OPTIONAL) if name in header]
+    names = [name for name in _SCHEMA.names if name in header]
     convert = pacsv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()),
         include_columns=names,
@@ -106,8 +106,7 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _read_json(path: Path) -> pa.Table:
-    schema = pa.schema([(name, pa.string()) for name in (*_NEEDED, *_OPTIONAL)])
-    options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    options = pajson.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
     return _whole(pajson.read_json(path, parse_options=options))
 
 
@@ -115,7 +114,7 @@ def _whole(table: pa.Table) -> pa.Table:
     for name in _OPTIONAL:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
-    return table.select([*_NEEDED, *_OPTIONAL])
+    return table.select(_SCHEMA.names)
 
 
 def _check_names(path: Path, header: list[str]) -> None:
@@ -125,12 +124,6 @@ def _check_names(path: Path, header: list[str]) -> None:
                 f"the overrides {path} have no column {name!r} (a header line names cf_uid, decision, by, date, note)"
                 + suggest(name, header)
             )
-
-
-def override_of(table: pa.Table, uid: str) -> dict[str, Any] | None:
-    """The override of one row, with who, when and why; None where it has none."""
-    rows = table.filter(pc.equal(table[cf.UID], uid))
-    return {name: value for name, value in rows.to_pylist()[0].items() if value} if rows.num_rows else None
 
 
 class Overrides(Model):
@@ -160,20 +153,20 @@ class Overrides(Model):
 
     def table(self, files: Attachments) -> OverrideTable:
         """All of them, ready to be looked up. Raises RefusedError."""
-        if self.rows is not None:
-            columns = ([row.cf_uid for row in self.rows], [row.decision for row in self.rows])
-            return OverrideTable.of(*(pa.chunked_array([values], pa.string()) for values in columns))
-        assert self.source is not None
-        read = read_overrides(files.path(self.source))
+        read = self._read(files)
         return OverrideTable.of(read[cf.UID], read["decision"])
 
     def find(self, uid: str, files: Attachments) -> dict[str, Any] | None:
         """One row's override: decision, by, date, note; None where it has none. Raises RefusedError."""
-        if self.rows is not None:
-            return next((row.model_dump(exclude_none=True) for row in self.rows if row.cf_uid == uid), None)
-        assert self.source is not None
-        read = read_overrides(files.path(self.source))
-        return override_of(read, uid)
+        read = self._read(files)
+        rows = read.filter(pc.equal(read[cf.UID], uid)).to_pylist()
+        return {name: value for name, value in rows[0].items() if value} if rows else None
+
+    def _read(self, files: Attachments) -> pa.Table:
+        if self.rows is None:
+            assert self.source is not None
+            return read_overrides(files.path(self.source))
+        return pa.Table.from_pylist([row.model_dump() for row in self.rows], _SCHEMA)
 
 
 def _given(value: Any, info: ValidationInfo) -> Any:
@@ -185,14 +178,7 @@ def _given(value: Any, info: ValidationInfo) -> Any:
                 MAX_LISTED,
             )
         return {"rows": tuple(value)}
-    source = attach(value, info)
-    if isinstance(value, str) or "file" in value:
-        attachment = Attachment.model_validate(source)
-        try:
-            read_overrides(Attachments().path(attachment))
-        except RefusedError as error:
-            fail(str(error))
-    return {"source": source}
+    return filed(value, info, lambda path, _: read_overrides(path))
 
 
 OverridesField = Annotated[Overrides, BeforeValidator(_given)]

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, WithJsonSchema
 
 from clipfilter.decisions import LIMITS, Limit
-from clipfilter.policies.parts.fields import choice, fail, identifier, number, shown, suggest
-from clipfilter.policies.parts.shapes import TEXTS, WEIGHED_PHRASES
+from clipfilter.policies.parts.fields import TEXTS, WEIGHED_PHRASES, choice, fail, identifier, number, shown, suggest
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
 MAX_PHRASES = 256
