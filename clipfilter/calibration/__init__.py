@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clipfilter.calibration.calibrate import Calibrated, Target, calibrate
-from clipfilter.calibration.labels import read_labels
+from clipfilter.calibration.labels import Label, read_labels
 from clipfilter.calibration.plot import plot_svg
 from clipfilter.calibration.sampling import SAMPLE_COLUMNS, Design, Sample, draw, write_sample
 from clipfilter.calibration.scores import find_rule, open_scored, refuse_other_scores
@@ -13,6 +13,7 @@ __all__ = [
     "SAMPLE_COLUMNS",
     "Calibrated",
     "Design",
+    "Label",
     "Sample",
     "Target",
     "calibrate",
