@@ -20,12 +20,11 @@ def history(url: str) -> dict[str, Any]:
     """
     run = Run(url)
     versions = []
-    for name in ledger.version_names(run.directory):
-        version = ledger.read_version(run.directory, name)
+    for version in run.versions():
         totals = version.totals
         versions.append(
             {
-                "version": name,
+                "version": version.name,
                 "rows": totals.rows,
                 **{part: totals[part] for part in (*DECISIONS, "failed", "shards", "failed_shards")},
                 "rolled_back_to": version.rolled_back_to,

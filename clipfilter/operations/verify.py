@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
+from clipfilter import text
 from clipfilter.decisions import DECISIONS
 from clipfilter.runs import FILE_KINDS, PLAN_FILE, Commit, DataFile, Run, Totals, Version, as_matrix, ledger
 from clipfilter.storage import Directory, read_chunks
@@ -219,7 +220,7 @@ def _say_what_holds(version: Version, commits: list[Commit], proof: Proof) -> No
     else:
         proof.proved.append(f"{totals.rows:,} rows in = {totals.embedded:,} embedded + {totals.failed:,} failed")
     proof.proved.append(
-        f"no row is there twice, in {len(commits):,} shard{'' if len(commits) == 1 else 's'}; totals are the sums of the commits"
+        f"no row is there twice, in {text.plural(len(commits), 'shard')}; totals are the sums of the commits"
     )
     if totals.failed_shards:
         proof.notes.append(f"{totals.failed_shards} shard(s) failed as a whole; their row count is unknown")
