@@ -26,22 +26,22 @@ _SIGN = np.uint32(0x80000000)
 _SLICE = 1 << 20  # scores handled at once, so that one huge chunk costs no more memory than a few
 
 
-class _Entry(Protocol):
-    @property
-    def key(self) -> str: ...
-    @property
-    def of(self) -> str: ...
-    @property
-    def fraction(self) -> float: ...
-    @property
-    def tail(self) -> str: ...
+@dataclass(frozen=True)
+class DatasetThreshold:
+    """A threshold that only the whole dataset can give: `key` ("<rule>.reject") names its number, `of` what to rank."""
+
+    key: str
+    rule: str
+    of: str
+    fraction: float
+    tail: str  # "top" | "bottom"
 
 
 class HasDatasetThresholds(Protocol):
     """What is needed of a policy, compiled or not: which fractions of which scores it asks for."""
 
     @property
-    def dataset_thresholds(self) -> Sequence[_Entry]: ...
+    def dataset_thresholds(self) -> Sequence[DatasetThreshold]: ...
 
 
 Chunks = Callable[[], Iterable[np.ndarray]]
@@ -59,6 +59,11 @@ class Threshold:
     tail: str
     ranked: int
     kept: int
+
+    @classmethod
+    def at(cls, value: float, fraction: float, tail: str, ranked: int, below: int, equal: int) -> Threshold:
+        """below, equal: how many scores lie below `value` and are equal to it."""
+        return cls(value, fraction, tail, ranked, ranked - below if tail == "top" else below + equal)
 
 
 def sort_keys(scores: np.ndarray) -> np.ndarray:
@@ -84,11 +89,7 @@ def high_histogram(scores: np.ndarray) -> np.ndarray:
 
 def low_histogram(scores: np.ndarray, bucket: int) -> np.ndarray:
     """Second pass, one part: int64 [65536] counts of the lower 16 bits of the keys in this upper bucket."""
-    counts = np.zeros(BUCKETS, dtype=np.int64)
-    for part in _slices(scores):
-        keys = sort_keys(part)
-        counts += np.bincount(keys[(keys >> 16) == bucket] & 0xFFFF, minlength=BUCKETS)
-    return counts
+    return _lows(lambda: [scores], {bucket})[bucket]
 
 
 def locate(counts: np.ndarray, rank: int) -> tuple[int, int]:
@@ -132,8 +133,7 @@ def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> 
             raise ValueError("the scores changed between the two passes")
         last, _ = locate(low, inside)
         below = int(high[:bucket].sum() + low[:last].sum())
-        kept = ranked - below if tail == "top" else below + int(low[last])
-        result.append(Threshold(key_score(bucket << 16 | last), fraction, tail, ranked, kept))
+        result.append(Threshold.at(key_score(bucket << 16 | last), fraction, tail, ranked, below, int(low[last])))
     return result
 
 
@@ -158,10 +158,7 @@ def float16_thresholds(chunks: Iterable[np.ndarray], wanted: Sequence[tuple[floa
         key, _ = locate(counts, wanted_rank(ranked, fraction, tail))
         bits = key ^ 0x8000 if key & 0x8000 else key ^ 0xFFFF
         value = float(np.array([bits], dtype=np.uint16).view(np.float16)[0])
-        below = int(counts[:key].sum())
-        result.append(
-            Threshold(value, fraction, tail, ranked, ranked - below if tail == "top" else below + int(counts[key]))
-        )
+        result.append(Threshold.at(value, fraction, tail, ranked, int(counts[:key].sum()), int(counts[key])))
     return result
 
 

@@ -125,7 +125,7 @@ class Measure(Model):
         return None
 
     @classmethod
-    def plan(cls, rules: Sequence[CompiledRule], context: Context) -> Plan | None:
+    def plan(cls, rules: Sequence[CompiledRule], encoder: TextEncoder, files: Attachments) -> Plan | None:
         """All rules of this kind as columns of the policy's matrix, None where they are none. Raises RefusedError."""
         return None
 
@@ -231,14 +231,6 @@ class CompiledRule:
         written = [value for value in (self.review, self.reject) if value is not None]
         found = [*written, *([self.tighten] if self.tighten is not None else [])]
         return tuple(found + [moved(str(self.direction), value, by) for by in self.moved_by for value in written])
-
-
-@dataclass(frozen=True)
-class Context:
-    """What rules are compiled for."""
-
-    encoder: TextEncoder
-    files: Attachments
 
 
 @dataclass(frozen=True)

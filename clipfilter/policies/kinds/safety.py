@@ -11,13 +11,13 @@ from pydantic import BeforeValidator, model_validator
 
 from clipfilter.errors import RefusedError
 from clipfilter.models.heads import SafetyChecker, load_head
-from clipfilter.policies.kinds.base import Block, CompiledRule, Context, Found, Measure, naming
+from clipfilter.policies.kinds.base import Block, CompiledRule, Found, Measure, naming
 from clipfilter.policies.kinds.words import Words, Written, phrase_list
-from clipfilter.policies.parts.attachments import Attached
+from clipfilter.policies.parts.attachments import Attached, Attachments
 from clipfilter.policies.parts.fields import Model, fail, shown, text
 from clipfilter.policies.parts.values import MAX_PHRASE_CHARS, MAX_PHRASES, Number
 from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
-from clipfilter.policies.texts import unit_vectors
+from clipfilter.policies.texts import TextEncoder, unit_vectors
 
 
 class SafetyConcept(Model):
@@ -86,7 +86,7 @@ class Safety(Measure):
         return {"safety": self.model_dump(mode="json"), "templates": templates if self.prompted else None}
 
     @classmethod
-    def plan(cls, rules: Sequence[CompiledRule], context: Context) -> SafetyPlan | None:
+    def plan(cls, rules: Sequence[CompiledRule], encoder: TextEncoder, files: Attachments) -> SafetyPlan | None:
         if not rules:
             return None
         members: list[SafetyMember] = []
@@ -96,7 +96,7 @@ class Safety(Measure):
         for rule in rules:
             assert isinstance(rule.measure, cls)
             with naming(rule.id):
-                found = rule.measure._concepts(rule.templates, context)
+                found = rule.measure._concepts(rule.templates, encoder, files)
             start = sum(map(len, vectors))
             members.append(
                 SafetyMember(
@@ -111,20 +111,19 @@ class Safety(Measure):
             tuple(rule.id for rule in rules), tuple(members), np.concatenate(vectors), tuple(labels), tuple(prompts)
         )
 
-    def _concepts(self, templates: tuple[str, ...], context: Context) -> _Concepts:
+    def _concepts(self, templates: tuple[str, ...], encoder: TextEncoder, files: Attachments) -> _Concepts:
         """Its concepts for the model, from its words or its file. Raises RefusedError."""
         if self.file is not None:
-            return self._checker(context)
+            return self._checker(encoder, files)
         every = (*self.concepts, *self.special_care)
-        vectors, prompts = unit_vectors([(concept.text, templates) for concept in every], context.encoder)
+        vectors, prompts = unit_vectors([(concept.text, templates) for concept in every], encoder)
         limits = np.array([concept.threshold for concept in self.concepts])
         special = np.array([concept.threshold for concept in self.special_care])
         return _Concepts(vectors, limits, special, [concept.text for concept in self.concepts], prompts)
 
-    def _checker(self, context: Context) -> _Concepts:
+    def _checker(self, encoder: TextEncoder, files: Attachments) -> _Concepts:
         assert self.file is not None
-        encoder = context.encoder
-        head = load_head(f"file:{context.files.path(self.file)}", encoder.fingerprint, encoder.dim)
+        head = load_head(f"file:{files.path(self.file)}", encoder.fingerprint, encoder.dim)
         checker = head.network
         if not isinstance(checker, SafetyChecker):
             raise RefusedError("the file holds a head and no safety checker; write head: instead of safety:")

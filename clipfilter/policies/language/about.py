@@ -13,7 +13,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from clipfilter.decisions import DECISIONS, Decision
-from clipfilter.policies.parts.fields import TEXTS, VARIABLE, Model, choice, fail, number, shown, suggest, text
+from clipfilter.policies.parts.fields import TEXTS, VARIABLE, Model, choice, fail, shown, suggest, text
+from clipfilter.policies.parts.values import Number
 
 MAX_TESTS = 500
 MAX_CATEGORIES = 200
@@ -27,7 +28,6 @@ Expected = Annotated[Decision, BeforeValidator(choice("the expected decision", *
 Outcome = Literal[Decision, "missing", "escalate", "tighten"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _outcome = choice("what the rule says", *OUTCOMES)
-Number = Annotated[float, BeforeValidator(number)]
 
 
 def _prose(what: str) -> BeforeValidator:
