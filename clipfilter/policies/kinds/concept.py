@@ -9,10 +9,18 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.kinds.base import CompiledRule, Measure, check_cosine, check_probability, naming
+from clipfilter.policies.kinds.base import (
+    CompiledRule,
+    Measure,
+    Words,
+    Written,
+    check_cosine,
+    check_probability,
+    naming,
+    phrase_list,
+)
 from clipfilter.policies.kinds.concept_plan import ConceptPlan, Part
 from clipfilter.policies.kinds.vectors import LearnedVectors, read_vectors
-from clipfilter.policies.kinds.words import Words, Written, phrase_list
 from clipfilter.policies.parts.attachments import Attached, Attachments
 from clipfilter.policies.parts.bands import Band, CalibratedRule
 from clipfilter.policies.parts.fields import choice, fail, shown

@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BeforeValidator, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import BeforeValidator, model_validator
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads
 from clipfilter.models.heads import Layers, load_head
-from clipfilter.policies.kinds.base import Block, CompiledRule, Found, Measure, check_probability, naming
-from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.kinds.base import (
+    Block,
+    CompiledRule,
+    Found,
+    Measure,
+    Words,
+    Written,
+    check_probability,
+    naming,
+)
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import TEXT, fail, shown, text
+from clipfilter.policies.parts.fields import TEXT, fail, shown, text, written_as
 from clipfilter.policies.parts.values import Sha256
 from clipfilter.policies.recheck import RECHECK, Recheck, settle
 from clipfilter.policies.texts import TextEncoder
@@ -33,6 +39,8 @@ class Head(Measure):
     about = "A small model on the embedding, by name or file:/path."
     needs_model = True
     judged_by = "heads"
+
+    model_config = written_as(lambda own: {"anyOf": [TEXT, own]})
 
     name: Annotated[str, BeforeValidator(text("name", 1000))]
     sha256: Sha256 | None = None
@@ -57,10 +65,6 @@ class Head(Measure):
         except RefusedError as error:
             fail(str(error))
         return named
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [TEXT, handler(schema)]}
 
     def plain(self) -> Any:
         return self.name if self.sha256 is None else super().plain()

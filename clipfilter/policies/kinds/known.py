@@ -20,8 +20,7 @@ from clipfilter.policies.hashes import (
     read_hashes,
     sha256_digests,
 )
-from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
-from clipfilter.policies.kinds.words import Words
+from clipfilter.policies.kinds.base import Answer, Measure, Words, numbers_answer
 from clipfilter.policies.parts.attachments import Attachments, Listed, filed
 from clipfilter.policies.parts.bands import Band
 from clipfilter.policies.parts.columns import column_type

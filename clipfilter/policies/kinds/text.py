@@ -12,8 +12,7 @@ from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_vali
 from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import captions
-from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
-from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.kinds.base import Answer, Measure, Words, Written, numbers_answer
 from clipfilter.policies.parts.attachments import Attachments, Listed, filed
 from clipfilter.policies.parts.columns import column_type, is_text
 from clipfilter.policies.parts.fields import TEXT_OR_TEXTS, TEXTS_OR_FILE, fail, shown, suggest, text
