@@ -5,6 +5,7 @@ Used when a shard has already killed a worker. Messages are a JSON line with the
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -16,6 +17,7 @@ from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import numpy as np
+import PIL.Image
 
 from clipfilter.engine.decoding import DecodeSettings, Image, load_guarded
 from clipfilter.errors import DECODER_CRASH, MISSING_IMAGE, RowError
@@ -23,6 +25,8 @@ from clipfilter.images import ImageFacts, LoadedImage, PreprocessConfig
 
 #: Seconds one image may take before its decoder is taken for hung.
 IMAGE_TIMEOUT = 60.0
+#: Seconds the child may take to start; a machine that is too busy for that is no image's fault.
+START_TIMEOUT = 300.0
 
 
 class IsolatedDecoder:
@@ -72,7 +76,21 @@ class IsolatedDecoder:
             {"preprocess": settings.preprocess.to_json(), "mode": settings.mode, "max_pixels": settings.max_pixels},
             b"",
         )
+        self._await_ready(self._child)
         return self._child
+
+    def _await_ready(self, child: subprocess.Popen[bytes]) -> None:
+        """Wait for the child's imports, so that the clock of an image measures the image. Raises OSError."""
+        assert child.stdout is not None
+        try:
+            if select.select([child.stdout], [], [], START_TIMEOUT)[0]:
+                _receive(child.stdout)
+                return
+            problem = f"was not ready after {START_TIMEOUT:.0f} s"
+        except EOFError:
+            problem = "ended before it was ready"
+        self.close()
+        raise OSError(f"the process that decodes apart {problem}")
 
 
 def _send(stream: BinaryIO | Any, header: dict[str, Any], body: bytes | memoryview) -> None:
@@ -110,12 +128,20 @@ def _unpack(header: dict[str, Any], body: bytes) -> LoadedImage:
     )
 
 
+def _first_picture() -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
 def main() -> None:
     """The child: settings first, then images until the parent goes away."""
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not break the protocol
     first, _ = _receive(stdin)
     settings = DecodeSettings(PreprocessConfig.from_json(first["preprocess"]), first["mode"], first["max_pixels"])
+    load_guarded(_first_picture(), settings)  # what decoding imports when it is first used
+    _send(stdout, {}, b"")
     while True:
         try:
             _, data = _receive(stdin)

@@ -16,7 +16,7 @@ from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.shard import process_shard
 from clipfilter.errors import DECODE_ERROR, DECODER_CRASH, MISSING_IMAGE, READ_ERROR
 from clipfilter.images.preprocess import PreprocessConfig
-from tests.support.engine import photos
+from tests.support.engine import REPO, photos
 from tests.support.policies import FakeEncoder
 
 SIZE = 32
@@ -218,6 +218,23 @@ def test_isolated_decoding_gives_the_same_and_survives_a_killed_decoder(tmp_path
     ]  # fmt: skip
     assert "SIGSEGV" in found[1].message
     assert "longer than" in found[2].message
+
+
+@pytest.mark.parametrize(("start", "works"), [("import time; time.sleep(3)", True), ("import os; os._exit(3)", False)])
+def test_a_decoder_that_starts_slowly_or_not_at_all_is_no_images_fault(
+    start: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(start)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPO}")
+    decoder = IsolatedDecoder(SETTINGS, timeout=2)
+    try:
+        if works:
+            assert decoder.load_many([memoryview(photos()[0][1])])[0].sha256  # type: ignore[union-attr]
+        else:
+            with pytest.raises(OSError, match="ended before it was ready"):
+                decoder.load_many([memoryview(photos()[0][1])])
+    finally:
+        decoder.close()
 
 
 def test_prefetch_passes_items_on_in_order_and_raises_where_the_source_did() -> None:

@@ -359,8 +359,8 @@ def test_the_reference_holds_what_the_registry_holds() -> None:
 def test_the_references_refusal_and_its_own_head_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[2] / "docs" / "reference" / "heads.md").read_text()
     with pytest.raises(RefusedError) as caught:
-        load_head("laion-aesthetic-v2", {"model": "nano@2"}, 640)
-    assert f"```text\nrule 'dull': {caught.value}\n```" in text
+        load_head("laion-aesthetic-v2", {"model": "nano@3"}, 640)
+    assert f"\nclipfilter: rule 'dull': {caught.value}\n" in text
     code = re.search(r"```python\n(import torch\n.*?)```", text, re.DOTALL)
     assert code
     monkeypatch.chdir(tmp_path)
