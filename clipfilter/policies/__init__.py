@@ -19,9 +19,8 @@ from clipfilter.policies.fraction import (
     low_histogram,
     wanted_rank,
 )
-from clipfilter.policies.kinds.base import Measure
+from clipfilter.policies.kinds.base import Measure, Words, Written, joined
 from clipfilter.policies.kinds.registry import measure_in, measure_of
-from clipfilter.policies.kinds.words import Words, Written, joined
 from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
 from clipfilter.policies.language.about import Expectation, RuleExpectation
 from clipfilter.policies.language.extends import read_document, resolve

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
+from clipfilter.policies.fraction import DatasetThreshold
 from clipfilter.policies.kinds.base import CompiledRule
-from clipfilter.policies.language.schema import DatasetThreshold
 from clipfilter.policies.parts.bands import moved
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.scoring import Scores
@@ -94,10 +94,11 @@ class _Shift:
 
     amount: np.ndarray
     modifier: np.ndarray
-    felt: np.ndarray = field(init=False)  # rows where a moved threshold was passed, bool [n]
+    felt: np.ndarray  # rows where a moved threshold was passed, bool [n]
 
-    def __post_init__(self) -> None:
-        self.felt = np.zeros(len(self.amount), dtype=bool)
+    @classmethod
+    def none(cls, rows: int) -> _Shift:
+        return cls(np.zeros(rows), np.full(rows, -1, dtype=np.intp), np.zeros(rows, dtype=bool))
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def _shifts(policy: Decider, scores: Scores) -> dict[str, _Shift]:
             continue
         applies = _beyond(scores.values[rule.id], str(rule.direction), np.float32(rule.tighten))
         for name in rule.tightens:
-            shift = shifts.setdefault(name, _Shift(np.zeros(scores.rows), np.full(scores.rows, -1, dtype=np.intp)))
+            shift = shifts.setdefault(name, _Shift.none(scores.rows))
             stronger = applies & (rule.tighten_by > shift.amount)
             shift.amount[stronger], shift.modifier[stronger] = rule.tighten_by, position
     return shifts

@@ -26,22 +26,22 @@ _SIGN = np.uint32(0x80000000)
 _SLICE = 1 << 20  # scores handled at once, so that one huge chunk costs no more memory than a few
 
 
-class _Entry(Protocol):
-    @property
-    def key(self) -> str: ...
-    @property
-    def of(self) -> str: ...
-    @property
-    def fraction(self) -> float: ...
-    @property
-    def tail(self) -> str: ...
+@dataclass(frozen=True)
+class DatasetThreshold:
+    """A threshold that only the whole dataset can give: `key` ("<rule>.reject") names its number, `of` what to rank."""
+
+    key: str
+    rule: str
+    of: str
+    fraction: float
+    tail: str  # "top" | "bottom"
 
 
 class HasDatasetThresholds(Protocol):
     """What is needed of a policy, compiled or not: which fractions of which scores it asks for."""
 
     @property
-    def dataset_thresholds(self) -> Sequence[_Entry]: ...
+    def dataset_thresholds(self) -> Sequence[DatasetThreshold]: ...
 
 
 Chunks = Callable[[], Iterable[np.ndarray]]
@@ -84,11 +84,7 @@ def high_histogram(scores: np.ndarray) -> np.ndarray:
 
 def low_histogram(scores: np.ndarray, bucket: int) -> np.ndarray:
     """Second pass, one part: int64 [65536] counts of the lower 16 bits of the keys in this upper bucket."""
-    counts = np.zeros(BUCKETS, dtype=np.int64)
-    for part in _slices(scores):
-        keys = sort_keys(part)
-        counts += np.bincount(keys[(keys >> 16) == bucket] & 0xFFFF, minlength=BUCKETS)
-    return counts
+    return _lows(lambda: [scores], {bucket})[bucket]
 
 
 def locate(counts: np.ndarray, rank: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from scipy.special import expit
 
 from clipfilter.policies import joined, sigmoid, similarity
-from clipfilter.policies.kinds.words import Written, phrase_list
+from clipfilter.policies.kinds.base import Written, phrase_list
 from clipfilter.policies.parts.fields import fail, within
 from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import model_validator
 
-from clipfilter.policies.kinds.base import Answer, Measure, Rows, check_cosine
-from clipfilter.policies.kinds.words import Words
+from clipfilter.policies.kinds.base import Answer, Measure, Rows, Words, check_cosine
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band
 from clipfilter.policies.parts.fields import fail

@@ -9,16 +9,24 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.kinds.base import CompiledRule, Context, Measure, check_cosine, check_probability, naming
+from clipfilter.policies.kinds.base import (
+    CompiledRule,
+    Measure,
+    Words,
+    Written,
+    check_cosine,
+    check_probability,
+    naming,
+    phrase_list,
+)
 from clipfilter.policies.kinds.concept_plan import ConceptPlan, Part
 from clipfilter.policies.kinds.vectors import LearnedVectors, read_vectors
-from clipfilter.policies.kinds.words import Words, Written, phrase_list
 from clipfilter.policies.parts.attachments import Attached, Attachments
 from clipfilter.policies.parts.bands import Band, CalibratedRule
 from clipfilter.policies.parts.fields import choice, fail, shown
 from clipfilter.policies.parts.values import Generic, Number, Phrases, WeighedPhrases, same_phrase
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION
-from clipfilter.policies.texts import Phrase, unit_vectors
+from clipfilter.policies.texts import Phrase, TextEncoder, unit_vectors
 
 Score = Annotated[
     Literal["probability", "margin", "cosine", "calibrated"],
@@ -207,10 +215,10 @@ class Concept(Measure):
         return platt.a, platt.b
 
     @classmethod
-    def plan(cls, rules: Sequence[CompiledRule], context: Context) -> ConceptPlan | None:
+    def plan(cls, rules: Sequence[CompiledRule], encoder: TextEncoder, files: Attachments) -> ConceptPlan | None:
         if not rules:
             return None
-        columns = _Columns(context)
+        columns = _Columns(encoder, files)
         for rule in rules:
             assert isinstance(rule.measure, cls)
             with naming(rule.id):
@@ -286,9 +294,9 @@ def _phrase_of(item: Any, weights: dict[str, Any], at: tuple[str | int, ...]) ->
 class _Columns:
     """Collects the columns of all concept rules; `plan` embeds them."""
 
-    def __init__(self, context: Context) -> None:
-        self._encoder = context.encoder
-        self._files = context.files
+    def __init__(self, encoder: TextEncoder, files: Attachments) -> None:
+        self._encoder = encoder
+        self._files = files
         self._labels: list[str] = []
         self._phrases: list[Phrase | np.ndarray] = []  # what each column is made of: a phrase, or a learned vector
         self._counted: list[float] = []

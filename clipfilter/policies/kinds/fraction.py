@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipfilter.policies.kinds.base import Answer, Measure
-from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.kinds.base import Answer, Measure, Words, Written
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band
 from clipfilter.policies.parts.fields import fail, shown, suggest

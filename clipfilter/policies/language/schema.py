@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from clipfilter.decisions import ESCALATE, LIMITS
+from clipfilter.decisions import ESCALATE
 from clipfilter.errors import RefusedError
+from clipfilter.policies.fraction import DatasetThreshold
 from clipfilter.policies.language.about import Card, Expectation, Interchange, check_rules
 from clipfilter.policies.language.rule import Rule, check_band
 from clipfilter.policies.parts.attachments import Attachment
-from clipfilter.policies.parts.bands import Band, CalibratedBand, Calibration, Tighten, check_order, moved
+from clipfilter.policies.parts.bands import Calibration, Tighten, check_order, moved
 from clipfilter.policies.parts.fields import Model, fail, shown, suggest, text, within
 from clipfilter.policies.parts.overrides import OverridesField
 from clipfilter.policies.parts.values import Identifier, Missing, Templates, Whole
@@ -27,17 +27,6 @@ from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
 
 MAX_TOTAL_PHRASES = 4096
 MAX_RULES = 200
-
-
-@dataclass(frozen=True)
-class DatasetThreshold:
-    """A threshold that only the whole dataset can give: `key` ("<rule>.reject") names its number, `of` what to rank."""
-
-    key: str
-    rule: str
-    of: str
-    fraction: float
-    tail: str  # "top" | "bottom"
 
 
 class Policy(Model):
@@ -160,12 +149,8 @@ class Policy(Model):
             if not rule.measure.needs_model:
                 fail(f"{name!r} is of kind {rule.kind}, whose threshold depends on no model", *here, key=True)
             merged = rule
-            for which in LIMITS:
-                calibrated: CalibratedBand | None = getattr(bands, which)
-                if calibrated is None:
-                    continue
-                band = calibrated.band
-                written: Band | None = getattr(rule, which)
+            for which, band in bands.bands.items():
+                written = rule.bands.get(which)
                 if written is not None and written.direction != band.direction:
                     fail(
                         f"the rule {name!r} points {written.direction}, its calibration {band.direction}", *here, which

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
+from clipfilter.decisions import LIMITS
 from clipfilter.policies.parts.fields import Model, choice, fail, shown, text
 from clipfilter.policies.parts.values import Identifier, Number, Numbers, Sha256, Whole
 
@@ -178,6 +179,11 @@ class CalibratedRule(Model):
         if self.review is None and self.reject is None:
             fail("a calibrated rule has review, reject or both")
         return self
+
+    @property
+    def bands(self) -> dict[str, Band]:
+        """The bands it has, by name."""
+        return {name: own.band for name in LIMITS if (own := getattr(self, name)) is not None}
 
 
 class Calibration(Model):

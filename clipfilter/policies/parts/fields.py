@@ -85,6 +85,17 @@ def suggest(value: Any, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def written_as(shape: Callable[[dict[str, Any]], dict[str, Any]]) -> ConfigDict:
+    """For a model that is written otherwise than as a map: its JSON Schema, given the one of the map."""
+
+    def change(schema: dict[str, Any]) -> None:
+        made = shape(dict(schema))
+        schema.clear()
+        schema.update(made)
+
+    return ConfigDict(json_schema_extra=change)
+
+
 class Model(BaseModel):
     """Base of every part of the language: strict types, no unknown keys, immutable."""
 

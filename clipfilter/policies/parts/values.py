@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, WithJsonSchema
 
 from clipfilter.decisions import LIMITS, Limit
-from clipfilter.policies.parts.fields import TEXTS, WEIGHED_PHRASES, choice, fail, identifier, number, shown, suggest
+from clipfilter.policies.parts.fields import (
+    TEXTS,
+    WEIGHED_PHRASES,
+    choice,
+    fail,
+    identifier,
+    number,
+    shown,
+    suggest,
+    text,
+    within,
+)
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES
 
 MAX_PHRASES = 256
@@ -46,12 +57,8 @@ def phrases(value: Any) -> Any:
         fail(f"there are {len(value)} phrases, more than the {MAX_PHRASES} allowed", MAX_PHRASES)
     seen: dict[str, int] = {}
     for position, phrase in enumerate(value):
-        if not isinstance(phrase, str):
-            fail(f"a phrase must be text, not {shown(phrase)}; put it in quotes if it is meant as text", position)
-        if not phrase.strip():
-            fail("a phrase is empty", position)
-        if len(phrase) > MAX_PHRASE_CHARS:
-            fail(f"a phrase has {len(phrase):,} characters, more than the {MAX_PHRASE_CHARS} allowed", position)
+        with within(position):
+            text("a phrase", MAX_PHRASE_CHARS)(phrase)
         folded = same_phrase(phrase)
         if folded in seen:
             fail(f"the phrase {shown(phrase)} is in the list twice", position)
