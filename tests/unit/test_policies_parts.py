@@ -8,9 +8,9 @@ from pydantic_core import PydanticCustomError
 from scipy.special import expit
 
 from clipfilter.policies import joined, sigmoid, similarity
+from clipfilter.policies.arithmetic import RECHECK, Recheck, exact_products
 from clipfilter.policies.kinds.base import Written, phrase_list
 from clipfilter.policies.parts.fields import fail, within
-from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
 
 
 def test_only_what_lies_near_a_threshold_is_computed_again() -> None:

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
+from clipfilter.policies.arithmetic import RECHECK, settle
 from clipfilter.policies.parts.attachments import Attachment, Attachments, Listed
 from clipfilter.policies.parts.bands import Band, CalibratedRule, moved
 from clipfilter.policies.parts.fields import Model, fail
-from clipfilter.policies.recheck import RECHECK, settle
 from clipfilter.policies.texts import TextEncoder
 
 # ---------------------------------------------------------------- words

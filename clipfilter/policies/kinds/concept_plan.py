@@ -10,9 +10,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from clipfilter.policies.curves import sigmoid
+from clipfilter.policies.arithmetic import RECHECK, Recheck, exact_products, sigmoid
 from clipfilter.policies.kinds.base import Block, CompiledRule, Found
-from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
 
 _VANISHING = 1e-30  # a sum of exponentials below this has lost digits
 _PIECE = 64  # columns reduced at once: with 1024 rows 256 KiB, which stay in a processor's cache from step to step

@@ -8,8 +8,7 @@ from typing import Any
 from clipfilter.policies.kinds.base import Answer, Measure, Words, Written
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import fail, shown, suggest
-from clipfilter.policies.parts.values import Identifier
+from clipfilter.policies.parts.fields import Identifier, fail, shown, suggest
 
 
 class Fraction(Measure):

@@ -53,7 +53,7 @@ def resolve(root: Node) -> Node:
     Calibrations of extended files come after the file's own; whether they still fit is for the caller to find out.
     Raises RefusedError with file, line and column.
     """
-    merged = _Loader().merged(root, ())
+    merged = _merged(root, (), [])
     data = {key: node for key, node in merged.data.items() if key not in KEYS}
     variables = _variables(merged.data["variables"]) if "variables" in merged.data else {}
     expansion = _Expansion(variables)
@@ -103,38 +103,31 @@ def kind(value: Any) -> str:
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
-class _Loader:
-    """Reads what files extend, depth first; counts the files and knows the chain that led to each."""
-
-    def __init__(self) -> None:
-        self._files = 0
-
-    def merged(self, root: Node, chain: tuple[str, ...]) -> Node:
-        here = (*chain, os.path.realpath(root.file))
-        bases: Node | None = None
-        for entry in _names(root):
-            place = entry.at
-            found = _find(entry)
-            if os.path.realpath(found) in here:
-                names = [*(os.path.basename(name) for name in here), found.name]
-                refuse(place, f"extends leads in a circle: {' extends '.join(names[-4:])}")
-            self._files += 1
-            if len(here) >= MAX_DEPTH or self._files > MAX_FILES:
-                refuse(place, f"extends goes more than {MAX_DEPTH} files deep or names more than {MAX_FILES} files")
-            try:
-                raw = read_policy_file(found)
-            except FileNotFoundError:
-                refuse(place, f"there is no file {entry.data!r} beside this one to extend")
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                refuse(place, f"{entry.data!r}, which this extends, cannot be read: {reason}")
-            base = self.merged(read_document(raw, str(found)), here)
-            bases = base if bases is None else _merge(bases, base)
-        if bases is None:
-            if "remove" in root.data:
-                refuse(root.keys["remove"], "remove takes away rules of another policy; it belongs beside extends")
-            return root
-        return _merge(bases, root)
+def _merged(root: Node, chain: tuple[str, ...], files: list[Path]) -> Node:
+    """`root` on top of what it extends, depth first. chain: the files that led here; files: all that were read."""
+    here = (*chain, os.path.realpath(root.file))
+    bases: Node | None = None
+    for entry in _names(root):
+        place = entry.at
+        found = _find(entry)
+        if os.path.realpath(found) in here:
+            names = [*(os.path.basename(name) for name in here), found.name]
+            refuse(place, f"extends leads in a circle: {' extends '.join(names[-4:])}")
+        files.append(found)
+        if len(here) >= MAX_DEPTH or len(files) > MAX_FILES:
+            refuse(place, f"extends goes more than {MAX_DEPTH} files deep or names more than {MAX_FILES} files")
+        try:
+            raw = read_policy_file(found)
+        except FileNotFoundError:
+            refuse(place, f"there is no file {entry.data!r} beside this one to extend")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            refuse(place, f"{entry.data!r}, which this extends, cannot be read: {reason}")
+        base = _merged(read_document(raw, str(found)), here, files)
+        bases = base if bases is None else _merge(bases, base)
+    if bases is None and "remove" in root.data:
+        refuse(root.keys["remove"], "remove takes away rules of another policy; it belongs beside extends")
+    return root if bases is None else _merge(bases, root)
 
 
 def _names(root: Node) -> list[Node]:

@@ -20,9 +20,19 @@ from clipfilter.policies.language.about import Card, Expectation, Interchange, c
 from clipfilter.policies.language.rule import Rule, check_band
 from clipfilter.policies.parts.attachments import Attachment
 from clipfilter.policies.parts.bands import Calibration, Tighten, check_order, moved
-from clipfilter.policies.parts.fields import Model, fail, shown, suggest, text, within
+from clipfilter.policies.parts.fields import (
+    Identifier,
+    Missing,
+    Model,
+    Templates,
+    Whole,
+    fail,
+    shown,
+    suggest,
+    text,
+    within,
+)
 from clipfilter.policies.parts.overrides import OverridesField
-from clipfilter.policies.parts.values import Identifier, Missing, Templates, Whole
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
 
 MAX_TOTAL_PHRASES = 4096
