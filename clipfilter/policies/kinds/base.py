@@ -114,7 +114,7 @@ class Measure(Model):
     @property
     def uses(self) -> tuple[str, ...]:
         """The earlier rules whose scores it reads."""
-        return ()
+        return () if self.of_rule is None else (self.of_rule,)
 
     @property
     def of_rule(self) -> str | None:

@@ -22,10 +22,6 @@ class Fraction(Measure):
     of: Identifier
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        return (self.of,)
-
-    @property
     def of_rule(self) -> str | None:
         return self.of
 

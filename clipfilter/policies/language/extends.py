@@ -270,11 +270,11 @@ def _merged_rules(base: Node, child: Node) -> Node:
 def _merge_calibrations(data: dict[str, Node], child: Node, removed: set[str]) -> None:
     """The child's own entries, then those of the base for other weights, without rules whose bands the child sets."""
     own, inherited = child.data.get("calibrations"), data.get("calibrations")
-    if inherited is None or not isinstance(inherited.data, list):
+    if inherited is None or not all(isinstance(node.data, list) for node in (inherited, own) if node is not None):
         if own is not None:
             data["calibrations"] = own
         return
-    entries = list(own.items()) if own is not None else []
+    entries = [*own.items()] if own is not None else []
     rules = child.get("rules")
     changed = removed | {
         _rule_id(node) or "" for node in (rules.items() if rules else ()) if any(node.get(limit) for limit in LIMITS)
@@ -287,9 +287,7 @@ def _merge_calibrations(data: dict[str, Node], child: Node, removed: set[str]) -
         kept = {name: node for name, node in bands.data.items() if name not in changed}
         if kept:
             entries.append(entry.put(entry.data | {"rules": bands.put(kept)}))
-    if own is not None and not isinstance(own.data, list):
-        data["calibrations"] = own
-    elif entries:
+    if entries:
         data["calibrations"] = child.put(entries)
     else:
         del data["calibrations"]
