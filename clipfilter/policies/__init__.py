@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from clipfilter.policies.blocks import similarity
+from clipfilter.policies.arithmetic import bent, sigmoid, similarity
 from clipfilter.policies.captions import language_detector
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
-from clipfilter.policies.curves import bent, sigmoid
 from clipfilter.policies.deciding import REASONS, escalated
 from clipfilter.policies.fraction import (
     BUCKETS,

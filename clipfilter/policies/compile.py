@@ -15,7 +15,7 @@ import pyarrow as pa
 from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import deciding
-from clipfilter.policies.curves import bent
+from clipfilter.policies.arithmetic import bent
 from clipfilter.policies.deciding import Decider, Decisions
 from clipfilter.policies.fraction import DatasetThreshold
 from clipfilter.policies.kinds.base import Answer, CompiledRule, Plan, naming

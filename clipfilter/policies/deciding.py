@@ -87,6 +87,14 @@ class _Outcome:
     rows: np.ndarray  # intp
     threshold: np.ndarray  # float32, of each of the rows
 
+    @classmethod
+    def of(
+        cls, rule: int, rank: int, band: str, fired: np.ndarray, threshold: np.ndarray | np.float32 | float
+    ) -> _Outcome:
+        """fired: bool [n]; threshold: float32 [n], or one number for all, NaN where none was compared."""
+        rows = np.flatnonzero(fired)
+        return cls(rule, rank, band, rows, np.broadcast_to(np.asarray(threshold, dtype=np.float32), fired.shape)[rows])
+
 
 @dataclass
 class _Shift:
@@ -182,17 +190,13 @@ def _outcomes(
         limit = _limits(*bands[name], shift, len(values))
         fired = left & _beyond(values, bands[name][0], limit)
         left &= ~fired
-        rows = np.flatnonzero(fired)
         if shift is not None:
-            shift.felt[rows] |= ~_beyond(values[rows], bands[name][0], np.float32(bands[name][1]))
-        own = limit[rows] if isinstance(limit, np.ndarray) else np.full(len(rows), limit)
-        found.append(_Outcome(position, _RANK[name], name, rows, own))
+            shift.felt |= fired & ~_beyond(values, bands[name][0], np.float32(bands[name][1]))
+        found.append(_Outcome.of(position, _RANK[name], name, fired, limit))
     if rule.id in scores.skipped:
         missing &= ~scores.skipped[rule.id]
     if rule.on_missing != "keep":
-        rows = np.flatnonzero(missing)
-        none = np.full(len(rows), np.nan, dtype=np.float32)
-        found.append(_Outcome(position, _RANK[rule.on_missing], "missing", rows, none))
+        found.append(_Outcome.of(position, _RANK[rule.on_missing], "missing", missing, np.nan))
     return found
 
 
@@ -254,18 +258,12 @@ def _modifiers(policy: Decider, scores: Scores, shifts: dict[str, _Shift]) -> li
         felt = np.zeros(scores.rows, dtype=bool)
         for name in rule.tightens:
             felt |= shifts[name].felt & (shifts[name].modifier == position)
-        rows = np.flatnonzero(felt)
-        limit = np.full(len(rows), rule.tighten, dtype=np.float32)
-        found.append(_Outcome(position, _RANK[TIGHTEN], TIGHTEN, rows, limit))
+        found.append(_Outcome.of(position, _RANK[TIGHTEN], TIGHTEN, felt, rule.tighten))
     return found
 
 
 def _overrides(codes: np.ndarray, position: int) -> list[_Outcome]:
-    found = []
-    for code, name in enumerate(DECISIONS):
-        rows = np.flatnonzero(codes == code)
-        found.append(_Outcome(position, _OVERRIDE_RANK, name, rows, np.full(len(rows), np.nan, dtype=np.float32)))
-    return found
+    return [_Outcome.of(position, _OVERRIDE_RANK, name, codes == code, np.nan) for code, name in enumerate(DECISIONS)]
 
 
 def _counts(policy: Decider, outcomes: Sequence[_Outcome]) -> dict[str, dict[str, int]]:

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
+from clipfilter.policies.arithmetic import RECHECK, settle
 from clipfilter.policies.parts.attachments import Attachment, Attachments, Listed
 from clipfilter.policies.parts.bands import Band, CalibratedRule, moved
 from clipfilter.policies.parts.fields import Model, fail
-from clipfilter.policies.recheck import RECHECK, settle
 from clipfilter.policies.texts import TextEncoder
 
 # ---------------------------------------------------------------- words
@@ -114,7 +114,7 @@ class Measure(Model):
     @property
     def uses(self) -> tuple[str, ...]:
         """The earlier rules whose scores it reads."""
-        return ()
+        return () if self.of_rule is None else (self.of_rule,)
 
     @property
     def of_rule(self) -> str | None:

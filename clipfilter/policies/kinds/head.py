@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, model_validator
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads
 from clipfilter.models.heads import Layers, load_head
+from clipfilter.policies.arithmetic import RECHECK, Recheck, settle
 from clipfilter.policies.kinds.base import (
     Block,
     CompiledRule,
@@ -24,9 +25,7 @@ from clipfilter.policies.kinds.base import (
 )
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import TEXT, fail, shown, text, written_as
-from clipfilter.policies.parts.values import Sha256
-from clipfilter.policies.recheck import RECHECK, Recheck, settle
+from clipfilter.policies.parts.fields import TEXT, Sha256, fail, shown, text, written_as
 from clipfilter.policies.texts import TextEncoder
 
 _OPENED_NEAR = 0.02  # where an error could move a score further than this, too many rows would be computed twice

@@ -24,8 +24,7 @@ from clipfilter.policies.kinds.base import Answer, Measure, Words, numbers_answe
 from clipfilter.policies.parts.attachments import Attachments, Listed, filed
 from clipfilter.policies.parts.bands import Band
 from clipfilter.policies.parts.columns import column_type
-from clipfilter.policies.parts.fields import TEXTS_OR_FILE, fail, shown, suggest
-from clipfilter.policies.parts.values import Whole
+from clipfilter.policies.parts.fields import TEXTS_OR_FILE, Whole, fail, shown, suggest
 
 
 def _hashes(kind: str) -> Any:

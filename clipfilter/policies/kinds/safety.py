@@ -11,11 +11,10 @@ from pydantic import BeforeValidator, model_validator
 
 from clipfilter.errors import RefusedError
 from clipfilter.models.heads import SafetyChecker, load_head
+from clipfilter.policies.arithmetic import RECHECK, Recheck, exact_products
 from clipfilter.policies.kinds.base import Block, CompiledRule, Found, Measure, Words, Written, naming, phrase_list
 from clipfilter.policies.parts.attachments import Attached, Attachments
-from clipfilter.policies.parts.fields import Model, fail, shown, text
-from clipfilter.policies.parts.values import MAX_PHRASE_CHARS, MAX_PHRASES, Number
-from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
+from clipfilter.policies.parts.fields import MAX_PHRASE_CHARS, MAX_PHRASES, Model, Number, fail, shown, text
 from clipfilter.policies.texts import TextEncoder, unit_vectors
 
 

@@ -11,8 +11,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from clipfilter.decisions import DECISIONS, Decision
-from clipfilter.policies.parts.fields import TEXTS, VARIABLE, Model, choice, fail, shown, suggest, text, written_as
-from clipfilter.policies.parts.values import Number
+from clipfilter.policies.parts.fields import (
+    TEXTS,
+    VARIABLE,
+    Model,
+    Number,
+    choice,
+    fail,
+    shown,
+    suggest,
+    text,
+    written_as,
+)
 
 MAX_TESTS = 500
 MAX_CATEGORIES = 200

@@ -7,8 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
 from clipfilter.decisions import LIMITS
-from clipfilter.policies.parts.fields import Model, choice, fail, shown, text
-from clipfilter.policies.parts.values import Identifier, Number, Numbers, Sha256, Whole
+from clipfilter.policies.parts.fields import (
+    Identifier,
+    Model,
+    Number,
+    Numbers,
+    Sha256,
+    Whole,
+    choice,
+    fail,
+    shown,
+    text,
+)
 
 DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
 
