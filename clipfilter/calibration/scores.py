@@ -126,22 +126,15 @@ def bands_in_use(policy: Policy, rule: Rule, weights_sha256: str | None) -> dict
     """The review and reject bands of a rule as they decide with these weights: calibrated, else as written."""
     entry = next((entry for entry in policy.calibrations if entry.weights_sha256 == weights_sha256), None)
     own = entry.rules.get(rule.id) if entry is not None else None
-    bands = {}
-    for name in LIMITS:
-        calibrated = getattr(own, name) if own is not None else None
-        band = calibrated.band if calibrated is not None else getattr(rule, name)
-        if band is not None:
-            bands[name] = band
-    return bands
+    return rule.bands | (own.bands if own is not None else {})
 
 
 def direction_of(policy: Policy, rule: Rule) -> str:
     """ "above" or "below": where the rule's bands point. Raises RefusedError for a rule without any."""
-    bands = [rule.review, rule.reject]
+    bands = [*rule.bands.values()]
     for entry in policy.calibrations:
-        own = entry.rules.get(rule.id)
-        bands += [band.band for band in (own.review, own.reject) if band is not None] if own is not None else []
-    direction = next((band.direction for band in bands if band is not None), None)
+        bands += entry.rules[rule.id].bands.values() if rule.id in entry.rules else ()
+    direction = next((band.direction for band in bands), None)
     if direction is None:
         raise RefusedError(
             f"the rule {rule.id!r} has no band, so nobody knows which end of its scores is meant; write one into the policy, "

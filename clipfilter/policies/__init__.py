@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from clipfilter.policies.blocks import similarity
+from clipfilter.policies.arithmetic import bent, sigmoid, similarity
 from clipfilter.policies.captions import language_detector
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
-from clipfilter.policies.curves import bent, sigmoid
-from clipfilter.policies.deciding import REASONS, Decisions, escalated
+from clipfilter.policies.deciding import REASONS, escalated
 from clipfilter.policies.fraction import (
     BUCKETS,
     Threshold,
@@ -19,9 +18,8 @@ from clipfilter.policies.fraction import (
     low_histogram,
     wanted_rank,
 )
-from clipfilter.policies.kinds.base import Measure
+from clipfilter.policies.kinds.base import Measure, Words, Written, joined
 from clipfilter.policies.kinds.registry import measure_in, measure_of
-from clipfilter.policies.kinds.words import Words, Written, joined
 from clipfilter.policies.labels import LABEL_COLUMNS, LabelScorer, LabelSet, label_names, parse_labels
 from clipfilter.policies.language.about import Expectation, RuleExpectation
 from clipfilter.policies.language.extends import read_document, resolve
@@ -39,7 +37,6 @@ from clipfilter.policies.parts.conditions import in_words
 from clipfilter.policies.parts.fields import suggest
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
-from clipfilter.policies.scoring import Scores
 from clipfilter.policies.texts import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 
 __all__ = [
@@ -56,7 +53,6 @@ __all__ = [
     "Attachments",
     "Band",
     "CompiledPolicy",
-    "Decisions",
     "Expectation",
     "LabelScorer",
     "LabelSet",
@@ -66,7 +62,6 @@ __all__ = [
     "Rule",
     "RuleExpectation",
     "ScorePolicy",
-    "Scores",
     "Threshold",
     "Words",
     "Written",

@@ -106,22 +106,16 @@ def compile_pattern(pattern: str) -> Any:
     """A pattern in RE2's syntax, to be searched in UTF-8 bytes. Raises ValueError with RE2's own words."""
     import re2
 
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = _RE2_MEMORY
     try:
-        return re2.compile(unicodedata.normalize("NFC", pattern).encode(), _re2_options())
+        return re2.compile(unicodedata.normalize("NFC", pattern).encode(), options)
     except re2.error as error:
         said = error.args[0] if error.args else error
         raise ValueError(said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)) from None
     except UnicodeEncodeError:
         raise ValueError("it holds half a character") from None
-
-
-def _re2_options() -> Any:
-    import re2
-
-    options = re2.Options()
-    options.log_errors = False
-    options.max_mem = _RE2_MEMORY
-    return options
 
 
 def pattern_judge(patterns: Sequence[str]) -> Judge:

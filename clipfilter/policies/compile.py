@@ -15,12 +15,13 @@ import pyarrow as pa
 from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import deciding
-from clipfilter.policies.curves import bent
+from clipfilter.policies.arithmetic import bent
 from clipfilter.policies.deciding import Decider, Decisions
-from clipfilter.policies.kinds.base import Answer, CompiledRule, Context, Plan, naming
+from clipfilter.policies.fraction import DatasetThreshold
+from clipfilter.policies.kinds.base import Answer, CompiledRule, Plan, naming
 from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.language.rule import Rule
-from clipfilter.policies.language.schema import DatasetThreshold, Policy, json_sha256, rule_prompts_sha256
+from clipfilter.policies.language.schema import Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band, Calibration
 from clipfilter.policies.parts.conditions import check_condition
@@ -131,24 +132,24 @@ def compile_policy(
     prompts_sha256 = json_sha256(rule_prompts)
     calibration = matching_calibration(policy, encoder.fingerprint, prompts_sha256, decode)
     rules = tuple(_compile_rule(rule, policy, calibration, encoder.name) for rule in policy.rules)
-    context = Context(encoder, files or Attachments())
+    files = files or Attachments()
     labels: list[str] = []
     plans: list[tuple[Plan, int]] = []
     for measure in KINDS.values():
-        plan = measure.plan([rule for rule in rules if type(rule.measure) is measure], context)
+        plan = measure.plan([rule for rule in rules if type(rule.measure) is measure], encoder, files)
         if plan is not None:
             plans.append((plan, len(labels)))
             labels += plan.labels
     answers: dict[str, tuple[Answer, int]] = {}
     for rule in rules:
         with naming(rule.id):
-            answer = rule.measure.answer(rule.thresholds, context.files)
+            answer = rule.measure.answer(rule.thresholds, files)
         if answer is not None:
             answers[rule.id] = answer, len(labels)
             labels += answer.labels
     prompts = list(dict.fromkeys(prompt for plan, _ in plans for prompt in plan.prompts))
     none = np.zeros((0, encoder.dim), dtype=np.float32)
-    overrides = policy.overrides.table(context.files) if policy.overrides is not None else None
+    overrides = policy.overrides.table(files) if policy.overrides is not None else None
     return CompiledPolicy(
         policy=policy,
         scorer=Scorer(
@@ -197,32 +198,30 @@ def matching_calibration(policy: Policy, fingerprint: dict[str, Any], prompts: s
 
 def _compile_rule(rule: Rule, policy: Policy, calibration: Calibration | None, model: str) -> CompiledRule:
     measure = rule.measure
-    bands = {"review": rule.review, "reject": rule.reject}
+    bands = dict(rule.bands)
     own = calibration.rules.get(rule.id) if calibration is not None and measure.needs_model else None
     curve = measure.curve(own, rule.id, model)
     if own is not None:
-        for name, calibrated in (("review", own.review), ("reject", own.reject)):
-            if calibrated is not None:
-                band = calibrated.band
-                # Calibrated thresholds are raw scores; the curve carries them over to probabilities.
-                bands[name] = band if curve is None else Band(**{band.direction: bent(curve, band.value)})
+        for name, band in own.bands.items():
+            # Calibrated thresholds are raw scores; the curve carries them over to probabilities.
+            bands[name] = band if curve is None else Band(**{band.direction: bent(curve, band.value)})
     tighten = rule.tighten.band if rule.tighten is not None else None
-    given = [band for band in (*bands.values(), tighten) if band is not None]
+    given = [*bands.values(), *([tighten] if tighten is not None else [])]
     if policy.decides and not given and not measure.actions and rule.id not in policy.used:
         others = ", ".join(entry.model for entry in policy.calibrations if rule.id in entry.rules)
         raise RefusedError(
             f"the rule {rule.id!r} of policy {policy.name!r} has thresholds only for {others}, not for {model}; "
             "recalibrate: write a band into the rule, decide a run with it, and use `clipfilter policy calibrate` on that"
         )
-    values = {name: None if measure.ranks or band is None else band.value for name, band in bands.items()}
+    values = {} if measure.ranks else {name: band.value for name, band in bands.items()}
     amounts = {other.tighten.by for other in policy.rules if other.tighten and rule.id in other.tighten.rules}
     return CompiledRule(
         id=rule.id,
         measure=measure,
         templates=rule.templates or policy.templates,
         direction=given[0].direction if given else None,
-        review=values["review"],
-        reject=values["reject"],
+        review=values.get("review"),
+        reject=values.get("reject"),
         on_missing=rule.on_missing or policy.on_missing,
         ranked=any(other.measure.of_rule == rule.id for other in policy.rules),
         calibrated=(own is not None) if measure.needs_model else None,

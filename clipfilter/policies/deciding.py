@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from clipfilter import columns as cf
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
+from clipfilter.policies.fraction import DatasetThreshold
 from clipfilter.policies.kinds.base import CompiledRule
-from clipfilter.policies.language.schema import DatasetThreshold
 from clipfilter.policies.parts.bands import moved
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.scoring import Scores
@@ -87,6 +87,14 @@ class _Outcome:
     rows: np.ndarray  # intp
     threshold: np.ndarray  # float32, of each of the rows
 
+    @classmethod
+    def of(
+        cls, rule: int, rank: int, band: str, fired: np.ndarray, threshold: np.ndarray | np.float32 | float
+    ) -> _Outcome:
+        """fired: bool [n]; threshold: float32 [n], or one number for all, NaN where none was compared."""
+        rows = np.flatnonzero(fired)
+        return cls(rule, rank, band, rows, np.broadcast_to(np.asarray(threshold, dtype=np.float32), fired.shape)[rows])
+
 
 @dataclass
 class _Shift:
@@ -94,10 +102,11 @@ class _Shift:
 
     amount: np.ndarray
     modifier: np.ndarray
-    felt: np.ndarray = field(init=False)  # rows where a moved threshold was passed, bool [n]
+    felt: np.ndarray  # rows where a moved threshold was passed, bool [n]
 
-    def __post_init__(self) -> None:
-        self.felt = np.zeros(len(self.amount), dtype=bool)
+    @classmethod
+    def none(cls, rows: int) -> _Shift:
+        return cls(np.zeros(rows), np.full(rows, -1, dtype=np.intp), np.zeros(rows, dtype=bool))
 
 
 @dataclass(frozen=True)
@@ -181,17 +190,13 @@ def _outcomes(
         limit = _limits(*bands[name], shift, len(values))
         fired = left & _beyond(values, bands[name][0], limit)
         left &= ~fired
-        rows = np.flatnonzero(fired)
         if shift is not None:
-            shift.felt[rows] |= ~_beyond(values[rows], bands[name][0], np.float32(bands[name][1]))
-        own = limit[rows] if isinstance(limit, np.ndarray) else np.full(len(rows), limit)
-        found.append(_Outcome(position, _RANK[name], name, rows, own))
+            shift.felt |= fired & ~_beyond(values, bands[name][0], np.float32(bands[name][1]))
+        found.append(_Outcome.of(position, _RANK[name], name, fired, limit))
     if rule.id in scores.skipped:
         missing &= ~scores.skipped[rule.id]
     if rule.on_missing != "keep":
-        rows = np.flatnonzero(missing)
-        none = np.full(len(rows), np.nan, dtype=np.float32)
-        found.append(_Outcome(position, _RANK[rule.on_missing], "missing", rows, none))
+        found.append(_Outcome.of(position, _RANK[rule.on_missing], "missing", missing, np.nan))
     return found
 
 
@@ -238,7 +243,7 @@ def _shifts(policy: Decider, scores: Scores) -> dict[str, _Shift]:
             continue
         applies = _beyond(scores.values[rule.id], str(rule.direction), np.float32(rule.tighten))
         for name in rule.tightens:
-            shift = shifts.setdefault(name, _Shift(np.zeros(scores.rows), np.full(scores.rows, -1, dtype=np.intp)))
+            shift = shifts.setdefault(name, _Shift.none(scores.rows))
             stronger = applies & (rule.tighten_by > shift.amount)
             shift.amount[stronger], shift.modifier[stronger] = rule.tighten_by, position
     return shifts
@@ -253,18 +258,12 @@ def _modifiers(policy: Decider, scores: Scores, shifts: dict[str, _Shift]) -> li
         felt = np.zeros(scores.rows, dtype=bool)
         for name in rule.tightens:
             felt |= shifts[name].felt & (shifts[name].modifier == position)
-        rows = np.flatnonzero(felt)
-        limit = np.full(len(rows), rule.tighten, dtype=np.float32)
-        found.append(_Outcome(position, _RANK[TIGHTEN], TIGHTEN, rows, limit))
+        found.append(_Outcome.of(position, _RANK[TIGHTEN], TIGHTEN, felt, rule.tighten))
     return found
 
 
 def _overrides(codes: np.ndarray, position: int) -> list[_Outcome]:
-    found = []
-    for code, name in enumerate(DECISIONS):
-        rows = np.flatnonzero(codes == code)
-        found.append(_Outcome(position, _OVERRIDE_RANK, name, rows, np.full(len(rows), np.nan, dtype=np.float32)))
-    return found
+    return [_Outcome.of(position, _OVERRIDE_RANK, name, codes == code, np.nan) for code, name in enumerate(DECISIONS)]
 
 
 def _counts(policy: Decider, outcomes: Sequence[_Outcome]) -> dict[str, dict[str, int]]:

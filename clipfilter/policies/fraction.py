@@ -26,22 +26,22 @@ _SIGN = np.uint32(0x80000000)
 _SLICE = 1 << 20  # scores handled at once, so that one huge chunk costs no more memory than a few
 
 
-class _Entry(Protocol):
-    @property
-    def key(self) -> str: ...
-    @property
-    def of(self) -> str: ...
-    @property
-    def fraction(self) -> float: ...
-    @property
-    def tail(self) -> str: ...
+@dataclass(frozen=True)
+class DatasetThreshold:
+    """A threshold that only the whole dataset can give: `key` ("<rule>.reject") names its number, `of` what to rank."""
+
+    key: str
+    rule: str
+    of: str
+    fraction: float
+    tail: str  # "top" | "bottom"
 
 
 class HasDatasetThresholds(Protocol):
     """What is needed of a policy, compiled or not: which fractions of which scores it asks for."""
 
     @property
-    def dataset_thresholds(self) -> Sequence[_Entry]: ...
+    def dataset_thresholds(self) -> Sequence[DatasetThreshold]: ...
 
 
 Chunks = Callable[[], Iterable[np.ndarray]]
@@ -84,11 +84,7 @@ def high_histogram(scores: np.ndarray) -> np.ndarray:
 
 def low_histogram(scores: np.ndarray, bucket: int) -> np.ndarray:
     """Second pass, one part: int64 [65536] counts of the lower 16 bits of the keys in this upper bucket."""
-    counts = np.zeros(BUCKETS, dtype=np.int64)
-    for part in _slices(scores):
-        keys = sort_keys(part)
-        counts += np.bincount(keys[(keys >> 16) == bucket] & 0xFFFF, minlength=BUCKETS)
-    return counts
+    return _lows(lambda: [scores], {bucket})[bucket]
 
 
 def locate(counts: np.ndarray, rank: int) -> tuple[int, int]:
@@ -134,34 +130,6 @@ def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> 
         below = int(high[:bucket].sum() + low[:last].sum())
         kept = ranked - below if tail == "top" else below + int(low[last])
         result.append(Threshold(key_score(bucket << 16 | last), fraction, tail, ranked, kept))
-    return result
-
-
-def float16_thresholds(chunks: Iterable[np.ndarray], wanted: Sequence[tuple[float, str]]) -> list[Threshold]:
-    """As `fraction_thresholds`, of float16 scores, in one pass: a float16 has no more than 65 536 values.
-
-    chunks: all scores, read once. Raises ValueError for another dtype.
-    """
-    _check(wanted)
-    counts = np.zeros(BUCKETS, dtype=np.int64)
-    for chunk in chunks:
-        if chunk.dtype != np.float16:
-            raise ValueError(f"one pass is enough for float16 scores only, not for {chunk.dtype}")
-        for part in _slices(chunk):
-            bits = (part[~np.isnan(part)] + np.float16(0.0)).view(np.uint16)
-            counts += np.bincount(np.where(bits & 0x8000, ~bits, bits | 0x8000).astype(np.uint16), minlength=BUCKETS)
-    ranked = int(counts.sum())
-    if ranked == 0:
-        return [Threshold(None, fraction, tail, 0, 0) for fraction, tail in wanted]
-    result = []
-    for fraction, tail in wanted:
-        key, _ = locate(counts, wanted_rank(ranked, fraction, tail))
-        bits = key ^ 0x8000 if key & 0x8000 else key ^ 0xFFFF
-        value = float(np.array([bits], dtype=np.uint16).view(np.float16)[0])
-        below = int(counts[:key].sum())
-        result.append(
-            Threshold(value, fraction, tail, ranked, ranked - below if tail == "top" else below + int(counts[key]))
-        )
     return result
 
 

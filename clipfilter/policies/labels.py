@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
-from clipfilter.policies.curves import sigmoid
-from clipfilter.policies.parts.values import same_phrase
+from clipfilter.policies.arithmetic import sigmoid
+from clipfilter.policies.parts.fields import same_phrase
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, GENERIC_NEGATIVES, GENERIC_VERSION, TEMPLATES, fill
 from clipfilter.policies.texts import class_vectors, cosine_blocks
 

@@ -4,7 +4,7 @@ What makes results reproducible: rows are scored in zero-padded blocks of 1024, 
 score never depends on how many rows follow. A score within 1e-5 of one of its thresholds (for linear heads: times
 the length of the weights) is computed again in float64 from the same float16 embedding and compared with the exact
 threshold; the float32 that is stored is then moved, by at most one unit in the last place, to the side of the
-float32 threshold where the float64 value lies (see recheck.py). `decide` (deciding.py) compares nothing but stored float32
+float32 threshold where the float64 value lies (see arithmetic.py). `decide` (deciding.py) compares nothing but stored float32
 scores with float32 thresholds, so record and decision cannot contradict each other.
 """
 
@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter import columns as cf
-from clipfilter.policies import blocks
-from clipfilter.policies.blocks import BLOCK
+from clipfilter.policies.arithmetic import BLOCK, paired, upcast, usable
 from clipfilter.policies.kinds.base import Answer, Block, CompiledRule, Found, Plan, Rows
 from clipfilter.policies.parts import conditions
 from clipfilter.policies.parts.columns import metadata_values
@@ -79,7 +78,9 @@ class Scorer:
             cosine[~np.asarray(has_text, dtype=bool)] = np.nan
         if text_emb is None and cf.SIMILARITY in columns.column_names:
             cosine[:] = metadata_values(cf.SIMILARITY, columns)
-        scores = Scores(n, {}, cosine, {}, {}, {}, self._overrides(columns))
+        known = self.overrides is not None and cf.UID in columns.column_names
+        overrides = self.overrides.find(columns.column(cf.UID)) if known else None  # type: ignore[union-attr]
+        scores = Scores(n, {}, cosine, {}, {}, {}, overrides)
         for (plan, first), own in zip(self.plans, found, strict=True):
             scores.values.update(zip(plan.rules, own.values, strict=True))
             for labels, into in ((own.nearest, scores.nearest), (own.contrast, scores.contrast)):
@@ -117,12 +118,12 @@ class Scorer:
             for start in range(0, n, BLOCK):
                 rows = slice(start, min(start + BLOCK, n))
                 half = image_emb[rows]
-                blocks.upcast(half, block)
+                upcast(half, block)
                 if text_emb is None:
-                    valid = blocks.usable(block)[: len(half)]
+                    valid = usable(block)[: len(half)]
                 else:
-                    blocks.upcast(text_emb[rows], texts)
-                    valid, cosine[rows] = (part[: len(half)] for part in blocks.paired(block, texts))
+                    upcast(text_emb[rows], texts)
+                    valid, cosine[rows] = (part[: len(half)] for part in paired(block, texts))
                 if not self.plans:
                     continue
                 np.matmul(self.matrix, block.T, out=products)
@@ -131,11 +132,6 @@ class Scorer:
                     begin, stop = stop, stop + len(plan.weights)
                     plan.score(Block(half, block, valid), products[begin:stop], out.part(rows))
         return cosine, found
-
-    def _overrides(self, columns: pa.Table) -> np.ndarray | None:
-        if self.overrides is None or cf.UID not in columns.column_names:
-            return None
-        return self.overrides.find(columns.column(cf.UID))
 
 
 def _placed(labels: np.ndarray, first: int) -> np.ndarray:

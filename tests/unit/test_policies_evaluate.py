@@ -14,12 +14,11 @@ import pytest
 
 from clipfilter.errors import RefusedError
 from clipfilter.policies import CompiledPolicy, Policy, compile_policy, load_policy, parse_policy
-from clipfilter.policies.blocks import similarity
+from clipfilter.policies.arithmetic import settle, similarity
 from clipfilter.policies.deciding import REASONS
 from clipfilter.policies.fraction import dataset_thresholds
 from clipfilter.policies.kinds.concept_plan import ConceptPlan, concept_scores
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, TEMPLATES
-from clipfilter.policies.recheck import settle
 from tests.support.policies import FakeEncoder, embeddings
 
 CONCEPTS = """\

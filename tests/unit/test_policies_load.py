@@ -353,7 +353,8 @@ def test_every_example_of_the_reference_loads() -> None:
 
 def test_the_reference_names_every_key_and_every_ensemble() -> None:
     from clipfilter.policies.kinds.concept import Concept
-    from clipfilter.policies.language.schema import Band, Calibration, Rule
+    from clipfilter.policies.language.rule import Rule
+    from clipfilter.policies.parts.bands import Band, Calibration
     from clipfilter.policies.parts.columns import BUILTINS
 
     text = (Path(__file__).parents[2] / "docs" / "reference" / "policy.md").read_text()

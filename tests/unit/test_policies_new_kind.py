@@ -29,8 +29,7 @@ from clipfilter.policies import (
 )
 from clipfilter.policies.kinds.base import Answer, numbers_answer
 from clipfilter.policies.kinds.registry import MEASURES
-from clipfilter.policies.parts.fields import fail
-from clipfilter.policies.parts.values import Number
+from clipfilter.policies.parts.fields import Number, fail
 from clipfilter.report.data import Band, RuleData
 from clipfilter.report.explain import sentence, verdict
 from clipfilter.report.rules import meaning

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pydantic_core import PydanticCustomError
 from scipy.special import expit
 
+from clipfilter.errors import RefusedError
 from clipfilter.policies import joined, sigmoid, similarity
-from clipfilter.policies.kinds.words import Written, phrase_list
-from clipfilter.policies.parts.fields import fail, within
-from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
+from clipfilter.policies.arithmetic import RECHECK, Recheck, exact_products
+from clipfilter.policies.fraction import Threshold
+from clipfilter.policies.kinds.base import Written, phrase_list
+from clipfilter.policies.kinds.known import Known
+from clipfilter.policies.language.yaml_nodes import read_yaml
+from clipfilter.policies.parts.attachments import Attachment
+from clipfilter.policies.parts.bands import CalibratedBand, CalibratedRule
+from clipfilter.policies.parts.columns import column_type
+from clipfilter.policies.parts.fields import Model, fail, within, written_as
 
 
 def test_only_what_lies_near_a_threshold_is_computed_again() -> None:
@@ -94,3 +102,50 @@ def test_a_refusal_inside_gets_the_place_around_it() -> None:
     with pytest.raises(PydanticCustomError) as refused, within("rules", 3), within("combine"):
         fail("no", "weighted", key=True)
     assert refused.value.context == {"message": "no", "at": ("rules", 3, "combine", "weighted"), "at_key": True}
+
+
+def test_other_data_stands_in_the_place_of_a_node() -> None:
+    root = read_yaml(b"a: [1, 2]\nb: {c: 3}\n", "p.yaml")
+    items, inner = root.data["a"], root.data["b"]
+    assert [node.data for node in items.items()] == [1, 2]
+    assert inner.items() == []
+    assert inner.get("c").data == 3
+    assert items.get("c") is inner.get("d") is None
+    assert items.put([]).at == items.at
+    less = root.put({"b": inner.put({})})
+    assert less.plain() == {"b": {}}
+    assert less.keys == {"b": root.keys["b"]}
+    assert root.put({"x": items}, {"x": inner.at, "y": items.at}).keys == {"x": inner.at}
+
+
+def test_bands_of_a_calibrated_rule_have_their_direction() -> None:
+    rule = CalibratedRule(reject=CalibratedBand(below=0.25, n=10))
+    assert {name: (band.direction, band.value) for name, band in rule.bands.items()} == {"reject": ("below", 0.25)}
+
+
+def test_a_model_may_be_written_as_a_word() -> None:
+    class Word(Model):
+        model_config = written_as(lambda own: {"anyOf": [{"type": "string"}, own]})
+
+        name: str
+
+    schema = Word.model_json_schema()
+    assert schema["anyOf"][0] == {"type": "string"}
+    assert schema["anyOf"][1]["required"] == ["name"]
+
+
+def test_a_column_that_is_not_there_is_refused_with_who_needs_it() -> None:
+    schema = pa.schema([("a", pa.int8())])
+    assert column_type("a", schema, "the rule") == pa.int8()
+    with pytest.raises(RefusedError, match="the rule needs the column 'b', which this data does not have; try a"):
+        column_type("b", schema, "the rule", lambda: "; try a")
+
+
+def test_the_files_of_a_kind_are_those_its_keys_name() -> None:
+    assert list(Known(sha256=["a" * 64]).attachments) == []
+    assert list(Known(sha256={"sha256": "b" * 64}).attachments) == [Attachment(sha256="b" * 64)]
+
+
+def test_a_fraction_keeps_what_is_equal_to_its_threshold() -> None:
+    assert Threshold.at(0.5, 0.3, "top", 10, below=6, equal=2).kept == 4
+    assert Threshold.at(0.5, 0.3, "bottom", 10, below=6, equal=2).kept == 8

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from pydantic import model_validator
 
-from clipfilter.policies.kinds.base import Answer, Measure, Rows, check_cosine
-from clipfilter.policies.kinds.words import Words
+from clipfilter.policies.arithmetic import Recheck
+from clipfilter.policies.kinds.base import Answer, Measure, Rows, Words, check_cosine
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band
 from clipfilter.policies.parts.fields import fail
-from clipfilter.policies.recheck import Recheck
 
 
 class Alignment(Measure):

@@ -18,12 +18,46 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.kinds.words import Words
+from clipfilter.policies.arithmetic import RECHECK, settle
 from clipfilter.policies.parts.attachments import Attachment, Attachments, Listed
 from clipfilter.policies.parts.bands import Band, CalibratedRule, moved
 from clipfilter.policies.parts.fields import Model, fail
-from clipfilter.policies.recheck import RECHECK, settle
 from clipfilter.policies.texts import TextEncoder
+
+# ---------------------------------------------------------------- words
+
+
+#: How many phrases a sentence names.
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text from a policy: at most `limit` characters of it are shown. isolated: it may run in another direction."""
+
+    text: str
+    limit: int = 400
+    isolated: bool = False
+
+
+#: A sentence in parts; plain parts hold nothing that HTML would read.
+Words = Sequence[str | Written]
+
+
+def joined(words: Words, show: Callable[[Written], str]) -> str:
+    """The sentence, what was written shown by `show`."""
+    return "".join(show(part) if isinstance(part, Written) else part for part in words)
+
+
+def phrase_list(phrases: Sequence[str]) -> list[str | Written]:
+    """The first phrases, each in quotation marks."""
+    parts: list[str | Written] = []
+    for place, phrase in enumerate(phrases[:_SHOWN]):
+        parts += [", “" if place else "“", Written(phrase, 120, isolated=True), "”"]
+    return parts + ([f" and {len(phrases) - _SHOWN} more"] if len(phrases) > _SHOWN else [])
+
+
+# ---------------------------------------------------------------- a kind
 
 
 class Measure(Model):
@@ -80,7 +114,7 @@ class Measure(Model):
     @property
     def uses(self) -> tuple[str, ...]:
         """The earlier rules whose scores it reads."""
-        return ()
+        return () if self.of_rule is None else (self.of_rule,)
 
     @property
     def of_rule(self) -> str | None:
@@ -125,7 +159,7 @@ class Measure(Model):
         return None
 
     @classmethod
-    def plan(cls, rules: Sequence[CompiledRule], context: Context) -> Plan | None:
+    def plan(cls, rules: Sequence[CompiledRule], encoder: TextEncoder, files: Attachments) -> Plan | None:
         """All rules of this kind as columns of the policy's matrix, None where they are none. Raises RefusedError."""
         return None
 
@@ -231,14 +265,6 @@ class CompiledRule:
         written = [value for value in (self.review, self.reject) if value is not None]
         found = [*written, *([self.tighten] if self.tighten is not None else [])]
         return tuple(found + [moved(str(self.direction), value, by) for by in self.moved_by for value in written])
-
-
-@dataclass(frozen=True)
-class Context:
-    """What rules are compiled for."""
-
-    encoder: TextEncoder
-    files: Attachments
 
 
 @dataclass(frozen=True)

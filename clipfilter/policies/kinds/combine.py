@@ -8,12 +8,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator
 
-from clipfilter.policies.kinds.base import Answer, Measure, Rows
-from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.arithmetic import settle
+from clipfilter.policies.kinds.base import Answer, Measure, Rows, Words, Written
 from clipfilter.policies.parts.attachments import Attachments
-from clipfilter.policies.parts.fields import fail, number, shown, suggest
-from clipfilter.policies.parts.values import MAX_PHRASES
-from clipfilter.policies.recheck import settle
+from clipfilter.policies.parts.fields import MAX_PHRASES, fail, number, shown, suggest
 
 
 def _parts(value: Any) -> Any:

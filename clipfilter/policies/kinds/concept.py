@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.kinds.base import CompiledRule, Context, Measure, check_cosine, check_probability, naming
+from clipfilter.policies.kinds.base import (
+    CompiledRule,
+    Measure,
+    Words,
+    Written,
+    check_cosine,
+    check_probability,
+    naming,
+    phrase_list,
+)
 from clipfilter.policies.kinds.concept_plan import ConceptPlan, Part
 from clipfilter.policies.kinds.vectors import LearnedVectors, read_vectors
-from clipfilter.policies.kinds.words import Words, Written, phrase_list
 from clipfilter.policies.parts.attachments import Attached, Attachments
 from clipfilter.policies.parts.bands import Band, CalibratedRule
-from clipfilter.policies.parts.fields import choice, fail, shown
-from clipfilter.policies.parts.values import Generic, Number, Phrases, WeighedPhrases, same_phrase
+from clipfilter.policies.parts.fields import Generic, Number, Phrases, WeighedPhrases, choice, fail, same_phrase, shown
 from clipfilter.policies.prompts import GENERIC_NEGATIVES, GENERIC_VERSION
-from clipfilter.policies.texts import Phrase, unit_vectors
+from clipfilter.policies.texts import Phrase, TextEncoder, unit_vectors
 
 Score = Annotated[
     Literal["probability", "margin", "cosine", "calibrated"],
@@ -207,10 +215,10 @@ class Concept(Measure):
         return platt.a, platt.b
 
     @classmethod
-    def plan(cls, rules: Sequence[CompiledRule], context: Context) -> ConceptPlan | None:
+    def plan(cls, rules: Sequence[CompiledRule], encoder: TextEncoder, files: Attachments) -> ConceptPlan | None:
         if not rules:
             return None
-        columns = _Columns(context)
+        columns = _Columns(encoder, files)
         for rule in rules:
             assert isinstance(rule.measure, cls)
             with naming(rule.id):
@@ -283,16 +291,21 @@ def _phrase_of(item: Any, weights: dict[str, Any], at: tuple[str | int, ...]) ->
     return phrase
 
 
+class _Column(NamedTuple):
+    """One column of the plan: its name in reasons, what it is made of (a phrase, or a learned vector), and how it counts."""
+
+    label: str
+    made_of: Phrase | np.ndarray
+    weight: float = 1.0
+
+
 class _Columns:
     """Collects the columns of all concept rules; `plan` embeds them."""
 
-    def __init__(self, context: Context) -> None:
-        self._encoder = context.encoder
-        self._files = context.files
-        self._labels: list[str] = []
-        self._phrases: list[Phrase | np.ndarray] = []  # what each column is made of: a phrase, or a learned vector
-        self._counted: list[float] = []
-        self._starts: list[int] = []
+    def __init__(self, encoder: TextEncoder, files: Attachments) -> None:
+        self._encoder = encoder
+        self._files = files
+        self._groups: list[list[_Column]] = []
         self._shared: dict[Any, int] = {}  # generic groups are the same for most rules
         self._parts: list[Part] = []
         self._backgrounds: dict[str, float] = {}
@@ -300,60 +313,55 @@ class _Columns:
     def add(self, rule: CompiledRule, concept: Concept) -> None:
         """One concept rule. Raises RefusedError where its learned vectors do not fit the model."""
         templates, encoder = rule.templates, self._encoder
-        positive = negative = np.zeros((0, encoder.dim), dtype=np.float32)
+        positive: list[_Column] = []
+        negative: list[_Column] = []
         if concept.vectors is not None:
             learned = concept.learned(self._files)
             learned.check_model(self._files.path(concept.vectors), encoder.fingerprint, encoder.dim)
-            positive, negative = learned.positives, learned.negatives
-        first = self._group(concept.any_of, templates, concept, positive, "learned vector")
-        near = self._group(concept.but_not, templates, concept, negative, "learned contrast")
+            positive = [_Column(f"learned vector {place}", row) for place, row in enumerate(learned.positives, 1)]
+            negative = [_Column(f"learned contrast {place}", row) for place, row in enumerate(learned.negatives, 1)]
+
+        def phrases(given: Sequence[str]) -> list[_Column]:
+            return [_Column(phrase, (phrase, templates), concept.weights.get(phrase, 1.0)) for phrase in given]
+
+        first = self._group(phrases(concept.any_of) + positive)
+        near = self._group(phrases(concept.but_not) + negative)
         generic = concept.generic_phrases
         if (generic, templates) not in self._shared:
-            self._shared[generic, templates] = self._group(generic, templates)
+            self._shared[generic, templates] = self._group([_Column(name, (name, templates)) for name in generic])
         if concept.background is not None and encoder.score_kind == "softmax":
             self._backgrounds[rule.id] = concept.background
-        for group in [first, *(self._group((phrase,), templates) for phrase in concept.all_of)]:
+        all_of = [self._group([_Column(phrase, (phrase, templates))]) for phrase in concept.all_of]
+        for group in [first, *all_of]:
             if group >= 0:
                 self._parts.append(Part(rule.id, group, near, self._shared[generic, templates], concept._raw_score))
 
-    def _group(
-        self,
-        phrases: Sequence[str],
-        templates: tuple[str, ...],
-        concept: Concept | None = None,
-        learned: np.ndarray | None = None,
-        name: str = "",
-    ) -> int:
+    def _group(self, columns: list[_Column]) -> int:
         """The number of a new group of columns, -1 where it would be empty."""
-        rows = [] if learned is None else list(learned)
-        if not phrases and not rows:
+        if not columns:
             return -1
-        self._starts.append(len(self._phrases))
-        self._phrases += [(phrase, templates) for phrase in phrases]
-        self._phrases += rows
-        self._labels += [*phrases, *(f"{name} {number + 1}" for number in range(len(rows)))]
-        weights = concept.weights if concept is not None else {}
-        self._counted += [weights.get(phrase, 1.0) for phrase in phrases] + [1.0] * len(rows)
-        return len(self._starts) - 1
+        self._groups.append(columns)
+        return len(self._groups) - 1
 
     def plan(self, rules: Sequence[CompiledRule]) -> ConceptPlan:
         """All columns embedded."""
         encoder = self._encoder
-        vectors, prompts = unit_vectors([item for item in self._phrases if isinstance(item, tuple)], encoder)
+        columns = [column for group in self._groups for column in group]
+        made_of = [column.made_of for column in columns]
+        vectors, prompts = unit_vectors([item for item in made_of if isinstance(item, tuple)], encoder)
         words = iter(vectors)
-        weights = np.empty((len(self._phrases), encoder.dim), dtype=np.float32)
-        for index, item in enumerate(self._phrases):
-            weights[index] = next(words) if isinstance(item, tuple) else item
+        weights = [next(words) if isinstance(item, tuple) else item for item in made_of]
+        counted = np.array([column.weight for column in columns])
         return ConceptPlan.build(
-            weights=weights,
-            labels=tuple(self._labels),
-            starts=self._starts,
+            weights=np.array(weights, dtype=np.float32),
+            labels=tuple(column.label for column in columns),
+            starts=[0, *itertools.accumulate(len(group) for group in self._groups)][:-1],
             parts=self._parts,
             rules=rules,
             logit_scale=float(encoder.logit_scale),
             logit_bias=float(encoder.logit_bias or 0.0),
             sigmoid=encoder.score_kind == "sigmoid",
-            counted=np.array(self._counted) if any(weight != 1.0 for weight in self._counted) else None,
+            counted=counted if (counted != 1.0).any() else None,
             backgrounds=self._backgrounds,
             prompts=tuple(prompts),
         )

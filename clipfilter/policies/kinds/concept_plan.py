@@ -10,9 +10,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from clipfilter.policies.curves import sigmoid
+from clipfilter.policies.arithmetic import RECHECK, Recheck, exact_products, sigmoid
 from clipfilter.policies.kinds.base import Block, CompiledRule, Found
-from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
 
 _VANISHING = 1e-30  # a sum of exponentials below this has lost digits
 _PIECE = 64  # columns reduced at once: with 1024 rows 256 KiB, which stay in a processor's cache from step to step
@@ -98,7 +97,9 @@ class ConceptPlan:
         order = _Order.by_size(starts, len(labels), counted)
         owners = [part.rule for part in parts]
         first = [owners.index(rule.id) for rule in rules]
-        positives, near, generic = order.groups([part[1:4] for part in parts]).T.copy()
+        positives, near, generic = order.numbers[np.array([part[1:4] for part in parts], dtype=np.intp)].T.copy()
+        # A curve moves an error by at most its steepest slope, a / 4.
+        near_limit = [RECHECK * max(1.0, abs(rule.curve[0]) / 4 if rule.curve else 0.0) for rule in rules]
         own = [[part for part, owner in enumerate(owners) if owner == rule.id] for rule in rules]
         return cls(
             weights=np.ascontiguousarray(weights[order.columns], dtype=np.float32),
@@ -119,7 +120,7 @@ class ConceptPlan:
                 (part, backgrounds[name]) for part, name in enumerate(owners) if backgrounds and name in backgrounds
             ),
             curves=tuple((place, *rule.curve) for place, rule in enumerate(rules) if rule.curve is not None),
-            recheck=_recheck(rules),
+            recheck=Recheck.of([rule.thresholds for rule in rules], near_limit),
             explained=_explained(rules),
             logit_scale=logit_scale,
             logit_bias=logit_bias,
@@ -168,16 +169,6 @@ class _Order:
             None if counted is None else counted[columns],
             np.array([*masses, 0.0], dtype=np.float64),
         )
-
-    def groups(self, given: Sequence[Sequence[int]]) -> np.ndarray:
-        """intp [P, 3], the new numbers of these groups."""
-        return self.numbers[np.array(given, dtype=np.intp).reshape(-1, 3)]
-
-
-def _recheck(rules: Sequence[CompiledRule]) -> Recheck:
-    """A curve moves an error by at most its steepest slope, a / 4."""
-    slopes = [abs(rule.curve[0]) / 4 if rule.curve is not None else 0.0 for rule in rules]
-    return Recheck.of([rule.thresholds for rule in rules], [RECHECK * max(1.0, slope) for slope in slopes])
 
 
 def _explained(rules: Sequence[CompiledRule]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipfilter.policies.kinds.base import Answer, Measure
-from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.kinds.base import Answer, Measure, Words, Written
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import fail, shown, suggest
-from clipfilter.policies.parts.values import Identifier
+from clipfilter.policies.parts.fields import Identifier, fail, shown, suggest
 
 
 class Fraction(Measure):
@@ -22,10 +20,6 @@ class Fraction(Measure):
     ranks = True
 
     of: Identifier
-
-    @property
-    def uses(self) -> tuple[str, ...]:
-        return (self.of,)
 
     @property
     def of_rule(self) -> str | None:

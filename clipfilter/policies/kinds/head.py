@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BeforeValidator, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import BeforeValidator, model_validator
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import heads
 from clipfilter.models.heads import Layers, load_head
-from clipfilter.policies.kinds.base import Block, CompiledRule, Context, Found, Measure, check_probability, naming
-from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.arithmetic import RECHECK, Recheck, settle
+from clipfilter.policies.kinds.base import (
+    Block,
+    CompiledRule,
+    Found,
+    Measure,
+    Words,
+    Written,
+    check_probability,
+    naming,
+)
+from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import TEXT, fail, shown, text
-from clipfilter.policies.parts.values import Sha256
-from clipfilter.policies.recheck import RECHECK, Recheck, settle
+from clipfilter.policies.parts.fields import TEXT, Sha256, fail, shown, text, written_as
+from clipfilter.policies.texts import TextEncoder
 
 _OPENED_NEAR = 0.02  # where an error could move a score further than this, too many rows would be computed twice
 
@@ -31,6 +38,8 @@ class Head(Measure):
     about = "A small model on the embedding, by name or file:/path."
     needs_model = True
     judged_by = "heads"
+
+    model_config = written_as(lambda own: {"anyOf": [TEXT, own]})
 
     name: Annotated[str, BeforeValidator(text("name", 1000))]
     sha256: Sha256 | None = None
@@ -56,10 +65,6 @@ class Head(Measure):
             fail(str(error))
         return named
 
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [TEXT, handler(schema)]}
-
     def plain(self) -> Any:
         return self.name if self.sha256 is None else super().plain()
 
@@ -75,9 +80,8 @@ class Head(Measure):
         return {"head": heads.FILE, "sha256": self.sha256}
 
     @classmethod
-    def plan(cls, rules: Sequence[CompiledRule], context: Context) -> HeadPlan | None:
+    def plan(cls, rules: Sequence[CompiledRule], encoder: TextEncoder, files: Attachments) -> HeadPlan | None:
         """The heads that the rules name, each loaded once."""
-        encoder = context.encoder
         loaded: dict[tuple[str, str | None], heads.Head] = {}
         for rule in rules:
             assert isinstance(rule.measure, cls)
@@ -112,16 +116,6 @@ class Head(Measure):
 
 def _name(spec: Any) -> str:
     return str(spec if isinstance(spec, str) else spec["name"])
-
-
-class _Member(Protocol):
-    """One head of the plan. width: how many columns of the matrix it has."""
-
-    @property
-    def width(self) -> int: ...
-
-    def scores(self, block: Block, product: np.ndarray) -> np.ndarray:
-        """float32 [1, m], close ones settled. product: float32 [width, 1024] of its columns."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +195,11 @@ class CurvedHead:
         return values[None]
 
 
+#: One head of the plan. width: how many columns of the matrix it has; scores: float32 [1, m] of a block, close ones settled,
+#: product: float32 [width, 1024] of its columns.
+_Member = LinearHead | OpenedHead | CurvedHead
+
+
 @dataclass(frozen=True)
 class HeadPlan:
     """The head rules of a policy: linear heads, then heads of several layers by their first, then all others."""
@@ -216,21 +215,19 @@ class HeadPlan:
     @classmethod
     def build(cls, members: Sequence[tuple[CompiledRule, heads.Head]], dim: int) -> HeadPlan:
         linear: list[tuple[str, _Member, np.ndarray]] = []
-        opened: list[tuple[str, _Member, np.ndarray]] = []
-        curved: list[tuple[str, _Member, np.ndarray]] = []
+        opened, curved = linear.copy(), linear.copy()
         for rule, head in members:
+            near = OpenedHead.near(head.network) if isinstance(head.network, Layers) else np.inf
             if head.linear is not None:
                 weight, bias = head.linear
                 linear.append((rule.id, LinearHead.of(weight, bias, rule.thresholds), weight[None]))
-            elif isinstance(head.network, Layers) and OpenedHead.near(head.network) <= _OPENED_NEAR:
-                near = OpenedHead.near(head.network)
-                first = head.network.first[0].astype(np.float32)
-                opened.append((rule.id, OpenedHead(head.network, Recheck.of([rule.thresholds], [near])), first))
+            elif isinstance(head.network, Layers) and near <= _OPENED_NEAR:
+                made = OpenedHead(head.network, Recheck.of([rule.thresholds], [near]))
+                opened.append((rule.id, made, head.network.first[0].astype(np.float32)))
             else:
-                none = np.zeros((0, dim), dtype=np.float32)
-                curved.append((rule.id, CurvedHead(head, rule.thresholds), none))
-        rules, made, rows = zip(*linear, *opened, *curved, strict=True)
-        return cls(rules, made, np.concatenate(rows))
+                curved.append((rule.id, CurvedHead(head, rule.thresholds), np.zeros((0, dim), dtype=np.float32)))
+        rules, placed, rows = zip(*linear, *opened, *curved, strict=True)
+        return cls(rules, placed, np.concatenate(rows))
 
     def score(self, block: Block, products: np.ndarray, out: Found) -> None:
         """Scores of one block."""

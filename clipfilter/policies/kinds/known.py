@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_vali
 
 from clipfilter import columns as cf
 from clipfilter.decisions import ESCALATE, LIMITS
-from clipfilter.errors import RefusedError
 from clipfilter.policies.hashes import (
     MAX_DISTANCE,
     DigestTable,
@@ -21,12 +20,11 @@ from clipfilter.policies.hashes import (
     read_hashes,
     sha256_digests,
 )
-from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
-from clipfilter.policies.kinds.words import Words
+from clipfilter.policies.kinds.base import Answer, Measure, Words, numbers_answer
 from clipfilter.policies.parts.attachments import Attachments, Listed, filed
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import TEXTS_OR_FILE, fail, shown, suggest
-from clipfilter.policies.parts.values import Whole
+from clipfilter.policies.parts.columns import column_type
+from clipfilter.policies.parts.fields import TEXTS_OR_FILE, Whole, fail, shown, suggest
 
 
 def _hashes(kind: str) -> Any:
@@ -158,6 +156,5 @@ def _alike(hashes: Sequence[str], distance: int) -> Callable[[pa.Table], np.ndar
 
 
 def _hash_column(table: pa.Table, name: str) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        raise RefusedError(f"a list of known pictures needs the column {name!r}, which this data does not have")
+    column_type(name, table.schema, "a list of known pictures")
     return table.column(name)

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-from pydantic import GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import model_validator
 
-from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
-from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.kinds.base import Answer, Measure, Words, Written, numbers_answer
 from clipfilter.policies.parts.attachments import Attachments
 from clipfilter.policies.parts.columns import check_metadata, metadata_values
-from clipfilter.policies.parts.fields import TEXT, text
+from clipfilter.policies.parts.fields import TEXT, text, written_as
 
 _MEANINGS = {
     "width": "width in pixels",
@@ -40,16 +37,14 @@ class Metadata(Measure):
     kind = "metadata"
     about = "A number of the row: min_side, aspect_ratio, caption_words, or a source column."
 
+    model_config = written_as(lambda own: TEXT)
+
     name: str
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
         return {"name": text("metadata", 200)(value)}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return dict(TEXT)
 
     def plain(self) -> Any:
         return self.name

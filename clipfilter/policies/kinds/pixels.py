@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import model_validator
 
 from clipfilter.policies.kinds.metadata import Metadata
 from clipfilter.policies.parts.bands import Band
-from clipfilter.policies.parts.fields import fail, shown, suggest
+from clipfilter.policies.parts.fields import fail, shown, suggest, written_as
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,14 @@ class Pixels(Metadata):
     kind = "pixels"
     about = "A quality such as dark or blurry; without bands it rejects from its documented threshold on."
 
+    model_config = written_as(lambda own: {"enum": list(PIXELS)})
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
         if value not in PIXELS:
             fail(f"{shown(value)} is no pixel quality (there are {', '.join(PIXELS)})" + suggest(value, PIXELS))
         return {"name": value}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": list(PIXELS)}
 
     @classmethod
     def default_bands(cls, written: Any) -> dict[str, Any] | None:

@@ -11,13 +11,11 @@ from pydantic import BeforeValidator, model_validator
 
 from clipfilter.errors import RefusedError
 from clipfilter.models.heads import SafetyChecker, load_head
-from clipfilter.policies.kinds.base import Block, CompiledRule, Context, Found, Measure, naming
-from clipfilter.policies.kinds.words import Words, Written, phrase_list
-from clipfilter.policies.parts.attachments import Attached
-from clipfilter.policies.parts.fields import Model, fail, shown, text
-from clipfilter.policies.parts.values import MAX_PHRASE_CHARS, MAX_PHRASES, Number
-from clipfilter.policies.recheck import RECHECK, Recheck, exact_products
-from clipfilter.policies.texts import unit_vectors
+from clipfilter.policies.arithmetic import RECHECK, Recheck, exact_products
+from clipfilter.policies.kinds.base import Block, CompiledRule, Found, Measure, Words, Written, naming, phrase_list
+from clipfilter.policies.parts.attachments import Attached, Attachments
+from clipfilter.policies.parts.fields import MAX_PHRASE_CHARS, MAX_PHRASES, Model, Number, fail, shown, text
+from clipfilter.policies.texts import TextEncoder, unit_vectors
 
 
 class SafetyConcept(Model):
@@ -86,49 +84,43 @@ class Safety(Measure):
         return {"safety": self.model_dump(mode="json"), "templates": templates if self.prompted else None}
 
     @classmethod
-    def plan(cls, rules: Sequence[CompiledRule], context: Context) -> SafetyPlan | None:
+    def plan(cls, rules: Sequence[CompiledRule], encoder: TextEncoder, files: Attachments) -> SafetyPlan | None:
         if not rules:
             return None
         members: list[SafetyMember] = []
-        vectors: list[np.ndarray] = []
-        labels: list[str] = []
-        prompts: list[str] = []
+        start = label = 0
         for rule in rules:
             assert isinstance(rule.measure, cls)
             with naming(rule.id):
-                found = rule.measure._concepts(rule.templates, context)
-            start = sum(map(len, vectors))
-            members.append(
-                SafetyMember(
-                    start, found.thresholds, found.special, rule.measure.adjustment, rule.measure.strictness, len(labels),
-                    Recheck.of([rule.thresholds]),
-                )
-            )  # fmt: skip
-            vectors.append(found.vectors.astype(np.float32))
-            labels += found.names
-            prompts += found.prompts
+                found = rule.measure._concepts(rule.templates, encoder, files)
+            members.append(SafetyMember(rule.measure, found, start, label, Recheck.of([rule.thresholds])))
+            start, label = start + len(found.vectors), label + len(found.names)
+        every = [member.found for member in members]
         return SafetyPlan(
-            tuple(rule.id for rule in rules), tuple(members), np.concatenate(vectors), tuple(labels), tuple(prompts)
+            rules=tuple(rule.id for rule in rules),
+            members=tuple(members),
+            weights=np.concatenate([found.vectors for found in every]),
+            labels=tuple(name for found in every for name in found.names),
+            prompts=tuple(prompt for found in every for prompt in found.prompts),
         )
 
-    def _concepts(self, templates: tuple[str, ...], context: Context) -> _Concepts:
+    def _concepts(self, templates: tuple[str, ...], encoder: TextEncoder, files: Attachments) -> _Concepts:
         """Its concepts for the model, from its words or its file. Raises RefusedError."""
         if self.file is not None:
-            return self._checker(context)
+            return self._checker(encoder, files)
         every = (*self.concepts, *self.special_care)
-        vectors, prompts = unit_vectors([(concept.text, templates) for concept in every], context.encoder)
+        vectors, prompts = unit_vectors([(concept.text, templates) for concept in every], encoder)
         limits = np.array([concept.threshold for concept in self.concepts])
         special = np.array([concept.threshold for concept in self.special_care])
         return _Concepts(vectors, limits, special, [concept.text for concept in self.concepts], prompts)
 
-    def _checker(self, context: Context) -> _Concepts:
+    def _checker(self, encoder: TextEncoder, files: Attachments) -> _Concepts:
         assert self.file is not None
-        encoder = context.encoder
-        head = load_head(f"file:{context.files.path(self.file)}", encoder.fingerprint, encoder.dim)
+        head = load_head(f"file:{files.path(self.file)}", encoder.fingerprint, encoder.dim)
         checker = head.network
         if not isinstance(checker, SafetyChecker):
             raise RefusedError("the file holds a head and no safety checker; write head: instead of safety:")
-        vectors = np.concatenate([checker.concepts, checker.special])
+        vectors = np.concatenate([checker.concepts, checker.special]).astype(np.float32)
         names = [f"concept {number + 1}" for number in range(len(checker.thresholds))]
         return _Concepts(vectors, checker.thresholds, checker.special_thresholds, names, [])
 
@@ -149,7 +141,7 @@ class Safety(Measure):
 
 @dataclass(frozen=True)
 class _Concepts:
-    """What one rule looks for. vectors: [m + k, dim] of the concepts, then of special care; thresholds float64 [m] and
+    """What one rule looks for. vectors: float32 [m + k, dim] of the concepts, then of special care; thresholds float64 [m] and
     special float64 [k]: the cosines from which they count."""
 
     vectors: np.ndarray
@@ -167,30 +159,28 @@ class SafetyMember:
     score is max_j(cos(x, c_j) - t_j) + a.
     """
 
+    measure: Safety
+    found: _Concepts
     start: int  # of its columns among those of all safety rules
-    thresholds: np.ndarray  # float64 [m] of the concepts
-    special: np.ndarray  # float64 [k] of special care
-    adjustment: float
-    strictness: float
     label: int  # position of the first concept's name among the plan's labels
     recheck: Recheck
 
     @property
     def columns(self) -> slice:
-        return slice(self.start, self.start + len(self.thresholds) + len(self.special))
+        return slice(self.start, self.start + len(self.found.vectors))
 
     def scores(self, cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """From cosines [m + k, n] of one float type: scores [n], the concept that decides each intp [n], and how near
         special care is to its limit [n] (infinite where there is none)."""
         dtype = cosines.dtype
-        count = len(self.thresholds)
-        beyond = cosines[:count] - self.thresholds.astype(dtype)[:, None]
+        count = len(self.found.thresholds)
+        beyond = cosines[:count] - self.found.thresholds.astype(dtype)[:, None]
         decides = beyond.argmax(axis=0)
         result = np.take_along_axis(beyond, decides[None], axis=0)[0]
-        if not len(self.special):
+        if not len(self.found.special):
             return result, decides, np.full(len(result), np.inf, dtype=dtype)
-        care = cosines[count:] - self.special.astype(dtype)[:, None] + dtype.type(self.strictness)
-        result = result + np.where((care > 0).any(axis=0), dtype.type(self.adjustment), dtype.type(0))
+        care = cosines[count:] - self.found.special.astype(dtype)[:, None] + dtype.type(self.measure.strictness)
+        result = result + np.where((care > 0).any(axis=0), dtype.type(self.measure.adjustment), dtype.type(0))
         return result, decides, np.abs(care).min(axis=0)
 
 

@@ -12,10 +12,9 @@ from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_vali
 from clipfilter import columns as cf
 from clipfilter.errors import RefusedError
 from clipfilter.policies import captions
-from clipfilter.policies.kinds.base import Answer, Measure, numbers_answer
-from clipfilter.policies.kinds.words import Words, Written
+from clipfilter.policies.kinds.base import Answer, Measure, Words, Written, numbers_answer
 from clipfilter.policies.parts.attachments import Attachments, Listed, filed
-from clipfilter.policies.parts.columns import is_text
+from clipfilter.policies.parts.columns import column_type, is_text
 from clipfilter.policies.parts.fields import TEXT_OR_TEXTS, TEXTS_OR_FILE, fail, shown, suggest, text
 
 
@@ -166,12 +165,10 @@ def _language_column(name: str, wanted: tuple[str, ...]) -> Callable[[pa.Table],
 
 
 def _check_text(name: str, schema: pa.Schema) -> None:
-    index = schema.get_field_index(name)
-    if index < 0:
+    def hint() -> str:
         texts = [field.name for field in schema if is_text(field.type)]
-        raise RefusedError(
-            f"the text rule needs the column {name!r}, which this data does not have"
-            + (suggest(name, texts) or f" (texts here: {', '.join(texts)[:300]})")
-        )
-    if not is_text(schema.field(index).type):
-        raise RefusedError(f"the column {name!r} holds {schema.field(index).type}, and a text rule reads texts")
+        return suggest(name, texts) or f" (texts here: {', '.join(texts)[:300]})"
+
+    kind = column_type(name, schema, "the text rule", hint)
+    if not is_text(kind):
+        raise RefusedError(f"the column {name!r} holds {kind}, and a text rule reads texts")

@@ -26,16 +26,13 @@ class LearnedVectors:
     negatives: np.ndarray
     metadata: dict[str, str]
 
-    @property
-    def dim(self) -> int:
-        return int(self.positives.shape[1])
-
     def check_model(self, path: Path, fingerprint: dict[str, Any], dim: int) -> None:
         """Refuse another model's embeddings: of another size, or, where the header says `model` or `weights_sha256`,
         of other weights."""
         shown = str(fingerprint.get("model"))
-        if self.dim != dim:
-            raise RefusedError(f"the vectors {path} have {self.dim} numbers, but embeddings of {shown} have {dim}")
+        own = self.positives.shape[1]
+        if own != dim:
+            raise RefusedError(f"the vectors {path} have {own} numbers, but embeddings of {shown} have {dim}")
         weights, model = self.metadata.get("weights_sha256"), self.metadata.get("model")
         if weights is not None and weights != fingerprint.get("weights_sha256"):
             raise RefusedError(

@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, WithJsonSchema, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from clipfilter.decisions import DECISIONS, Decision
-from clipfilter.policies.parts.fields import TEXTS, VARIABLE, Model, choice, fail, number, shown, suggest, text
+from clipfilter.policies.parts.fields import (
+    TEXTS,
+    VARIABLE,
+    Model,
+    Number,
+    choice,
+    fail,
+    shown,
+    suggest,
+    text,
+    written_as,
+)
 
 MAX_TESTS = 500
 MAX_CATEGORIES = 200
@@ -27,7 +36,6 @@ Expected = Annotated[Decision, BeforeValidator(choice("the expected decision", *
 Outcome = Literal[Decision, "missing", "escalate", "tighten"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _outcome = choice("what the rule says", *OUTCOMES)
-Number = Annotated[float, BeforeValidator(number)]
 
 
 def _prose(what: str) -> BeforeValidator:
@@ -46,6 +54,8 @@ class Card(Model):
 class RuleExpectation(Model):
     """What one rule should say about a picture: its band, and a range for its raw score."""
 
+    model_config = written_as(lambda own: {"anyOf": [{"enum": list(OUTCOMES)}, VARIABLE, own]})
+
     band: Annotated[Outcome, BeforeValidator(_outcome)] | None = None
     above: Number | None = None
     below: Number | None = None
@@ -54,10 +64,6 @@ class RuleExpectation(Model):
     @classmethod
     def _alone(cls, value: Any) -> Any:
         return {"band": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [{"enum": list(OUTCOMES)}, VARIABLE, handler(schema)]}
 
     @model_validator(mode="after")
     def _something(self) -> RuleExpectation:

@@ -53,7 +53,7 @@ def resolve(root: Node) -> Node:
     Calibrations of extended files come after the file's own; whether they still fit is for the caller to find out.
     Raises RefusedError with file, line and column.
     """
-    merged = _Loader().merged(root, ())
+    merged = _merged(root, (), [])
     data = {key: node for key, node in merged.data.items() if key not in KEYS}
     variables = _variables(merged.data["variables"]) if "variables" in merged.data else {}
     expansion = _Expansion(variables)
@@ -103,38 +103,31 @@ def kind(value: Any) -> str:
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
-class _Loader:
-    """Reads what files extend, depth first; counts the files and knows the chain that led to each."""
-
-    def __init__(self) -> None:
-        self._files = 0
-
-    def merged(self, root: Node, chain: tuple[str, ...]) -> Node:
-        here = (*chain, os.path.realpath(root.file))
-        bases: Node | None = None
-        for entry in _names(root):
-            place = entry.at
-            found = _find(entry)
-            if os.path.realpath(found) in here:
-                names = [*(os.path.basename(name) for name in here), found.name]
-                refuse(place, f"extends leads in a circle: {' extends '.join(names[-4:])}")
-            self._files += 1
-            if len(here) >= MAX_DEPTH or self._files > MAX_FILES:
-                refuse(place, f"extends goes more than {MAX_DEPTH} files deep or names more than {MAX_FILES} files")
-            try:
-                raw = read_policy_file(found)
-            except FileNotFoundError:
-                refuse(place, f"there is no file {entry.data!r} beside this one to extend")
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                refuse(place, f"{entry.data!r}, which this extends, cannot be read: {reason}")
-            base = self.merged(read_document(raw, str(found)), here)
-            bases = base if bases is None else _merge(bases, base)
-        if bases is None:
-            if "remove" in root.data:
-                refuse(root.keys["remove"], "remove takes away rules of another policy; it belongs beside extends")
-            return root
-        return _merge(bases, root)
+def _merged(root: Node, chain: tuple[str, ...], files: list[Path]) -> Node:
+    """`root` on top of what it extends, depth first. chain: the files that led here; files: all that were read."""
+    here = (*chain, os.path.realpath(root.file))
+    bases: Node | None = None
+    for entry in _names(root):
+        place = entry.at
+        found = _find(entry)
+        if os.path.realpath(found) in here:
+            names = [*(os.path.basename(name) for name in here), found.name]
+            refuse(place, f"extends leads in a circle: {' extends '.join(names[-4:])}")
+        files.append(found)
+        if len(here) >= MAX_DEPTH or len(files) > MAX_FILES:
+            refuse(place, f"extends goes more than {MAX_DEPTH} files deep or names more than {MAX_FILES} files")
+        try:
+            raw = read_policy_file(found)
+        except FileNotFoundError:
+            refuse(place, f"there is no file {entry.data!r} beside this one to extend")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            refuse(place, f"{entry.data!r}, which this extends, cannot be read: {reason}")
+        base = _merged(read_document(raw, str(found)), here, files)
+        bases = base if bases is None else _merge(bases, base)
+    if bases is None and "remove" in root.data:
+        refuse(root.keys["remove"], "remove takes away rules of another policy; it belongs beside extends")
+    return root if bases is None else _merge(bases, root)
 
 
 def _names(root: Node) -> list[Node]:
@@ -277,11 +270,11 @@ def _merged_rules(base: Node, child: Node) -> Node:
 def _merge_calibrations(data: dict[str, Node], child: Node, removed: set[str]) -> None:
     """The child's own entries, then those of the base for other weights, without rules whose bands the child sets."""
     own, inherited = child.data.get("calibrations"), data.get("calibrations")
-    if inherited is None or not isinstance(inherited.data, list):
+    if inherited is None or not all(isinstance(node.data, list) for node in (inherited, own) if node is not None):
         if own is not None:
             data["calibrations"] = own
         return
-    entries = list(own.items()) if own is not None else []
+    entries = [*own.items()] if own is not None else []
     rules = child.get("rules")
     changed = removed | {
         _rule_id(node) or "" for node in (rules.items() if rules else ()) if any(node.get(limit) for limit in LIMITS)
@@ -294,9 +287,7 @@ def _merge_calibrations(data: dict[str, Node], child: Node, removed: set[str]) -
         kept = {name: node for name, node in bands.data.items() if name not in changed}
         if kept:
             entries.append(entry.put(entry.data | {"rules": bands.put(kept)}))
-    if own is not None and not isinstance(own.data, list):
-        data["calibrations"] = own
-    elif entries:
+    if entries:
         data["calibrations"] = child.put(entries)
     else:
         del data["calibrations"]

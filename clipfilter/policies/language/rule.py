@@ -11,9 +11,8 @@ from clipfilter.policies.kinds.base import Measure
 from clipfilter.policies.kinds.registry import KINDS
 from clipfilter.policies.parts.bands import Band, Tighten, check_order
 from clipfilter.policies.parts.conditions import Condition
-from clipfilter.policies.parts.fields import Model, fail, identifier, shown
+from clipfilter.policies.parts.fields import Identifier, Missing, Model, Templates, fail, identifier, shown
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
-from clipfilter.policies.parts.values import Identifier, Missing, Templates
 
 MAX_SEVERITY = 100
 

@@ -9,35 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from clipfilter.decisions import ESCALATE, LIMITS
+from clipfilter.decisions import ESCALATE
 from clipfilter.errors import RefusedError
+from clipfilter.policies.fraction import DatasetThreshold
 from clipfilter.policies.language.about import Card, Expectation, Interchange, check_rules
 from clipfilter.policies.language.rule import Rule, check_band
 from clipfilter.policies.parts.attachments import Attachment
-from clipfilter.policies.parts.bands import Band, CalibratedBand, Calibration, Tighten, check_order, moved
-from clipfilter.policies.parts.fields import Model, fail, shown, suggest, text, within
+from clipfilter.policies.parts.bands import Calibration, Tighten, check_order, moved
+from clipfilter.policies.parts.fields import (
+    Identifier,
+    Missing,
+    Model,
+    Templates,
+    Whole,
+    fail,
+    shown,
+    suggest,
+    text,
+    within,
+)
 from clipfilter.policies.parts.overrides import OverridesField
-from clipfilter.policies.parts.values import Identifier, Missing, Templates, Whole
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES
 
 MAX_TOTAL_PHRASES = 4096
 MAX_RULES = 200
-
-
-@dataclass(frozen=True)
-class DatasetThreshold:
-    """A threshold that only the whole dataset can give: `key` ("<rule>.reject") names its number, `of` what to rank."""
-
-    key: str
-    rule: str
-    of: str
-    fraction: float
-    tail: str  # "top" | "bottom"
 
 
 class Policy(Model):
@@ -52,36 +51,30 @@ class Policy(Model):
     templates: Annotated[
         Templates, Field(description="Prompt ensemble of the concept rules: a name, or texts that hold {} once.")
     ] = TEMPLATES[DEFAULT_TEMPLATES]
-    rules: Annotated[tuple[Rule, ...], Field(description="The decision is the worst that any rule says.")]
+    # Lists arrive as lists; strict mode would want tuples.
+    rules: Annotated[tuple[Rule, ...], Field(strict=False, description="The decision is the worst that any rule says.")]
     on_missing: Annotated[
         Missing,
         Field(description="What happens where a rule cannot be evaluated, for example without a caption."),
     ] = "review"
     calibrations: Annotated[
         tuple[Calibration, ...],
-        Field(description="Thresholds that belong to one model, written by `clipfilter policy calibrate`."),
+        Field(
+            strict=False, description="Thresholds that belong to one model, written by `clipfilter policy calibrate`."
+        ),
     ] = ()
     overrides: Annotated[
         OverridesField | None, Field(description="Human decisions by cf_uid; they win over the rules.")
     ] = None
     # About the policy; none of it changes a decision, so none of it is in `canonical()`.
     card: Card | None = None
-    tests: Annotated[tuple[Expectation, ...], Field(description="What `clipfilter policy test` checks.")] = ()
+    tests: Annotated[
+        tuple[Expectation, ...], Field(strict=False, description="What `clipfilter policy test` checks.")
+    ] = ()
     interchange: Annotated[
         Interchange | None,
         Field(description="Which rules stand for which category in the answers of other services."),
     ] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists(cls, data: Any) -> Any:
-        # Lists arrive as lists; strict mode wants tuples.
-        if isinstance(data, dict):
-            data = dict(data)
-            for key in ("rules", "calibrations", "tests"):
-                if isinstance(data.get(key), list):
-                    data[key] = tuple(data[key])
-        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:
@@ -160,12 +153,8 @@ class Policy(Model):
             if not rule.measure.needs_model:
                 fail(f"{name!r} is of kind {rule.kind}, whose threshold depends on no model", *here, key=True)
             merged = rule
-            for which in LIMITS:
-                calibrated: CalibratedBand | None = getattr(bands, which)
-                if calibrated is None:
-                    continue
-                band = calibrated.band
-                written: Band | None = getattr(rule, which)
+            for which, band in bands.bands.items():
+                written = rule.bands.get(which)
                 if written is not None and written.direction != band.direction:
                     fail(
                         f"the rule {name!r} points {written.direction}, its calibration {band.direction}", *here, which

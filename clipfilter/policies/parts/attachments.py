@@ -13,8 +13,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema, model_serializer
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.parts.fields import FILE, Model, fail, shown
-from clipfilter.policies.parts.values import Sha256
+from clipfilter.policies.parts.fields import FILE, Model, Sha256, fail, shown
 from clipfilter.storage import Directory, file_sha256
 
 ATTACHMENTS_FOLDER = "policy"

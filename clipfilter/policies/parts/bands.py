@@ -6,8 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
 
-from clipfilter.policies.parts.fields import Model, choice, fail, shown, text
-from clipfilter.policies.parts.values import Identifier, Number, Numbers, Sha256, Whole
+from clipfilter.decisions import LIMITS
+from clipfilter.policies.parts.fields import (
+    Identifier,
+    Model,
+    Number,
+    Numbers,
+    Sha256,
+    Whole,
+    choice,
+    fail,
+    shown,
+    text,
+)
 
 DIRECTIONS = ("above", "below", "outside_top", "outside_bottom")
 
@@ -178,6 +189,11 @@ class CalibratedRule(Model):
         if self.review is None and self.reject is None:
             fail("a calibrated rule has review, reject or both")
         return self
+
+    @property
+    def bands(self) -> dict[str, Band]:
+        """The bands it has, by name."""
+        return {name: own.band for name in LIMITS if (own := getattr(self, name)) is not None}
 
 
 class Calibration(Model):

@@ -36,19 +36,24 @@ def check_metadata(name: str, schema: pa.Schema) -> None:
     """
     if name in _SIZES or name in _CAPTIONS:
         return
-    column = _FACTS.get(name, name)
-    index = schema.get_field_index(column)
-    if index < 0:
+
+    def hint() -> str:
         known = [*BUILTINS, *(field.name for field in schema if is_numeric(field.type))]
-        raise RefusedError(
-            f"the metadata rule needs the column {column!r}, which this data does not have"
-            + (suggest(name, known) or f" (numbers here: {', '.join(known)[:300]})")
-        )
-    kind = schema.field(index).type
+        return suggest(name, known) or f" (numbers here: {', '.join(known)[:300]})"
+
+    kind = column_type(_FACTS.get(name, name), schema, "the metadata rule", hint)
     if not is_numeric(kind):
         raise RefusedError(
             f"the column {name!r} holds {kind}, and a metadata rule compares numbers; name a numeric column"
         )
+
+
+def column_type(name: str, schema: pa.Schema, who: str, hint: Callable[[], str] = str) -> pa.DataType:
+    """The type of a column; where it is not there, RefusedError says who needs it, and a hint."""
+    index = schema.get_field_index(name)
+    if index < 0:
+        raise RefusedError(f"{who} needs the column {name!r}, which this data does not have{hint()}")
+    return schema.field(index).type
 
 
 def metadata_values(name: str, table: pa.Table) -> Floats:

@@ -7,7 +7,7 @@ is unknown stays unknown unless the rest decides alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import reduce
+from functools import partial, reduce
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pydantic import PlainValidator, WithJsonSchema
 
 from clipfilter.errors import RefusedError
-from clipfilter.policies.parts.columns import BUILTINS, is_numeric, is_text, metadata_values
+from clipfilter.policies.parts.columns import BUILTINS, column_type, is_numeric, is_text, metadata_values
 from clipfilter.policies.parts.fields import fail, number, shown, suggest
 
 MAX_DEPTH = 8
@@ -126,13 +126,8 @@ def check_condition(condition: dict[str, Any], schema: pa.Schema) -> None:
         if name in BUILTINS:
             kind: pa.DataType = pa.float64()
         else:
-            index = schema.get_field_index(name)
-            if index < 0:
-                known = [*BUILTINS, *schema.names]
-                raise RefusedError(
-                    f"the condition needs the column {name!r}, which this data does not have" + suggest(name, known)
-                )
-            kind = schema.field(index).type
+            hint = partial(suggest, name, [*BUILTINS, *schema.names])
+            kind = column_type(name, schema, "the condition", hint)
         if "present" in leaf:
             continue
         wants_text = isinstance(leaf.get("is", [0.0])[0], str)

@@ -93,7 +93,12 @@ def read_overrides(path: Path) -> pa.Table:
 def _read_csv(path: Path) -> pa.Table:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = [name.strip().strip('"') for name in file.readline(10_000).split(",")]
-    _check_names(path, header)
+    for name in _NEEDED:
+        if name not in header:
+            raise RefusedError(
+                f"the overrides {path} have no column {name!r} (a header line names {', '.join(_SCHEMA.names)})"
+                + suggest(name, header)
+            )
     names = [name for name in _SCHEMA.names if name in header]
     convert = pacsv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()),
@@ -115,15 +120,6 @@ def _whole(table: pa.Table) -> pa.Table:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
     return table.select(_SCHEMA.names)
-
-
-def _check_names(path: Path, header: list[str]) -> None:
-    for name in _NEEDED:
-        if name not in header:
-            raise RefusedError(
-                f"the overrides {path} have no column {name!r} (a header line names cf_uid, decision, by, date, note)"
-                + suggest(name, header)
-            )
 
 
 class Overrides(Model):
