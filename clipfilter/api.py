@@ -352,18 +352,7 @@ def _with_captions(shard: EmbeddedShard, encoder: Encoder, captions: list[str | 
     emb = np.zeros((len(captions), encoder.dim), np.float16)
     if has.any():
         emb[has] = encoder.encode_texts([text for text in captions if text and text.strip()]).astype(np.float16)
-    rows, embeddings = shard.rows, shard.embeddings
-    if cf.CAPTION in rows.column_names:
-        rows = rows.drop_columns([cf.CAPTION])
-    if "text_emb" in embeddings.column_names:
-        embeddings = embeddings.drop_columns(["text_emb"])
-    return EmbeddedShard(
-        rows.append_column(cf.CAPTION, pa.array(captions, pa.string())),
-        embeddings.append_column("text_emb", vector_column(emb, has)),
-        shard.failed,
-        0,
-        0,
-    )
+    return shard.with_captions(captions, emb, has)
 
 
 def _no_failures() -> pa.Table:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,19 @@ class Directory:
     def open(self, name: str) -> Any:
         """A readable, seekable binary file."""
         return self.fs.open(self.path(name), "rb")
+
+    @contextlib.contextmanager
+    def fetched(self, name: str, folder: Path | None = None) -> Iterator[Path]:
+        """A local path of a file; of a remote one a copy in `folder` (None: `scratch`), there until the block ends."""
+        if self.local:
+            yield Path(self.path(name))
+            return
+        copy = (folder or self.scratch()) / f"{threading.get_ident()}-{name.replace('/', '-')}"
+        try:
+            self.fs.get_file(self.path(name), str(copy))
+            yield copy
+        finally:
+            copy.unlink(missing_ok=True)
 
     def scratch(self) -> Path:
         """This process's own folder for unfinished files, on the same disk as a local directory."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from clipfilter.calibration.calibrate import Calibrated, Expected, Target, Threshold, calibrate
+from clipfilter.calibration.calibrate import Calibrated, Target, calibrate
 from clipfilter.calibration.labels import Label, read_labels
 from clipfilter.calibration.plot import plot_svg
 from clipfilter.calibration.sampling import SAMPLE_COLUMNS, Design, Sample, draw, write_sample
-from clipfilter.calibration.scores import ScoredRun, find_rule, open_scored, refuse_other_scores
+from clipfilter.calibration.scores import find_rule, open_scored, refuse_other_scores
 from clipfilter.calibration.write import calibrated_text, policy_path, write_policy
 
 __all__ = [
     "SAMPLE_COLUMNS",
     "Calibrated",
     "Design",
-    "Expected",
     "Label",
     "Sample",
-    "ScoredRun",
     "Target",
-    "Threshold",
     "calibrate",
     "calibrated_text",
     "draw",

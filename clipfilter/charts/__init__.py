@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipfilter.charts.bars import Bars, Limit, bars, histogram_svg, squeezed
+from clipfilter.charts.bars import Limit, bars, histogram_svg, squeezed
 from clipfilter.charts.histogram import Histogram
 from clipfilter.charts.panel import INK, SOFT, Panel, label
 from clipfilter.charts.svg import Axis, dot, element, stacked_bar, ticks
@@ -11,7 +11,6 @@ __all__ = [
     "INK",
     "SOFT",
     "Axis",
-    "Bars",
     "Histogram",
     "Limit",
     "Panel",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clipfilter.cli.options import Json, Policy
-from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.cli.printing import new_table, print_json, say, stdout
 from clipfilter.decisions import Limit
 
 if TYPE_CHECKING:
@@ -103,15 +103,8 @@ def calibrate(
         raise RefusedError(f"--plot {plot} must be an .svg file in a folder that exists.")
     loaded = load_policy(policy)
     source, destination = (None, None) if dry_run else c.policy_path(policy, out)
-    found = c.calibrate(
-        loaded,
-        c.open_scored(on),
-        c.read_labels(labels),
-        targets,
-        rule=rule,
-        confidence=confidence,
-        prevalence=prevalence,
-    )
+    judged = (c.open_scored(on), c.read_labels(labels), targets)
+    found = c.calibrate(loaded, *judged, rule=rule, confidence=confidence, prevalence=prevalence)
     if source is not None and destination is not None:
         _write(found, source, destination)
     if plot is not None:
@@ -154,9 +147,7 @@ def _summary(found: Calibrated, written: str | None) -> dict[str, Any]:
 
 
 def _print(found: Calibrated, written: str | None, plot: str | None) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     say(
         console,
         f"{found.rule}: {found.labels:,} labels ({found.positives:,} positive, {found.design}), "

@@ -16,7 +16,7 @@ from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.cli import options as o
 from clipfilter.cli.jobs import job_request, run_command
-from clipfilter.cli.printing import bar, new_table, say
+from clipfilter.cli.printing import bar, new_table, say, stdout
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -123,7 +123,7 @@ def _classify(
     counts: Counter[str | None] = Counter()
     with row_progress() as on_rows:
         tables = _counted(classify_stream(inputs, scorer, encoder, streaming, on_rows, lost), counts)
-        sinks = [sink for sink in (_csv(csv_file, labels), _parquet(parquet)) if sink is not None]
+        sinks = [*([_Csv(csv_file, labels)] if csv_file else []), *([_parquet(parquet)] if parquet else [])]
         shown: list[dict[str, Any]] = []
         if as_json:
             _print_json(_through(tables, sinks), labels, encoder.fingerprint["model"], lost)
@@ -172,6 +172,7 @@ class _Csv:
     """image, then label_1, score_1, label_2, ... best first, then the error of an image that failed."""
 
     def __init__(self, path: str, labels: LabelSet) -> None:
+        _make_folder(path)
         self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._k = min(labels.top, len(labels.names))
         self._writer = csv.writer(self._file)
@@ -188,16 +189,7 @@ class _Csv:
         self._file.close()
 
 
-def _csv(path: str | None, labels: LabelSet) -> _Csv | None:
-    if path is None:
-        return None
-    _make_folder(path)
-    return _Csv(path, labels)
-
-
-def _parquet(path: str | None) -> Any:
-    if path is None:
-        return None
+def _parquet(path: str) -> Any:
     import pyarrow.parquet as pq
 
     from clipfilter.operations import CLASSIFIED
@@ -232,9 +224,7 @@ def _print(
     lost: list[dict[str, str]],
     files: list[str],
 ) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     total = counts.total()
     if total <= _IN_FULL:
         for row in rows:
@@ -311,12 +301,10 @@ def _print_table(console: Console, counts: Counter[str | None]) -> None:
 
 def _print_counts(out: str) -> None:
     """How many rows of a finished run each label won, read shard by shard."""
-    from rich.console import Console
-
     from clipfilter.runs import Run
 
     run = Run.open(out)
     counts: Counter[str | None] = Counter({None: run.version.totals.failed})
     for _, batch in run.batches("annotated", [cf.LABEL]):
         counts.update(_won(batch))
-    _print_table(Console(), counts)
+    _print_table(stdout(), counts)

@@ -9,7 +9,7 @@ import typer
 
 from clipfilter import defaults
 from clipfilter.cli.options import Json, ModelOfRun, Run
-from clipfilter.cli.printing import COLOURS, new_table, print_json, say
+from clipfilter.cli.printing import COLOURS, new_table, print_json, say, stdout
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ def explain(
     if as_json:
         print_json(explanation.to_json(), ascii_only=False)
         return
-    from rich.console import Console
-
-    _print_explanation(Console(), explanation)
+    _print_explanation(stdout(), explanation)
 
 
 def diff(
@@ -67,9 +65,7 @@ def diff(
     if as_json:
         print_json(found.to_json(), ascii_only=False)
         return
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     _print_comparison(console, found)
     if report is not None:
         say(console, str(Path(report).absolute()))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from clipfilter import text
 from clipfilter.cli import printing
 from clipfilter.cli.printing import COLOURS, bar, new_table, say
 from clipfilter.decisions import DECISIONS, ESCALATE, LIMITS, MISSING, TIGHTEN
@@ -92,7 +93,7 @@ def _line(p: Progress) -> Text:
     seconds = time.monotonic() - p.started
     rate = p.rows / seconds if seconds > 0 else 0.0
     total = f"{p.shards_total}" if p.shards_known else f"{p.shards_total}+"
-    text = Text.assemble(
+    line = Text.assemble(
         (_STAGES.get(p.stage, p.stage), "bold"),
         f"  shards {p.shards_done}/{total}  {p.rows:,} rows  {rate:,.0f} images/s  ",
         (f"keep {p.keep:,} ", COLOURS["keep"]),
@@ -103,17 +104,17 @@ def _line(p: Progress) -> Text:
     done = p.shards_done - p.shards_reused
     left = p.shards_total - p.shards_done
     if p.shards_known and left and done:
-        text.append(f"  about {_duration(seconds / done * left)} left", "dim")
+        line.append(f"  about {_duration(seconds / done * left)} left", "dim")
     if p.shards_reused:
-        text.append(f"  ({p.shards_reused} shards were done before)", "dim")
-    return text
+        line.append(f"  ({p.shards_reused} shards were done before)", "dim")
+    return line
 
 
 def print_result(result: JobResult, report: str | None) -> None:
     """The table at the end of a job."""
     console = Console()
     totals = result.totals
-    title = f"{totals.rows:,} rows in {totals.shards:,} shard{'' if totals.shards == 1 else 's'}"
+    title = f"{totals.rows:,} rows in {text.plural(totals.shards, 'shard')}"
     rows = max(totals.rows, 1)
     if result.plan.job in ("run", "filter"):
         shown: dict[str, int] = {name: totals[name] for name in DECISIONS}

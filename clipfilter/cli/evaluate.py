@@ -12,7 +12,7 @@ import typer
 
 from clipfilter import defaults
 from clipfilter.cli import options as o
-from clipfilter.cli.printing import new_table, say
+from clipfilter.cli.printing import new_table, say, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,9 +141,7 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 def _print(result: Evaluation) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     counts = result.counts
     say(
         console,

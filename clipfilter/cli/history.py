@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from clipfilter.cli.options import Json, Run
-from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.cli.printing import new_table, print_json, say, stdout
 from clipfilter.decisions import DECISIONS
 
 _STYLES = {"failed": "red", "unfinished": "red", "running": "cyan", "rollback": "yellow", "unchanged": "dim"}
@@ -54,12 +54,11 @@ def history(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = stdout()
     if not console.is_terminal:
-        console = Console(width=160)  # a file has no width: nothing is cut off
+        console = stdout(width=160)  # a file has no width: nothing is cut off
     numbers = ("version", "new", "rows", *DECISIONS, "failed", "dataset", "drift", "seconds")
     nights = new_table("night", "date", *(f">{name}" for name in numbers), "outcome")
     for night in found["nights"]:

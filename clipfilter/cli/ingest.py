@@ -10,7 +10,7 @@ import typer
 
 from clipfilter import defaults
 from clipfilter.cli.options import DryRun, Json, Quiet
-from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.cli.printing import new_table, print_json, say, stdout
 
 if TYPE_CHECKING:
     from clipfilter.ingest import IngestRequest, IngestResult
@@ -85,9 +85,7 @@ def _progress(done: int, total: int, states: dict[str, int]) -> None:
 
 
 def _print(result: IngestResult) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     found = new_table("state", ">this run", ">in all")
     for state, count in result.states.items():
         now = result.fetched.get(state, 0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipfilter.cli.options import Json
-from clipfilter.cli.printing import print_json, say
+from clipfilter.cli.printing import print_json, say, stdout
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder, TorchEncoder
@@ -40,10 +40,9 @@ def list_(
         print_json([entry.to_json() for entry in found])
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = stdout()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("model", overflow="fold")
     for title in ("dim", "pixels", "tokens"):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clipfilter import defaults
+from clipfilter import defaults, text
 from clipfilter.cli import options as o
 from clipfilter.cli.jobs import job_request
-from clipfilter.cli.printing import print_json, say
+from clipfilter.cli.printing import print_json, say, stdout
 from clipfilter.decisions import DECISIONS
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def run_and_show(request: NightRequest, *, as_json: bool, quiet: bool, metrics: 
 
 
 def _print(result: NightResult) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     counts, totals, shards = result.counts, result.totals, result.shards
     found = [f"{shards[name]:,} {name}" for name in ("new", "changed", "again", "failed", "vanished") if shards[name]]
     if shards["set_aside"]:
@@ -97,7 +95,7 @@ def _print(result: NightResult) -> None:
             console,
             f"drift    {item.of}: PSI {item.psi:.3f}, limit {item.limit:.3f} ({item.m:,} against {item.n:,} rows)",
         )
-    held = f"{totals.rows:,} rows in {totals.shards:,} shard{'' if totals.shards == 1 else 's'}"
+    held = f"{totals.rows:,} rows in {text.plural(totals.shards, 'shard')}"
     say(console, f"dataset  {result.out} (version {int(result.version)}, {held})")
     for alert in result.alerts:
         say(console, f"ALERT    {alert.kind}: {alert.message}", style="red")

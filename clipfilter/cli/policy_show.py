@@ -8,7 +8,7 @@ import typer
 
 from clipfilter import defaults
 from clipfilter.cli import options as o
-from clipfilter.cli.printing import COLOURS, new_table, print_json, say
+from clipfilter.cli.printing import COLOURS, new_table, print_json, say, stdout
 from clipfilter.decisions import LIMITS
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def show(
     if as_json:
         print_json(loaded.canonical(), indent=2, ascii_only=False)
         return
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     _print_policy(console, loaded)
     if contrast and any(rule.measure.compared is not None for rule in loaded.rules):
         from clipfilter.evaluation import contrasts

@@ -9,7 +9,7 @@ import typer
 
 from clipfilter import defaults
 from clipfilter.cli.options import Json, Model, Policy
-from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.cli.printing import new_table, print_json, say, stdout
 
 if TYPE_CHECKING:
     from clipfilter.operations import TestReport
@@ -55,12 +55,11 @@ def check(
 
 
 def _print(report: TestReport) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from clipfilter import text
 
-    console = Console()
+    console = stdout()
     tests = new_table("", "test", "expected", "decision", "", fold=True, pad_edge=False)
     for result in report.results:
         mark = Text("ok", "green") if result.passed else Text("FAILED", "bold red")

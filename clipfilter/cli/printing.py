@@ -23,6 +23,13 @@ def print_json(value: Any, *, indent: int | None = 1, ascii_only: bool = True, *
     typer.echo(json.dumps(value, indent=indent, ensure_ascii=ascii_only, **how))
 
 
+def stdout(width: int | None = None) -> Console:
+    """Where results are printed for people. width: of a line [default: the terminal's]."""
+    from rich.console import Console
+
+    return Console(width=width)
+
+
 def say(console: Console, *parts: str | tuple[str, str], style: str = "") -> None:
     """Print a line of plain or styled parts as it is: nothing in it is markup, and it is not broken."""
     from rich.text import Text
@@ -32,9 +39,7 @@ def say(console: Console, *parts: str | tuple[str, str], style: str = "") -> Non
 
 def print_overview(overview: dict[str, Any], more: Iterable[str] = ()) -> None:
     """Print what `--dry-run` shows people: what would be done by name, warnings, and `more` lines."""
-    from rich.console import Console
-
-    console = Console()
+    console = stdout()
     for name, value in overview.items():
         if name != "warnings":
             say(console, f"{name:<14} {', '.join(map(str, value)) if isinstance(value, list) else value}")

@@ -9,7 +9,7 @@ import typer
 from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.cli import options as o
-from clipfilter.cli.printing import bar, new_table, print_json, say
+from clipfilter.cli.printing import bar, new_table, print_json, say, stdout
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,12 +77,11 @@ def _rows(table: pa.Table, top: int | None) -> list[dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]], by: str, lost: list[dict[str, str]]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from clipfilter import text
 
-    console = Console()
+    console = stdout()
     found = new_table(">rank", "image", f">{text.clean(by, 40)}", *([">clip"] if by != "clip" else []), "")
     found.columns[1].overflow = "fold"
     ranked = [row["score"] for row in rows if row["rank"] and row["score"] is not None]

@@ -8,7 +8,7 @@ import typer
 
 from clipfilter import defaults
 from clipfilter.cli.options import Json, Run
-from clipfilter.cli.printing import print_json, say
+from clipfilter.cli.printing import print_json, say, stdout
 
 
 def export(
@@ -40,15 +40,13 @@ def export(
 
 def verify(run: Run, as_json: Json = False) -> None:
     """Prove from the files alone that every row is accounted for and every file is what its commit says."""
-    from rich.console import Console
-
     from clipfilter.operations import verify_run
 
     proof = verify_run(run)
     if as_json:
         print_json(proof.to_json())
     else:
-        console = Console()
+        console = stdout()
         for mark, colour, lines in (
             ("ok   ", "green", proof.proved), ("note ", "yellow", proof.notes), ("FAIL ", "red", proof.problems)
         ):  # fmt: skip

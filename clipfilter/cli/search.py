@@ -11,7 +11,7 @@ import typer
 from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.cli.options import Json, ModelOfRun, Run
-from clipfilter.cli.printing import COLOURS, new_table, print_json, say
+from clipfilter.cli.printing import COLOURS, new_table, print_json, say, stdout
 
 if TYPE_CHECKING:
     from clipfilter.search import Searcher, SearchResult
@@ -105,7 +105,7 @@ def search(
 ) -> None:
     """Find the rows nearest to a text, an image, a row, or a sum of them."""
     from clipfilter.errors import RefusedError
-    from clipfilter.search import Searcher
+    from clipfilter.search import RESULT_COLUMNS, Searcher
 
     if sheet is not None and thumbnails == "none":
         raise RefusedError("a contact sheet is its pictures; leave out --sheet, or --thumbnails none.")
@@ -114,18 +114,13 @@ def search(
     with Searcher(run, model=model, index=at, exact=exact) as searcher:
         found = searcher.search(
             [*text, *(plus or [])], image or [], uid or [], minus or [],
-            k=k, where=where, minus_weight=minus_weight, columns=_columns(chosen),
+            k=k, where=where, minus_weight=minus_weight, columns=list(dict.fromkeys([*RESULT_COLUMNS, *chosen])),
         )  # fmt: skip
         problem = None if sheet is None else _write_sheet(sheet, searcher, found, thumbnails)
     if as_json:
         print_json(found.to_json() | {"sheet": sheet}, ascii_only=False, default=str)
-    else:
-        _print(found, chosen)
-        if sheet is not None:
-            typer.echo(f"sheet    {sheet}")
-    for note in (*found.notes, problem):
-        if note and not as_json:
-            typer.echo(f"note     {note}", err=True)
+        return
+    _print(found, chosen, sheet, problem)
 
 
 def _write_sheet(sheet: str, searcher: Searcher, found: SearchResult, thumbnails: defaults.Thumbnails) -> str | None:
@@ -140,17 +135,10 @@ def _write_sheet(sheet: str, searcher: Searcher, found: SearchResult, thumbnails
     return problem
 
 
-def _columns(chosen: list[str]) -> list[str]:
-    from clipfilter.search import RESULT_COLUMNS
-
-    return list(dict.fromkeys([*RESULT_COLUMNS, *chosen]))
-
-
-def _print(found: SearchResult, chosen: list[str]) -> None:
-    from rich.console import Console
+def _print(found: SearchResult, chosen: list[str], sheet: str | None, problem: str | None) -> None:
     from rich.text import Text
 
-    console = Console()
+    console = stdout()
     rows = found.hits.to_pylist()
     decided = any(row[cf.DECISION] for row in rows)
     names = chosen or [cf.KEY, cf.CAPTION, *([cf.DECISION] if decided else [])]
@@ -167,6 +155,10 @@ def _print(found: SearchResult, chosen: list[str]) -> None:
         console.print("no row is left by the condition", style="yellow")
     among = f"{found.matching:,} of {found.rows:,} rows" if found.matching < found.rows else f"{found.rows:,} rows"
     say(console, f"{found.method} search of {among}, model {found.model}", style="dim")
+    if sheet is not None:
+        typer.echo(f"sheet    {sheet}")
+    for note in filter(None, (*found.notes, problem)):
+        typer.echo(f"note     {note}", err=True)
 
 
 def _shown(value: object) -> str:

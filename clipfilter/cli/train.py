@@ -13,7 +13,7 @@ import typer
 
 from clipfilter import defaults
 from clipfilter.cli import options as o
-from clipfilter.cli.printing import new_table, print_json, say
+from clipfilter.cli.printing import new_table, print_json, say, stdout
 
 if TYPE_CHECKING:
     from clipfilter.training import Shown, TrainResult
@@ -111,7 +111,7 @@ def train(*, training: Training, as_json: o.Json = False, quiet: o.Quiet = False
     silent = quiet or as_json
     with contextlib.redirect_stdout(sys.stderr), _progress(enabled=not silent) as shown:
         command = ["clipfilter", *sys.argv[1:]]
-        result = run_training(settings, command=command, tell=_nothing if silent else shown.tell, show=shown.show)
+        result = run_training(settings, command=command, tell=shown.tell, show=shown.show)
     if as_json:
         print_json({"out": result.out, **result.summary})
     elif not quiet:
@@ -124,10 +124,6 @@ def _device(name: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _nothing(line: str) -> None:
-    pass
 
 
 class _Shown:
@@ -157,6 +153,9 @@ class _Shown:
 
 
 class _Silent(_Shown):
+    def tell(self, line: str) -> None:
+        pass
+
     def show(self, step: Shown) -> None:
         pass
 
@@ -179,11 +178,9 @@ def _progress(*, enabled: bool) -> Iterator[_Shown]:
 
 
 def _print_result(result: TrainResult) -> None:
-    from rich.console import Console
-
     from clipfilter.training import table_rows
 
-    console = Console()
+    console = stdout()
     if not result.computed:
         console.print("everything was already done; nothing was computed again", style="dim")
     found = new_table("", *(f">{name}" for name in result.summary["reported"]))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from clipfilter.engine.decoding import DecodedBatch, DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.decoding import (
+    DecodedBatch,
+    DecodeSettings,
+    StageTimes,
+    ThreadDecoder,
+    decode_batches,
+    decoded_ahead,
+    prefetch,
+)
 from clipfilter.engine.driver import MAX_ATTEMPTS, Display, Progress, StageResult, Unit, fix_thresholds, run_units
 from clipfilter.engine.executors.inline import InlineExecutor
 from clipfilter.engine.executors.interface import Outcome, Resources
 from clipfilter.engine.executors.ray import RayExecutor
-from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
+from clipfilter.engine.hardware import MAX_THREADS, cpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_DTYPE,
@@ -70,10 +78,10 @@ __all__ = [
     "compile_for",
     "cpu_count",
     "decode_batches",
+    "decoded_ahead",
     "embed_rows",
     "embed_stream",
     "fix_thresholds",
-    "gpu_count",
     "on_device",
     "open_inputs",
     "plan_overview",

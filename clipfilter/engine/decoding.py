@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -211,6 +212,27 @@ class prefetch(Generic[T]):
             except queue.Full:
                 continue
         return False
+
+
+@contextlib.contextmanager
+def decoded_ahead(
+    batches: Iterable[pa.RecordBatch],
+    decoder: Decoder,
+    image_size: int,
+    batch_size: int,
+    times: StageTimes,
+    ahead: int,
+    keep_row: Callable[[str], bool] | None = None,
+    max_rows: int | None = None,
+) -> Iterator[Iterable[DecodedBatch]]:
+    """`decode_batches` with reading one batch ahead in a thread, and decoding `ahead` batches, for a `with` block."""
+    with contextlib.closing(prefetch(batches, 1)) as read:
+        decoded = decode_batches(read, decoder, image_size, batch_size, times, keep_row, max_rows)
+        if not ahead:
+            yield decoded
+            return
+        with contextlib.closing(prefetch(decoded, ahead)) as waiting:
+            yield waiting
 
 
 def image_columns(images: Sequence[Image]) -> dict[str, pa.Array]:

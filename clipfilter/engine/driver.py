@@ -91,37 +91,28 @@ class _Pending:
     row_cap: int | None = None
 
 
+@dataclass
 class StageRun:
     """Runs one stage over all shards: skips what is committed, keeps the executor busy, retries what fails."""
 
-    def __init__(
-        self,
-        directory: Directory,
-        plan: Plan,
-        executor: Executor,
-        *,
-        op: str,
-        stage: str,
-        thresholds: Thresholds | None = None,
-        retry_failed: bool = False,
-        limit: int | None = None,
-        display: Display | None = None,
-    ) -> None:
-        self.directory = directory
-        self.plan_sha256 = plan.sha256
-        self.executor = executor
-        self.op = op
-        self.stage = stage
-        self.thresholds = thresholds
-        self.retry_failed = retry_failed
-        self.limit = limit
-        self.display = display
-        self.progress = Progress(stage=stage)
-        self._known: dict[str, Commit] = {}  # by shard, committed before
-        self._queue: list[_Pending] = []
-        self._running: dict[int, _Pending] = {}
-        self._results: dict[int, Commit] = {}
-        self._failed: dict[int, FailedShard] = {}
+    directory: Directory
+    plan: Plan
+    executor: Executor
+    op: str
+    stage: str
+    thresholds: Thresholds | None = None
+    retry_failed: bool = False
+    limit: int | None = None
+    display: Display | None = None
+    _known: dict[str, Commit] = field(default_factory=dict)  # by shard, committed before
+    _queue: list[_Pending] = field(default_factory=list)
+    _running: dict[int, _Pending] = field(default_factory=dict)
+    _results: dict[int, Commit] = field(default_factory=dict)
+    _failed: dict[int, FailedShard] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.plan_sha256 = self.plan.sha256
+        self.progress = Progress(stage=self.stage)
 
     def run(self, units: Iterator[Unit]) -> StageResult:
         """Process all units; returns when each has a commit or has failed for good."""

@@ -25,6 +25,8 @@ from clipfilter.images import ImageFacts, LoadedImage, PreprocessConfig
 
 #: Seconds one image may take before its decoder is taken for hung.
 IMAGE_TIMEOUT = 60.0
+#: What is said of an image in the line before its pixels, besides its facts.
+_TOLD = ("width", "height", "sha256", "format")
 #: Seconds the child may take to start; a machine that is too busy for that is no image's fault.
 START_TIMEOUT = 300.0
 
@@ -112,20 +114,15 @@ def _receive(stream: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
 
 def _pack(image: Any) -> tuple[dict[str, Any], bytes]:
     facts = asdict(image.facts)
-    header = {name: getattr(image, name) for name in ("width", "height", "sha256", "format")}
-    return header | {"facts": facts, "shape": image.pixels.shape}, image.pixels.tobytes()
+    return {name: getattr(image, name) for name in _TOLD} | {
+        "facts": facts,
+        "shape": image.pixels.shape,
+    }, image.pixels.tobytes()
 
 
 def _unpack(header: dict[str, Any], body: bytes) -> LoadedImage:
     pixels = np.frombuffer(body, np.uint8).reshape(header["shape"])
-    return LoadedImage(
-        pixels=pixels,
-        width=header["width"],
-        height=header["height"],
-        sha256=header["sha256"],
-        format=header["format"],
-        facts=ImageFacts(**header["facts"]),
-    )
+    return LoadedImage(pixels=pixels, facts=ImageFacts(**header["facts"]), **{name: header[name] for name in _TOLD})
 
 
 def _first_picture() -> bytes:

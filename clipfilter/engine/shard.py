@@ -20,7 +20,7 @@ from clipfilter import defaults
 from clipfilter.decisions import DECISIONS
 from clipfilter.engine.decoding import DecodedBatch, StageTimes, image_columns
 from clipfilter.errors import ENCODE_ERROR, RowError
-from clipfilter.runs import FACTS, IDENTITY, Account, Counts, annotate, embeddings_schema, failed_table, vector_column
+from clipfilter.runs import FAILED, IDENTITY, Account, Counts, annotate, embeddings_schema, failed_table, vector_column
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
@@ -58,6 +58,15 @@ class EmbeddedShard:
     captions_truncated: int
     batch_halvings: int
     encoder_waited: float = 0.0
+
+    def with_captions(
+        self, captions: list[str | None], text: np.ndarray, has: np.ndarray | None = None
+    ) -> EmbeddedShard:
+        """The shard with other captions and their embeddings, float16 [n, dim]. has: which rows have one, None is all."""
+        rows = self.rows.drop_columns([name for name in self.rows.column_names if name == cf.CAPTION])
+        stored = self.embeddings.drop_columns([name for name in self.embeddings.column_names if name == "text_emb"])
+        rows = rows.append_column(cf.CAPTION, pa.array(captions, pa.string()))
+        return EmbeddedShard(rows, stored.append_column("text_emb", vector_column(text, has)), self.failed, 0, 0)
 
 
 def process_shard(
@@ -161,7 +170,7 @@ def embed_rows(
     """Run the encoder over all batches of a shard and collect its tables (see `EmbeddedShard`)."""
     rows_schema = pa.schema([*source_schema, *IDENTITY])
     store = embeddings_schema(encoder.dim, text)
-    rows, stored, failed = [rows_schema.empty_table()], [store.empty_table()], [failed_table(shard, _no_rows(), [])]
+    rows, stored, failed = [rows_schema.empty_table()], [store.empty_table()], [FAILED.empty_table()]
     truncated = 0
     runner = _BatchRunner(encoder)
     waited, idle = 0.0, time.perf_counter()
@@ -197,7 +206,9 @@ def _embed_batch(
     good = batch.rows.filter(pa.array(ok))
     columns = {name: good[name] for name in good.schema.names} | image_columns(images)
     columns[cf.SHARD] = pa.array([shard] * good.num_rows, pa.string())
-    columns[cf.CAPTION] = pa.array([_first(own) for own in good[cf.CAPTIONS].to_pylist()], pa.string())
+    columns[cf.CAPTION] = pa.array(
+        [next(iter(_usable(own)), None) for own in good[cf.CAPTIONS].to_pylist()], pa.string()
+    )
     columns["image_emb"] = vector_column(image_emb[ok].astype(np.float16))
     truncated = 0
     if captions is not None:
@@ -263,16 +274,6 @@ def _usable(captions: list[str | None] | None) -> list[str]:
     return [text for text in captions or [] if text and text.strip()]
 
 
-def _first(captions: list[str | None] | None) -> str | None:
-    usable = _usable(captions)
-    return usable[0] if usable else None
-
-
-def _no_rows() -> pa.Table:
-    schema = pa.schema([(cf.ROW, pa.int64()), (cf.KEY, pa.string()), (cf.UID, pa.string())])
-    return schema.empty_table()
-
-
 def _empty_cuda_cache() -> None:
     import torch
 
@@ -301,6 +302,3 @@ def shard_report(table: pa.Table, failed: pa.Table, decided: bool) -> ShardRepor
         dict(sorted(classes.items())),
         {rule: dict(sorted(bands.items())) for rule, bands in sorted(rules.items())},
     )
-
-
-__all__ = ["FACTS", "EmbeddedShard", "ShardReport", "Sink", "decide_shard", "embed_rows", "process_shard"]

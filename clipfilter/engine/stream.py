@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from clipfilter import columns as cf
 from clipfilter import defaults, storage
-from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decoded_ahead
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
@@ -322,16 +322,8 @@ def _embed(
     told: Callable[[int], None],
 ) -> EmbeddedShard:
     """As a run does it (docs/decisions/0002): shard by shard, in batches of one size."""
-    with contextlib.ExitStack() as stack:
-        decoded: Any = decode_batches(
-            stack.enter_context(contextlib.closing(prefetch(batches, 1))),
-            decoder,
-            encoder.preprocess.size,
-            options.batch_size,
-            StageTimes(),
-        )
-        if options.decode_ahead:
-            decoded = stack.enter_context(contextlib.closing(prefetch(decoded, options.decode_ahead)))
+    size, ahead = encoder.preprocess.size, options.decode_ahead
+    with decoded_ahead(batches, decoder, size, options.batch_size, StageTimes(), ahead) as decoded:
         return embed_rows(
             decoded, encoder, shard=shard, source_schema=schema, text=options.text, captions="first",
             times=StageTimes(), on_batch=told,

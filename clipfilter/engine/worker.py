@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from clipfilter import defaults
 from clipfilter.decisions import DECISIONS
-from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decoded_ahead
 from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
 from clipfilter.runs import (
@@ -213,21 +213,14 @@ class Worker:
             if task.isolated:
                 decoder = IsolatedDecoder(self._settings)
                 stack.callback(decoder.close)
-            on_gpu = self.spec.device.startswith("cuda")
             # On a GPU decoding runs two batches ahead, and begins while an earlier shard still has the encoder. On a
             # CPU the cores are the encoder's too, and taking turns is faster than competing (docs/decisions/0003): only
             # reading runs ahead.
-            batches = decode_batches(
-                stack.enter_context(contextlib.closing(prefetch(reader, 1))),
-                decoder,
-                self.encoder.preprocess.size,
-                options["batch_size"],
-                times,
-                _sampler(options["sample"]),
-                task.row_cap,
+            ahead = 2 if self.spec.device.startswith("cuda") else 0
+            size, keep_row = self.encoder.preprocess.size, _sampler(options["sample"])
+            batches = stack.enter_context(
+                decoded_ahead(reader, decoder, size, options["batch_size"], times, ahead, keep_row, task.row_cap)
             )
-            if on_gpu:
-                batches = stack.enter_context(contextlib.closing(prefetch(batches, 2)))
             report = process_shard(
                 batches,
                 self.encoder,
@@ -258,7 +251,7 @@ class Worker:
         origin, commit = Directory(task.inputs.run), task.inputs.commit
         same_run = origin.url == self.directory.url
         failed_file, rows_file = commit.files.failed, commit.files.scored if same_run else commit.files.annotated
-        try:
+        with origin:
             failed = read_table(origin, failed_file) if failed_file else FAILED.empty_table()
             if rows_file is None:
                 none = dict.fromkeys(("embedded", "decided", *DECISIONS), 0)
@@ -271,8 +264,6 @@ class Worker:
                     rows, embeddings, failed, self.encoder, self.policy, None if scored_only else task.thresholds or {},
                     writer, copy=same_run and self.spec.options["copy"], final=task.op == "decide", labels=self.labels,
                 )  # fmt: skip
-        finally:
-            origin.clean_scratch(stale_only=False)
         if not same_run and task.op == "decide":
             writer.failed(failed)
         self._count(report.counts.rows)

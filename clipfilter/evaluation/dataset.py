@@ -7,7 +7,6 @@ cosines equal a run's.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +24,8 @@ from clipfilter.engine import (
     StageTimes,
     ThreadDecoder,
     cpu_count,
-    decode_batches,
+    decoded_ahead,
     embed_rows,
-    prefetch,
 )
 from clipfilter.errors import ClipfilterError, RefusedError, ShardError
 from clipfilter.images import Mode
@@ -309,18 +307,11 @@ def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collect
         carried.append(dataset.source.schema.field(column))
     first = request.captions == "first"
     reader = dataset.source.read(shard)
-    with contextlib.ExitStack() as stack:
-        # As a run does it (docs/decisions/0002): shard by shard, in batches of one size.
-        batches = decode_batches(
-            stack.enter_context(contextlib.closing(prefetch(_selected(reader, request.where), 1))),
-            decoder,
-            collected.encoder.preprocess.size,
-            request.batch_size,
-            StageTimes(),
-            max_rows=collected.left,
-        )
-        if request.decode_ahead:
-            batches = stack.enter_context(contextlib.closing(prefetch(batches, request.decode_ahead)))
+    chosen, size = _selected(reader, request.where), collected.encoder.preprocess.size
+    # As a run does it (docs/decisions/0002): shard by shard, in batches of one size.
+    with decoded_ahead(
+        chosen, decoder, size, request.batch_size, StageTimes(), request.decode_ahead, max_rows=collected.left
+    ) as batches:
         embedded = embed_rows(
             batches, collected.encoder, shard=shard.id, source_schema=pa.schema(carried),
             text=dataset.captions and first, captions="first", times=StageTimes(), on_batch=collected.on_rows,

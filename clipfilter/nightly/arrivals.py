@@ -16,11 +16,6 @@ from clipfilter.storage import Directory
 Missing = Literal["keep", "drop"]
 
 
-def shard_of(commit_name: str) -> str:
-    """The shard id in `commits/<shard>.<stage>.<generation>.json`."""
-    return commit_name.rsplit("/", 1)[-1].split(".", 1)[0]
-
-
 State = tuple[str, int, str]
 
 
@@ -129,17 +124,20 @@ def find_arrivals(base: Base, listing: Iterable[Shard], *, retry_failed: bool) -
     return found
 
 
+@dataclass
 class Appending:
-    """The engine's `Growth` for one night: process the arrivals, keep the rest of the version as it is."""
+    """The engine's `Growth` for one night: process the arrivals, keep the rest of the version as it is.
 
-    def __init__(self, directory: Directory, base: Base, arrivals: Arrivals, missing: Missing, refit: bool) -> None:
-        self.directory = directory
-        self.base = base
-        self.arrivals = arrivals
-        self.missing = missing
-        self.refit = refit
-        self.added: list[str] = []  # commits of what is new or changed and in the version; not of second tries
-        self.failed: list[FailedShard] = []
+    added: commits of what is new or changed and in the version; not of second tries.
+    """
+
+    directory: Directory
+    base: Base
+    arrivals: Arrivals
+    missing: Missing
+    refit: bool
+    added: list[str] = field(default_factory=list)
+    failed: list[FailedShard] = field(default_factory=list)
 
     def units(self, source: Source) -> Iterator[Unit]:
         """The shards that differ from the newest version."""
@@ -168,7 +166,7 @@ class Appending:
         """The commit of the scored stage that a decision was made from."""
         generation = ledger.read_commit(self.directory, decided).base_generation
         assert generation is not None
-        name = ledger.CommitName(shard_of(decided), "scored", generation).path
+        name = ledger.CommitName(ledger.shard_of(decided), "scored", generation).path
         if not self.directory.exists(name):
             raise ClipfilterError(f"a refit needs the scores of all rows, but {name} is gone; refit with a new --out.")
         return name
@@ -183,7 +181,7 @@ class Appending:
             )
         spoilt = {item.shard.path for item in self.failed} & self.arrivals.changed_paths
         paths = {unit.shard.id: unit.shard.path for unit in self.arrivals.units}
-        names = {shard_of(name): name for name in made.commits}
+        names = {ledger.shard_of(name): name for name in made.commits}
         # A changed file that could not be read as a whole keeps its old rows: half a file would be neither.
         added = {identity: name for identity, name in names.items() if paths.get(identity) not in spoilt}
         gone = {identity for identity in self.arrivals.replaced if self.base.shards[identity].path not in spoilt}
@@ -192,8 +190,8 @@ class Appending:
         return ledger.update_version(self.directory, lambda newest: self._merged(made, added, gone, newest))
 
     def _merged(self, made: Version, added: dict[str, str], gone: set[str], newest: Version | None) -> Version:
-        before = {shard_of(name): name for name in self.base.version.commits} if self.base.version else {}
-        now = {shard_of(name): name for name in newest.commits} if newest else {}
+        before = {ledger.shard_of(name): name for name in self.base.version.commits} if self.base.version else {}
+        now = {ledger.shard_of(name): name for name in newest.commits} if newest else {}
         theirs = [name for identity, name in now.items() if before.get(identity) != name]
         touched = {identity for identity in now if before.get(identity) != now[identity]} | (set(before) - set(now))
         if touched and newest is not None and newest.thresholds != made.thresholds:
@@ -224,14 +222,15 @@ class Appending:
         return replace(made, commits=commits, failed_shards=failures, totals=totals, set_aside=aside or None)
 
 
+@dataclass(frozen=True)
 class _Commits:
     """Commits by name, read anew each time they are gone through, so that they never lie in memory together."""
 
-    def __init__(self, directory: Directory, names: list[str]) -> None:
-        self._directory, self._names = directory, names
+    directory: Directory
+    names: list[str]
 
     def __iter__(self) -> Iterator[Commit]:
-        return ledger.commits(self._directory, self._names)
+        return ledger.commits(self.directory, self.names)
 
 
 def refuse_refit(base: Base, arrivals: Arrivals, policy: Policy | None, *, copies: bool, missing: Missing) -> None:

@@ -20,12 +20,11 @@ def history(url: str) -> dict[str, Any]:
     """
     run = Run(url)
     versions = []
-    for name in ledger.version_names(run.directory):
-        version = ledger.read_version(run.directory, name)
+    for version in run.versions():
         totals = version.totals
         versions.append(
             {
-                "version": name,
+                "version": version.name,
                 "rows": totals.rows,
                 **{part: totals[part] for part in (*DECISIONS, "failed", "shards", "failed_shards")},
                 "rolled_back_to": version.rolled_back_to,
@@ -44,7 +43,7 @@ def accept_night(url: str, night: int) -> None:
         record.accept(directory, night)
 
 
-def roll_back(url: str, version: str, now: float | None = None) -> Version:
+def roll_back(url: str, version: str) -> Version:
     """Make an earlier version the dataset again: a new version with its list of commits; nothing is deleted.
 
     What the versions since then had added is set aside: later nights leave those files out until they change. Rolling
@@ -60,7 +59,7 @@ def roll_back(url: str, version: str, now: float | None = None) -> Version:
         raise RefusedError(f"version {wanted} is the newest one already.")
     target = ledger.read_version(directory, wanted)
     _refuse_incomplete(directory, wanted, target.commits)
-    started = time.time() if now is None else now
+    started = time.time()
     number = record.begin(directory, started)
     before: list[int] = []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -77,9 +76,7 @@ class NightResult:
         return {**asdict(self), "drift": [asdict(item) | {"alarm": item.alarm} for item in self.drift]}
 
 
-def run_night(
-    request: NightRequest, display: Display | None = None, now: Callable[[], float] = time.time
-) -> NightResult:
+def run_night(request: NightRequest, display: Display | None = None) -> NightResult:
     """Run one night to its end. Repeating it after a crash resumes; two at once share the work.
 
     Raises RefusedError before any work when the request cannot be done. Whatever else goes wrong is recorded and alerted,
@@ -88,7 +85,7 @@ def run_night(
     check_webhook(request.webhook)
     if request.silence_nights < 1 or request.window < 1:
         raise RefusedError("silence and window are numbers of nights, 1 or more.")
-    began = now()
+    began = time.time()
     try:
         job = _resolve(request)
         refuse_foreign_directory(job.directory)
@@ -99,11 +96,11 @@ def run_night(
     number = record.begin(directory, began)
     killed = record.close_killed(directory, number)
     try:
-        return _night(request, job, number, killed, began, now, display)
+        return _night(request, job, number, killed, began, display)
     except BaseException as error:
         _tell_of_failure(request, directory.url, number, error)
         failure = {"kind": "failure", "message": _reason(error), "details": {}}
-        times = {"started": record.stamp(began), "seconds": round(now() - began, 3)}
+        times = {"started": record.stamp(began), "seconds": round(time.time() - began, 3)}
         record.finish(
             directory, {"night": number, **times, "outcome": "failed", "error": _reason(error), "alerts": [failure]}
         )
@@ -158,7 +155,6 @@ def _night(
     number: int,
     killed: list[int],
     began: float,
-    now: Callable[[], float],
     display: Display | None,
 ) -> NightResult:
     directory = job.directory
@@ -175,7 +171,7 @@ def _night(
     drift = compare_nights(_reference(directory, number, request.window), mine)
     alerts += _drifted(drift)
     alerts += _silence(directory, request, number, arrivals)
-    seconds = now() - began
+    seconds = time.time() - began
     outcome = "unchanged" if base.version and version == base.version.name else "done"
     told = _tell(request, directory, number, version, counts, alerts)
     record.finish(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel, Field
 
-from clipfilter import defaults
+from clipfilter import defaults, text
 
 if TYPE_CHECKING:
     from clipfilter.engine import JobRequest
@@ -137,7 +137,7 @@ def price(
 
 def estimate_lines(e: Estimate) -> list[str]:
     """The estimate for people."""
-    shards = f"{e.shards:,} shard{'' if e.shards == 1 else 's'}"
+    shards = text.plural(e.shards, "shard")
     hours = f", {e.wall_hours:,.2f} with all workers" if e.wall_hours != e.hours else ""
     lines = [
         f"{'images':<14} {'' if e.images_exact else 'about '}{e.images:,} in {shards} ({amount(e.source_bytes)})",

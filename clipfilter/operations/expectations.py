@@ -79,17 +79,10 @@ class TestReport:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; `passed` of the whole and of every test."""
-        tests = [{**asdict(result), "passed": result.passed} for result in self.results]
-        return {
-            "policy": self.policy,
-            "version": self.version,
-            "sha256": self.sha256,
-            "model": self.model,
-            "passed": self.failed == 0,
-            "failed": self.failed,
-            "notes": self.notes,
-            "tests": tests,
-        }
+        value = asdict(self)
+        notes, results = value.pop("notes"), value.pop("results")
+        tests = [told | {"passed": result.passed} for told, result in zip(results, self.results, strict=True)]
+        return {**value, "passed": self.failed == 0, "failed": self.failed, "notes": notes, "tests": tests}
 
 
 def run_tests(policy: Policy, folder: str | Path, encoder: Encoder, *, decode: Mode = defaults.DECODE) -> TestReport:

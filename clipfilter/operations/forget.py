@@ -215,7 +215,7 @@ def _account_after(commit: Commit, left: dict[FileKind, pa.Table]) -> Account:
     report = shard_report(rows, failed, cf.REASONS in rows.column_names and commit.stage == "decided")
     before = {name: count for name, count in commit.counts.items() if name != "escalated"}
     counts = Counts(before | report.counts)
-    return replace(commit.account, counts=counts, failed_by_class=report.failed_by_class, rules=report.rules)
+    return replace(commit, counts=counts, failed_by_class=report.failed_by_class, rules=report.rules)
 
 
 def _bases(directory: Directory, commit: Commit) -> dict[str, Any]:

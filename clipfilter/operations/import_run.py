@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,14 +23,13 @@ from clipfilter.runs import (
     Counts,
     Plan,
     ShardWriter,
-    Version,
     annotate,
     embeddings_schema,
     failed_table,
+    finish_run,
     ledger,
     settle_plan,
     vector_column,
-    write_summary,
 )
 from clipfilter.sources import (
     IMPORTED_KIND,
@@ -101,9 +99,8 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
     parts = _find(directory, encoder.dim, options)
     schema, names = _columns(directory, parts, options)
     text = any(part.text for part in parts)
-    source = Source(
-        directory.url, Imported(Location(directory.url), SourceOptions(), freeze(schema), _format(names, text))
-    )
+    form = {"kind": IMPORTED_KIND, "has_captions": text or names["caption"] is not None, "columns": names}
+    source = Source(directory.url, Imported(Location(directory.url), SourceOptions(), freeze(schema), form))
     plan = settle_plan(target, _plan(source, encoder, options, text))
     writer = _Writer(target, plan, encoder, names, source, text)
     done = ledger.list_commits(target)
@@ -118,13 +115,7 @@ def import_embeddings(folder: str, out: str, options: ImportOptions) -> dict[str
                         here = slice(shard.start, shard.stop)
                         texts = None if text_emb is None else text_emb[here]
                         writer.write(shard, rows, image[here], texts)
-        made = Version.of(plan.sha256, "embedded", ledger.commits(target, committed), [])
-        version = ledger.write_version(target, made)
-    return write_summary(target, version)
-
-
-def _format(names: dict[str, str | None], text: bool) -> dict[str, Any]:
-    return {"kind": IMPORTED_KIND, "has_captions": text or names["caption"] is not None, "columns": names}
+        return finish_run(target, plan, committed, [])
 
 
 def _plan(source: Source, encoder: Encoder, options: ImportOptions, text: bool) -> Plan:
@@ -293,11 +284,7 @@ def _opened(directory: Directory, part: _Part, target: Directory) -> Iterator[tu
             if array:
                 with directory.open(file) as handle, np.load(handle, allow_pickle=False) as arrays:
                     return np.asarray(arrays[array])
-            path = Path(directory.path(file))
-            if not directory.local:
-                path = target.scratch() / file.replace("/", "-")
-                directory.fs.get_file(directory.path(file), str(path))
-                stack.callback(path.unlink)
+            path = stack.enter_context(directory.fetched(file, target.scratch()))
             return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
         yield load(part.image), None if part.text is None else load(part.text)

@@ -17,7 +17,7 @@ from clipfilter.decisions import DECISIONS
 from clipfilter.engine import StreamOptions, embed_stream, open_inputs, stream_options
 from clipfilter.errors import RefusedError
 from clipfilter.policies import REASONS, Policy, compile_policy, load_policy, named_scores
-from clipfilter.runs import annotate, vector_column
+from clipfilter.runs import annotate
 
 if TYPE_CHECKING:
     from clipfilter.engine import EmbeddedShard
@@ -104,13 +104,8 @@ class Ranker:
     def _score(self, prompt: str, text: np.ndarray, shard: EmbeddedShard) -> pa.Table:
         """One shard in the order of its rows: `RANKED` without ranks, positions from 0."""
         n, failed = shard.rows.num_rows, shard.failed
-        rows, embeddings = shard.rows, shard.embeddings
-        if "text_emb" in embeddings.column_names:
-            embeddings = embeddings.drop_columns(["text_emb"])
-        embeddings = embeddings.append_column("text_emb", vector_column(np.repeat(text, n, axis=0)))
-        if cf.CAPTION in rows.column_names:
-            rows = rows.drop_columns([cf.CAPTION])
-        rows = rows.append_column(cf.CAPTION, pa.array([prompt] * n, pa.string()))
+        asked = shard.with_captions([prompt] * n, np.repeat(text, n, axis=0))
+        rows, embeddings = asked.rows, asked.embeddings
         decided = annotate(rows, embeddings, self.encoder, self._policy, {} if self._policy else None)
         scored = annotate(rows, embeddings, self.encoder, self._head, None) if self._head else decided
         numbers = pa.chunked_array([*rows[cf.ROW].chunks, *failed[cf.ROW].chunks], pa.int64())

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +72,8 @@ def reshard(source: str, subset: str, out: str, rows_per_shard: int = defaults.R
     shards = TarShards(target, rows_per_shard)
     with target:
         for name in tars:
-            with _open_tar(directory, name, target) as tar:
+            with directory.fetched(name, target.scratch()) as path:
+                tar = TarFile(os.open(path, os.O_RDONLY), path.stat().st_size)
                 _copy(tar, name, (first, second), shards, result)
                 if name in expected and expected[name] != len(tar.index):
                     result.problems.append(f"{name} should have {expected[name]:,} rows, {len(tar.index):,} were found")
@@ -131,19 +130,3 @@ def _expected(directory: Directory, tars: list[str]) -> dict[str, int]:
         if stats in names:
             found[tar] = int(directory.read_json(stats)["successes"])
     return found
-
-
-@contextmanager
-def _open_tar(directory: Directory, name: str, target: Directory) -> Iterator[TarFile]:
-    path = directory.path(name)
-    fetched = None
-    if not directory.local:
-        fetched = target.scratch() / f"source-{name}"
-        directory.fs.get_file(path, str(fetched))
-        path = str(fetched)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield TarFile(descriptor, os.fstat(descriptor).st_size)
-    finally:
-        if fetched is not None:
-            fetched.unlink()

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter import columns as cf
+from clipfilter import text
 from clipfilter.decisions import DECISIONS
 from clipfilter.runs import FILE_KINDS, PLAN_FILE, Commit, DataFile, Run, Totals, Version, as_matrix, ledger
 from clipfilter.storage import Directory, read_chunks
@@ -92,7 +93,8 @@ def _hash(directory: Directory, name: str) -> tuple[str, int]:
     if directory.fs.isdir(directory.path(name)):
         digest, size = hashlib.sha256(), 0
         files: list[str] = directory.walk(name)
-        for file in sorted(files, key=lambda f: _folder_order(f, name)):
+        # pathlib sorts by path components, which differs from sorting the joined names.
+        for file in sorted(files, key=lambda file: file[len(name) + 1 :].split("/")):
             inner, length = _hash(directory, file)
             digest.update(f"{file[len(name) + 1 :]}\0{inner}\n".encode())
             size += length
@@ -103,11 +105,6 @@ def _hash(directory: Directory, name: str) -> tuple[str, int]:
             digest.update(chunk)
             size += len(chunk)
     return digest.hexdigest(), size
-
-
-def _folder_order(file: str, folder: str) -> list[str]:
-    # pathlib sorts by path components, which differs from sorting the joined names.
-    return file[len(folder) + 1 :].split("/")
 
 
 def _check_shard(run: Run, commit: Commit) -> Iterator[str]:
@@ -223,7 +220,7 @@ def _say_what_holds(version: Version, commits: list[Commit], proof: Proof) -> No
     else:
         proof.proved.append(f"{totals.rows:,} rows in = {totals.embedded:,} embedded + {totals.failed:,} failed")
     proof.proved.append(
-        f"no row is there twice, in {len(commits):,} shard{'' if len(commits) == 1 else 's'}; totals are the sums of the commits"
+        f"no row is there twice, in {text.plural(len(commits), 'shard')}; totals are the sums of the commits"
     )
     if totals.failed_shards:
         proof.notes.append(f"{totals.failed_shards} shard(s) failed as a whole; their row count is unknown")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from clipfilter.policies.arithmetic import bent, sigmoid, similarity
 from clipfilter.policies.captions import language_detector
 from clipfilter.policies.compile import CompiledPolicy, compile_policy, matching_calibration
-from clipfilter.policies.deciding import REASONS, Decisions, escalated
+from clipfilter.policies.deciding import REASONS, escalated
 from clipfilter.policies.fraction import (
     BUCKETS,
     Threshold,
@@ -37,7 +37,6 @@ from clipfilter.policies.parts.conditions import in_words
 from clipfilter.policies.parts.fields import suggest
 from clipfilter.policies.parts.overrides import OVERRIDE_RULE
 from clipfilter.policies.prompts import DEFAULT_TEMPLATES, TEMPLATES, fill
-from clipfilter.policies.scoring import Scores
 from clipfilter.policies.texts import COSINE_BLOCK, class_vectors, cosine_blocks, padded_blocks
 
 __all__ = [
@@ -54,7 +53,6 @@ __all__ = [
     "Attachments",
     "Band",
     "CompiledPolicy",
-    "Decisions",
     "Expectation",
     "LabelScorer",
     "LabelSet",
@@ -64,7 +62,6 @@ __all__ = [
     "Rule",
     "RuleExpectation",
     "ScorePolicy",
-    "Scores",
     "Threshold",
     "Words",
     "Written",

@@ -60,11 +60,6 @@ class Threshold:
     ranked: int
     kept: int
 
-    @classmethod
-    def at(cls, value: float, fraction: float, tail: str, ranked: int, below: int, equal: int) -> Threshold:
-        """below, equal: how many scores lie below `value` and are equal to it."""
-        return cls(value, fraction, tail, ranked, ranked - below if tail == "top" else below + equal)
-
 
 def sort_keys(scores: np.ndarray) -> np.ndarray:
     """uint32 keys in the order of the float32 scores; NaN is left out, and -0.0 equals 0.0."""
@@ -133,32 +128,8 @@ def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> 
             raise ValueError("the scores changed between the two passes")
         last, _ = locate(low, inside)
         below = int(high[:bucket].sum() + low[:last].sum())
-        result.append(Threshold.at(key_score(bucket << 16 | last), fraction, tail, ranked, below, int(low[last])))
-    return result
-
-
-def float16_thresholds(chunks: Iterable[np.ndarray], wanted: Sequence[tuple[float, str]]) -> list[Threshold]:
-    """As `fraction_thresholds`, of float16 scores, in one pass: a float16 has no more than 65 536 values.
-
-    chunks: all scores, read once. Raises ValueError for another dtype.
-    """
-    _check(wanted)
-    counts = np.zeros(BUCKETS, dtype=np.int64)
-    for chunk in chunks:
-        if chunk.dtype != np.float16:
-            raise ValueError(f"one pass is enough for float16 scores only, not for {chunk.dtype}")
-        for part in _slices(chunk):
-            bits = (part[~np.isnan(part)] + np.float16(0.0)).view(np.uint16)
-            counts += np.bincount(np.where(bits & 0x8000, ~bits, bits | 0x8000).astype(np.uint16), minlength=BUCKETS)
-    ranked = int(counts.sum())
-    if ranked == 0:
-        return [Threshold(None, fraction, tail, 0, 0) for fraction, tail in wanted]
-    result = []
-    for fraction, tail in wanted:
-        key, _ = locate(counts, wanted_rank(ranked, fraction, tail))
-        bits = key ^ 0x8000 if key & 0x8000 else key ^ 0xFFFF
-        value = float(np.array([bits], dtype=np.uint16).view(np.float16)[0])
-        result.append(Threshold.at(value, fraction, tail, ranked, int(counts[:key].sum()), int(counts[key])))
+        kept = ranked - below if tail == "top" else below + int(low[last])
+        result.append(Threshold(key_score(bucket << 16 | last), fraction, tail, ranked, kept))
     return result
 
 

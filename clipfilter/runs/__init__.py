@@ -15,8 +15,8 @@ from clipfilter.runs.columns import (
     vector_column,
     with_facts,
 )
-from clipfilter.runs.derive import derive, refuse_existing, write_summary
-from clipfilter.runs.ledger import FINAL_STAGE, CommitName
+from clipfilter.runs.derive import derive, finish_run, refuse_existing
+from clipfilter.runs.ledger import FINAL_STAGE
 from clipfilter.runs.pictures import Pictures
 from clipfilter.runs.plan import PLAN_FILE, Job, Plan, of_run, read_plan, refuse_if_different, settle_plan
 from clipfilter.runs.records import (
@@ -52,7 +52,6 @@ __all__ = [
     "Account",
     "Base",
     "Commit",
-    "CommitName",
     "Counts",
     "DataFile",
     "FailedShard",
@@ -78,6 +77,7 @@ __all__ = [
     "embeddings_of",
     "embeddings_schema",
     "failed_table",
+    "finish_run",
     "is_run",
     "ledger",
     "of_run",
@@ -89,5 +89,4 @@ __all__ = [
     "settle_plan",
     "vector_column",
     "with_facts",
-    "write_summary",
 ]

@@ -17,7 +17,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies import REASONS
 from clipfilter.runs import ledger
 from clipfilter.runs.plan import Plan, settle_plan
-from clipfilter.runs.records import Commit, Counts, Version
+from clipfilter.runs.records import Commit, Counts, FailedShard, Version
 from clipfilter.runs.run import Run, RunShard
 from clipfilter.runs.writer import ShardWriter
 from clipfilter.sources import schema_from_text, schema_to_text
@@ -71,24 +71,21 @@ def derive(run: Run, out: str, added: pa.Schema, options: dict[str, Any], comput
     plan = settle_plan(directory, derived_plan(run, added, options))
     done = ledger.list_commits(directory)
     names: list[str] = []
-    try:
+    with directory, run.directory:
         for commit in run.commits():
             name = ledger.CommitName(commit.shard.id, "embedded", 1)
             names.append(name.path)
             if (name.shard, name.stage) not in done:
                 _write_shard(run, directory, plan, commit, added, compute)
-        commits = ledger.commits(directory, names)
-        version = ledger.write_version(
-            directory, Version.of(plan.sha256, "embedded", commits, run.version.failed_shards)
-        )
-    finally:
-        directory.clean_scratch(stale_only=False)
-        run.directory.clean_scratch(stale_only=False)
-    return write_summary(directory, version)
+        return finish_run(directory, plan, names, run.version.failed_shards)
 
 
-def write_summary(directory: Directory, version: Version) -> dict[str, Any]:
-    """Write `run.json` of a run that no job made; what it says: "out", "version" and "totals"."""
+def finish_run(
+    directory: Directory, plan: Plan, commits: list[str], failed_shards: list[FailedShard]
+) -> dict[str, Any]:
+    """Write the version and `run.json` of a run that no job made; what it says: "out", "version" and "totals"."""
+    made = Version.of(plan.sha256, "embedded", ledger.commits(directory, commits), failed_shards)
+    version = ledger.write_version(directory, made)
     summary = {"out": directory.url, "version": version.name, "totals": version.totals}
     directory.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
@@ -103,7 +100,7 @@ def _write_shard(run: Run, directory: Directory, plan: Plan, base: Commit, added
         if shard is not None:
             writer.annotated(with_columns(shard.rows, added, compute(shard)), final=True)
         counts = {name: base.counts.get(name, 0) for name in ("rows", "failed", "embedded")} | base.counts.of_source()
-        account = replace(base.account, counts=Counts(counts), rules={})
+        account = replace(base, counts=Counts(counts), rules={})
         writer.commit(account, stage="embedded", plan=plan.sha256, carried=carried)
 
 

@@ -12,7 +12,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from clipfilter.decisions import DECISIONS
@@ -50,12 +50,8 @@ class _Number:
         return int(counts.get(self._name, 0))
 
 
-class Counts(dict[str, int]):
-    """Rows of a shard by what became of them, in the order in which they were counted; an absent count is 0.
-
-    rows = embedded + failed, and where decided: decided = keep + review + reject; escalated ones are among the rejected.
-    The last four are of the source: rows without an image, repeated keys, members passed over, rows with leftovers.
-    """
+class _Rows(dict[str, Any]):
+    """Numbers of rows by what became of them, which a shard and a version both have."""
 
     rows = _Number()
     failed = _Number()
@@ -67,6 +63,15 @@ class Counts(dict[str, int]):
     escalated = _Number()
     not_downloaded = _Number()
     duplicate_keys = _Number()
+
+
+class Counts(_Rows):
+    """Rows of a shard by what became of them, in the order in which they were counted; an absent count is 0.
+
+    rows = embedded + failed, and where decided: decided = keep + review + reject; escalated ones are among the rejected.
+    The last four are of the source: rows without an image, repeated keys, members passed over, rows with leftovers.
+    """
+
     clashes = _Number()
     misfits = _Number()
 
@@ -75,7 +80,7 @@ class Counts(dict[str, int]):
         return {name: self.get(name, 0) for name in ("not_downloaded", "duplicate_keys", "clashes", "misfits")}
 
 
-_COUNTS = {name for name, value in vars(Counts).items() if isinstance(value, _Number)}
+_COUNTS = {name for kind in (_Rows, Counts) for name, value in vars(kind).items() if isinstance(value, _Number)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,25 +201,19 @@ class Account:
     bytes_unread: int = 0
 
 
-@dataclass(frozen=True)
-class Commit:
+@dataclass(frozen=True, kw_only=True)
+class Commit(Account):
     """One shard at one stage: all that is true of it, and the files that hold it.
 
     stage: scored, decided or embedded. generation: 1, more when the shard was processed again. plan: sha256 of the
-    run's plan. counts to bytes_unread: see `Account`. base_generation: that of the commit whose rows were decided.
-    thresholds: the dataset's own ones that decided. base: see `Base`.
+    run's plan. base_generation: that of the commit whose rows were decided. thresholds: the dataset's own ones that
+    decided. base: see `Base`.
     """
 
     shard: Shard
     stage: str
     generation: int
     plan: str
-    counts: Counts
-    failed_by_class: dict[str, int]
-    rules: dict[str, dict[str, int]]
-    captions_truncated: int
-    damaged: bool
-    bytes_unread: int
     files: Files
     work: Work
     base_generation: int | None = None
@@ -225,11 +224,6 @@ class Commit:
     def name(self) -> str:
         """The commit's file, below the run."""
         return f"commits/{self.shard.id}.{self.stage}.{self.generation:03d}.json"
-
-    @property
-    def account(self) -> Account:
-        """What became of the rows."""
-        return Account(**{item.name: getattr(self, item.name) for item in fields(Account)})
 
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {name: getattr(self, name) for name in _COMMIT_KEYS}
@@ -290,19 +284,9 @@ class FailedShard:
 COUNTS = ("rows", "decided", *DECISIONS, "failed", "embedded", "not_downloaded", "duplicate_keys")
 
 
-class Totals(dict[str, Any]):
+class Totals(_Rows):
     """The sums over the commits of a version, as JSON and as attributes; all derived, so `verify` can repeat it."""
 
-    rows = _Number()
-    decided = _Number()
-    keep = _Number()
-    review = _Number()
-    reject = _Number()
-    failed = _Number()
-    embedded = _Number()
-    not_downloaded = _Number()
-    duplicate_keys = _Number()
-    escalated = _Number()
     shards = _Number()
     failed_shards = _Number()
     damaged_shards = _Number()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -224,32 +222,10 @@ def read_tables(
 ) -> tuple[pa.Table, pa.Table]:
     """A shard's rows without their decision (see `Run.read`) and their embeddings, each from the run that has the file."""
     # A copied file is removed at the end of this block; its map stays.
-    with (
-        local_files(rows[0], [rows[1]]) as (rows_file,),
-        local_files(embeddings[0], [embeddings[1]]) as (embeddings_file,),
-    ):
+    with rows[0].fetched(rows[1].name) as rows_file, embeddings[0].fetched(embeddings[1].name) as embeddings_file:
         table = pq.read_table(rows_file)
         kept = [n for n in table.column_names if (similarity and n == cf.SIMILARITY) or not is_decision_column(n)]
         return table.select(kept), pa.ipc.open_file(pa.memory_map(str(embeddings_file))).read_all()
-
-
-@contextlib.contextmanager
-def local_files(origin: Directory, files: Iterable[DataFile]) -> Iterator[list[Path]]:
-    """Local paths of a run's data files; remote ones are copied to a temporary folder for the duration."""
-    paths: list[Path] = []
-    try:
-        for file in files:
-            if origin.local:
-                paths.append(Path(origin.path(file.name)))
-            else:
-                copy = origin.scratch() / f"{threading.get_ident()}-{file.name.replace('/', '-')}"
-                paths.append(copy)
-                origin.fs.get_file(origin.path(file.name), str(copy))
-        yield paths
-    finally:
-        if not origin.local:
-            for path in paths:
-                path.unlink(missing_ok=True)
 
 
 def _version(directory: Directory, url: str, version: str | int) -> Version:

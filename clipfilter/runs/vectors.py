@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,8 +78,10 @@ class RunVectors:
         self._origins: dict[str, Directory] = {run.url: run.directory}
         self._open: OrderedDict[int, _Opened] = OrderedDict()
         self._lock = threading.Lock()
-        self.dim: int = _dim(self._local(self.shards[0]))
-        self.schema: pa.Schema = self._annotated_schema()
+        with pa.memory_map(str(self._local(self.shards[0]))) as file:
+            self.dim = int(pa.ipc.open_file(file).schema.field("image_emb").type.list_size)
+        with self.directory.open(self.shards[0].annotated.name) as file:
+            self.schema: pa.Schema = pq.read_schema(file).remove_metadata()
 
     @classmethod
     def open(cls, run: str, version: str | int | None = None) -> RunVectors:
@@ -89,11 +90,6 @@ class RunVectors:
         Raises RefusedError when there is no finished run, no such version, or no row.
         """
         return cls(Run.open(run, version))
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """The fingerprint of the model that made the embeddings."""
-        return self.plan.model
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(position of the first row, float16 [n, dim] memory-mapped, unit norm), in order, at most 65 536 rows each."""
@@ -238,15 +234,6 @@ class RunVectors:
             origin.fs.get_file(origin.path(name), str(partial))
             partial.rename(copy)
         return copy
-
-    def _annotated_schema(self) -> pa.Schema:
-        with self.directory.open(self.shards[0].annotated.name) as handle:
-            return pq.read_schema(handle).remove_metadata()
-
-
-def _dim(path: Path) -> int:
-    with pa.memory_map(str(path)) as handle:
-        return int(pa.ipc.open_file(handle).schema.field("image_emb").type.list_size)
 
 
 def _shards(run: Run) -> Iterator[VectorShard]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipfilter.runs import RunVectors
 from clipfilter.search.exact import top_k
-from clipfilter.search.index import EXACT_ROWS, IndexResult, build_index, has_index
+from clipfilter.search.index import EXACT_ROWS, build_index, has_index
 from clipfilter.search.query import query_vector
 from clipfilter.search.search import RESULT_COLUMNS, Searcher, SearchResult, search_run
 from clipfilter.search.where import parse_where
@@ -27,7 +27,6 @@ sys.modules[__name__].__class__ = _Callable
 __all__ = [
     "EXACT_ROWS",
     "RESULT_COLUMNS",
-    "IndexResult",
     "RunVectors",
     "SearchResult",
     "Searcher",

@@ -73,7 +73,7 @@ class ApproximateIndex:
         if found is None:
             return None
         manifest = found[1]
-        if manifest.model != identity(vectors.model) or manifest.dim != vectors.dim:
+        if manifest.model != identity(vectors.plan.model) or manifest.dim != vectors.dim:
             raise IndexUnusableError(
                 f"the index in {url} is of embeddings by {manifest.model.get('model')} "
                 f"(weights {str(manifest.model.get('weights_sha256'))[:12]}), not of this run's."

@@ -186,7 +186,7 @@ def _build(
     have = {segment.embeddings: segment for segment in old.segments} if old is not None else {}
     segments = _segments(vectors, quantizer, directory, have, on_rows)
     manifest = Manifest(
-        model=identity(vectors.model),
+        model=identity(vectors.plan.model),
         dim=vectors.dim,
         lists=quantizer.lists,
         trained_rows=trained_rows,
@@ -248,7 +248,7 @@ def _existing(vectors: RunVectors, directory: Directory, rebuild: bool) -> tuple
                 f"{directory.url} holds other files ({', '.join(others[:3])}) and no index; choose a new or empty directory."
             )
         return None
-    theirs, ours = found[1].model, identity(vectors.model)
+    theirs, ours = found[1].model, identity(vectors.plan.model)
     if theirs != ours or found[1].dim != vectors.dim:
         raise RefusedError(
             f"{directory.url} is an index of embeddings by {_named(theirs)}, and {vectors.url} was embedded by "

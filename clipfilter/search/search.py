@@ -162,7 +162,7 @@ class Searcher:
         return SearchResult(
             run=self.vectors.url,
             version=self.vectors.version,
-            model=str(self.vectors.model["model"]),
+            model=str(self.vectors.plan.model["model"]),
             method="exact" if self._index is None else "approximate",
             rows=self.vectors.rows,
             matching=matching,

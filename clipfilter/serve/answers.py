@@ -88,7 +88,7 @@ def label_state(run: ServedRun, labels: LabelFile, rule: str) -> dict[str, Any]:
     """How far the labels of a rule are, where they are written, and the command that uses them."""
     given, sample = labels.labelled(rule), labels.sample(rule)
     done = sum(uid in given for uid in sample)
-    path = str(labels.file_of(rule))
+    path = str(labels.path)
     command = ["clipfilter", "policy", "calibrate", "POLICY.yaml", "--labels", path, "--on", run.url, "--rule", rule]
     return {
         "labelled": len(given),
@@ -131,7 +131,6 @@ def _card(
 ) -> dict[str, Any]:
     columns = run.columns
     decision = int(columns.decision[position])
-    score = request.sort or request.label_rule
     uid = str(row[cf.UID])
     return {
         "position": position,
@@ -142,7 +141,7 @@ def _card(
         "after": DECISIONS[after] if after is not None else None,
         "escalated": bool(columns.escalated[position]),
         "cosine": cosine,
-        "score": _number(columns.scores[score][position]) if score in columns.scores else None,
+        "score": _score(run, request.sort or request.label_rule, position),
         "reasons": [
             {"rule": rule, "band": BANDS[columns.band[number, position]], "score": _score(run, rule, position)}
             for number, rule in enumerate(columns.rules)
@@ -152,11 +151,9 @@ def _card(
     }
 
 
-def _score(run: ServedRun, rule: str, position: int) -> float | None:
-    return _number(run.columns.scores[rule][position]) if rule in run.columns.scores else None
-
-
-def _number(value: float) -> float | None:
+def _score(run: ServedRun, name: str, position: int) -> float | None:
+    """A row's score of a rule, or its similarity; None where it has none."""
+    value = run.columns.scores[name][position] if name in run.columns.scores else math.nan
     return None if math.isnan(value) else float(value)
 
 
@@ -180,7 +177,7 @@ def row_explained(run: ServedRun, position: int) -> dict[str, Any]:
         "escalated": bool(run.columns.escalated[position]),
         "image": {name: row.get(f"{cf.PREFIX}{name}") for name in ("width", "height", "format", "sha256")},
         "similarity": row.get(cf.SIMILARITY),
-        "shard": text.clean(run.shards[int(number[0])].shard.path, 400),
+        "shard": text.clean(run.vectors.shards[int(number[0])].shard.path, 400),
         "row": row[cf.ROW],
         "rules": [
             {
@@ -217,13 +214,13 @@ def effect(run: ServedRun, changes: Changes, *, exact: bool) -> dict[str, Any]:
 
 def labelled_row(run: ServedRun, position: int, rule: str) -> dict[str, Any]:
     """What a labels file says of a row. Raises RefusedError where the row has no score of the rule."""
-    own = run.rule(rule)
+    own = run.effects.rule(rule)
     if not own.measure.needs_model:
         raise RefusedError(f"{rule!r} is a {own.kind} rule, whose threshold depends on no model; it needs no labels.")
     if position >= run.columns.rows:
         raise RefusedError(f"there is no row {position}.")
-    score = float(run.columns.scores[rule][position]) if rule in run.columns.scores else math.nan
-    if math.isnan(score):
+    score = _score(run, rule, position)
+    if score is None:
         raise RefusedError(f"this row has no score of {rule!r}, so its label says nothing about a threshold.")
     names = [name for name in (*_ROW, cf.SHARD, cf.ROW) if name in run.vectors.schema.names]
     row = run.vectors.rows_at([position], names).to_pylist()[0]
@@ -232,7 +229,7 @@ def labelled_row(run: ServedRun, position: int, rule: str) -> dict[str, Any]:
     return {
         cf.UID: row[cf.UID],
         cf.KEY: row.get(cf.KEY),
-        "path": str(run.shards[int(number[0])].shard.path),
+        "path": str(run.vectors.shards[int(number[0])].shard.path),
         cf.SHARD: row[cf.SHARD],
         cf.ROW: row[cf.ROW],
         "caption": row.get(cf.CAPTION),

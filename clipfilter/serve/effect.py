@@ -104,7 +104,7 @@ class Effects:
         return found
 
     def _compute(self, changes: Changes, exact: bool) -> Effect:
-        limits = {rule: self._limits(self._rule(rule), bands) for rule, bands in changes.items() if bands}
+        limits = {rule: self._limits(self.rule(rule), bands) for rule, bands in changes.items() if bands}
         touched: list[np.ndarray] = []
         again: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         doubtful = 0
@@ -112,7 +112,7 @@ class Effects:
             touched += [
                 self._between(rule, limit.old, limit.threshold) for limit in own if limit.old != limit.threshold
             ]
-            close = self._doubtful(self._rule(rule), own)
+            close = self._doubtful(self.rule(rule), own)
             if not len(close):
                 continue
             if exact and self.rescore is not None:
@@ -153,7 +153,8 @@ class Effects:
             doubtful=doubtful,
         )
 
-    def _rule(self, name: str) -> RuleData:
+    def rule(self, name: str) -> RuleData:
+        """The rule of this id. Raises RefusedError where the policy has none."""
         found = next((rule for rule in self.rules if rule.id == name), None)
         if found is None:
             raise RefusedError(f"the run's policy has no rule {name[:80]!r}.")

@@ -111,10 +111,6 @@ class LabelFile:
             self._rows = kept | drawn
             self._write(by_hand=True)
 
-    def file_of(self, rule: str) -> Path:
-        """The file to calibrate this rule with."""
-        return self.path
-
     def close(self) -> None:
         """Let another process write the file."""
         with contextlib.suppress(OSError):

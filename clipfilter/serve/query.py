@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
@@ -70,7 +71,7 @@ class Queries:
         self._labels = labels
         self._known: OrderedDict[str, Found] = OrderedDict()
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._masks: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._mask_where = lru_cache(_REMEMBERED)(self._where)
         self._lock = threading.Lock()
 
     def add_image(self, data: bytes) -> str:
@@ -127,7 +128,7 @@ class Queries:
             own = columns.band[columns.rules.index(request.rule)]
             parts.append(own == BANDS.index(request.band) if request.band else own != 0)
         if request.where.strip():
-            parts.append(self._where(request.where.strip()))
+            parts.append(self._mask_where(request.where.strip()))
         if request.flips:
             effect = self._run.effects.of(request.changes, exact=True)
             flips = np.zeros(columns.rows, bool)
@@ -136,15 +137,7 @@ class Queries:
         return np.logical_and.reduce(parts) if parts else None
 
     def _where(self, text: str) -> np.ndarray:
-        with self._lock:
-            if text in self._masks:
-                return self._masks[text]
-        mask = self._run.vectors.mask(parse_where(text, self._run.vectors.schema))
-        with self._lock:
-            self._masks[text] = mask
-            while len(self._masks) > _REMEMBERED:
-                self._masks.popitem(last=False)
-        return mask
+        return self._run.vectors.mask(parse_where(text, self._run.vectors.schema))
 
     def _labelled(self, request: RowsRequest, mask: np.ndarray | None) -> np.ndarray:
         wanted = (

@@ -12,10 +12,9 @@ import pyarrow.compute as pc
 
 from clipfilter import columns as cf
 from clipfilter.engine import refuse_other_weights, stored_model
-from clipfilter.errors import RefusedError
 from clipfilter.operations import escalated_rows
 from clipfilter.report import RuleData, rules_of
-from clipfilter.runs import Run, RunVectors, VectorShard, annotate, of_run
+from clipfilter.runs import Run, RunVectors, annotate, of_run
 from clipfilter.serve.columns import RunColumns
 from clipfilter.serve.effect import Changes, Effects
 from clipfilter.serve.export import changed_policy
@@ -47,10 +46,6 @@ class ServedRun:
         self._places: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    @property
-    def shards(self) -> list[VectorShard]:
-        return self.vectors.shards
-
     def warm(self) -> None:
         """Begin to load the model, so that the first search need not wait; whatever is wrong, that search says."""
         self._torch.submit(self._load)
@@ -59,19 +54,13 @@ class ServedRun:
         """`work(encoder)`, on the thread that owns the model. Raises RefusedError where the model cannot be had."""
         return self._torch.submit(lambda: work(self._load())).result()
 
-    def rule(self, name: str) -> RuleData:
-        found = next((rule for rule in self.rules if rule.id == name), None)
-        if found is None:
-            raise RefusedError(f"the run's policy has no rule {name[:80]!r}.")
-        return found
-
     def positions_of(self, uids: list[str]) -> list[int | None]:
         """Where the rows with these uids are; None for those the run does not hold. Reads the uids shard by shard."""
         with self._lock:
             wanted = [uid for uid in uids if uid not in self._places]
             if wanted:
                 values = pa.array(wanted, pa.string())
-                for shard in self.shards:
+                for shard in self.vectors.shards:
                     column = self.run.table(shard.annotated, [cf.UID])[cf.UID]
                     index = pc.index_in(column, value_set=values)
                     rows = np.flatnonzero(np.asarray(index.is_valid()))
@@ -89,7 +78,7 @@ class ServedRun:
         while of_run(run.plan.source):
             run = Run(run.plan.source["run"])
             hidden = escalated_rows(run.url)
-            for shard in self.shards:
+            for shard in self.vectors.shards:
                 rows = [row for name, row in hidden if name == shard.shard.id]
                 if rows:
                     part = range(shard.start, shard.start + shard.rows)

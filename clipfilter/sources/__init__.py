@@ -5,7 +5,7 @@ from __future__ import annotations
 from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location, is_image_name, refusing
 from clipfilter.sources.fetch import Fetcher, fetch_images, read_url
 from clipfilter.sources.imported import IMPORTED_KIND, Imported
-from clipfilter.sources.model import ReadStats, Shard, ShardReader, SourceOptions, row_uid, shard_id
+from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
 from clipfilter.sources.schema import COLUMN_PREFIX, freeze, is_binary, schema_from_text, schema_to_text, travel_name
 from clipfilter.sources.source import Source, open_source
 from clipfilter.sources.spool import read_prefix
@@ -22,7 +22,6 @@ __all__ = [
     "Location",
     "ReadStats",
     "Shard",
-    "ShardReader",
     "Source",
     "SourceOptions",
     "TarFile",

@@ -11,9 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decode_batches, prefetch
+from clipfilter.engine.decoding import (
+    DecodeSettings,
+    StageTimes,
+    ThreadDecoder,
+    decode_batches,
+    decoded_ahead,
+    prefetch,
+)
 from clipfilter.engine.isolation import IsolatedDecoder
-from clipfilter.engine.shard import process_shard
+from clipfilter.engine.shard import embed_rows, process_shard
 from clipfilter.errors import DECODE_ERROR, DECODER_CRASH, MISSING_IMAGE, READ_ERROR
 from clipfilter.images.preprocess import PreprocessConfig
 from tests.support.engine import REPO, photos
@@ -235,6 +242,33 @@ def test_a_decoder_that_starts_slowly_or_not_at_all_is_no_images_fault(
                 decoder.load_many([memoryview(photos()[0][1])])
     finally:
         decoder.close()
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_decoding_ahead_gives_the_same_batches_and_ends_with_its_block(ahead: int) -> None:
+    threads = set(threading.enumerate())
+    decoder = ThreadDecoder(SETTINGS, 2)
+    whole = list(decode_batches(batches(7), decoder, SIZE, 8, StageTimes(), None, 20))
+    with decoded_ahead(batches(7), decoder, SIZE, 8, StageTimes(), ahead, max_rows=20) as decoded:
+        found = list(decoded)
+    assert [batch.rows.num_rows for batch in found] == [8, 8, 4]
+    assert all((a.pixels == b.pixels).all() for a, b in zip(found, whole, strict=True))
+    with decoded_ahead(batches(7), decoder, SIZE, 8, StageTimes(), ahead) as decoded:
+        next(iter(decoded))
+    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name == "prefetch"]
+
+
+def test_other_captions_take_the_place_of_a_shards_own() -> None:
+    stored = embed_rows(
+        decode_batches(batches(7, rows=3), ThreadDecoder(SETTINGS, 2), SIZE, 8, StageTimes()), Encoder(), shard="s" * 16,
+        source_schema=pa.schema([("number", pa.int64())]), text=True, captions="first", times=StageTimes(),
+    )  # fmt: skip
+    text = np.eye(3, Encoder().dim, dtype=np.float16)
+    found = stored.with_captions(["a", None, "c"], text, np.array([True, False, True]))
+    assert found.rows["cf_caption"].to_pylist() == ["a", None, "c"]
+    assert found.rows.column_names.count("cf_caption") == 1
+    assert found.embeddings["text_emb"].is_valid().to_pylist() == [True, False, True]
+    assert found.embeddings.column_names.count("text_emb") == 1
 
 
 def test_prefetch_passes_items_on_in_order_and_raises_where_the_source_did() -> None:

@@ -55,6 +55,21 @@ def test_the_directory_of_a_file(url: str, folder: str, name: str) -> None:
     assert (directory.url, found) == (folder, name)
 
 
+def test_a_local_file_is_read_where_it_is_and_a_remote_one_from_a_copy(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"here")
+    with Directory(str(tmp_path)).fetched("a.bin") as path:
+        assert path == tmp_path / "a.bin"
+    assert path.exists()
+    there = Directory("memory://fetched")
+    there.create("folder/a.bin", b"there")
+    with there.fetched("folder/a.bin", tmp_path) as path:
+        assert (path.parent, path.read_bytes()) == (tmp_path, b"there")
+    with there, there.fetched("folder/a.bin") as own:
+        assert own.read_bytes() == b"there"
+    assert not path.exists()
+    assert not own.exists()
+
+
 def test_a_directory_in_a_block_leaves_nothing_unfinished(tmp_path: Path) -> None:
     with pytest.raises(KeyError), Directory(str(tmp_path)) as directory:  # noqa: PT012
         directory.replace("kept.json", b"{}")

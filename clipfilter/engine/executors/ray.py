@@ -93,7 +93,6 @@ class RayExecutor:
         workers: int | None = None,
         threads: int | None = None,
         device: str = "auto",
-        gpus_per_worker: float = 1.0,
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray renames every worker's visible devices when an actor has no GPU; CPU jobs on GPU machines stay untouched.
@@ -114,10 +113,10 @@ class RayExecutor:
             self.close()
             raise RefusedError("the Ray cluster has no GPU; use --device cpu, or start its nodes with --num-gpus.")
         per_node = [int(node["Resources"].get("CPU", 0)) for node in nodes]
-        self._gpus_per_worker = gpus_per_worker if gpus else 0.0
+        self._gpus_per_worker = 1.0 if gpus else 0.0
         if gpus:
-            count = int(gpus / gpus_per_worker)
-            share = int(min(MAX_THREADS, max(1, sum(per_node) // max(1, count))))
+            count = gpus
+            share = min(MAX_THREADS, max(1, sum(per_node) // count))
         else:
             share = max(1, min([MAX_THREADS, *(cpus for cpus in per_node if cpus)]))
             count = sum(cpus // (threads or share) for cpus in per_node)
