@@ -99,11 +99,7 @@ class CompiledPolicy:
                     check_condition(rule.when, schema)
 
     def score(
-        self,
-        image_emb: np.ndarray,
-        text_emb: np.ndarray | None,
-        has_text: np.ndarray | None,
-        columns: pa.Table,
+        self, image_emb: np.ndarray, text_emb: np.ndarray | None, has_text: np.ndarray | None, columns: pa.Table
     ) -> Scores:
         """Scores of n rows; see `Scorer.score`."""
         return self.scorer.score(image_emb, text_emb, has_text, columns)

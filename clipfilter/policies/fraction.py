@@ -181,10 +181,7 @@ def _check(wanted: Sequence[tuple[float, str]]) -> None:
 
 def _high(chunks: Chunks) -> np.ndarray:
     """The first pass over all scores."""
-    high = np.zeros(BUCKETS, dtype=np.int64)
-    for chunk in chunks():
-        high += high_histogram(chunk)
-    return high
+    return sum(map(high_histogram, chunks()), start=np.zeros(BUCKETS, dtype=np.int64))
 
 
 def _lows(chunks: Chunks, buckets: set[int]) -> dict[int, np.ndarray]:

@@ -73,7 +73,7 @@ GENERIC_NEGATIVES: dict[int, tuple[str, ...]] = {
         people | an animal | a plant | food | a building | a street | a room with furniture | a vehicle | a landscape |
         clothing | an object on a table | something ordinary
         """
-    ),
+    )
 }
 GENERIC_VERSION = max(GENERIC_NEGATIVES)
 

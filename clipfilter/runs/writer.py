@@ -8,7 +8,6 @@ import threading
 import time
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -105,9 +104,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Remove what was not published."""
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -8,11 +8,11 @@ that the result is what `policy diff` finds.
 
 from __future__ import annotations
 
+import json
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,8 +67,9 @@ class Effects:
     columns: RunColumns
     rules: list[RuleData]
     rescore: Rescore | None
-    _known: OrderedDict[Any, Effect] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._remembered = lru_cache(_REMEMBERED)(lambda changes, exact: self._compute(json.loads(changes), exact))
 
     def movable(self, rule: RuleData) -> str | None:
         """None where the rule's thresholds can be moved here, else a sentence why not."""
@@ -91,17 +92,7 @@ class Effects:
 
         Raises RefusedError for a rule or band that is not there or cannot be moved.
         """
-        key = tuple(sorted((rule, tuple(sorted(bands.items()))) for rule, bands in changes.items())), exact
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
-        found = self._compute(changes, exact)
-        with self._lock:
-            self._known[key] = found
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
-        return found
+        return self._remembered(json.dumps({rule: dict(bands) for rule, bands in changes.items()}), exact)
 
     def _compute(self, changes: Changes, exact: bool) -> Effect:
         limits = {rule: self._limits(self.rule(rule), bands) for rule, bands in changes.items() if bands}

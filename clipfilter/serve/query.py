@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import secrets
 import threading
 from collections import OrderedDict
@@ -69,7 +68,7 @@ class Queries:
     def __init__(self, run: ServedRun, labels: LabelFile) -> None:
         self._run = run
         self._labels = labels
-        self._known: OrderedDict[str, Found] = OrderedDict()
+        self._remembered = lru_cache(_REMEMBERED)(lambda asked: self._find(RowsRequest.model_validate_json(asked)))
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()
         self._mask_where = lru_cache(_REMEMBERED)(self._where)
         self._lock = threading.Lock()
@@ -91,17 +90,8 @@ class Queries:
         """
         if request.labels:  # which rows these are changes with every label
             return self._find(request)
-        key = json.dumps(request.model_dump(exclude={"offset", "limit", "label_rule"}, mode="json"), sort_keys=True)
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
-        found = self._find(request)
-        with self._lock:
-            self._known[key] = found
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
-        return found
+        # Pages of one answer differ in these; which rule is labelled matters to the cards alone.
+        return self._remembered(request.model_dump_json(exclude={"offset", "limit", "label_rule"}))
 
     @property
     def _decode(self) -> str:

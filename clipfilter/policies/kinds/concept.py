@@ -92,16 +92,12 @@ class Concept(Measure):
     def _contrast(self) -> Concept:
         if not self.any_of and not self.all_of and self.vectors is None:
             fail("'concept' needs the key 'any_of' (or all_of, or vectors)")
-        positives: dict[str, str] = {}
-        for name in ("any_of", "all_of"):
+        seen: dict[str, str] = {}
+        for name in ("any_of", "all_of", "but_not"):
             for place, phrase in enumerate(getattr(self, name)):
-                if same_phrase(phrase) in positives:
-                    fail(f"the phrase {shown(phrase)} is in any_of and in all_of", name, place)
-                positives[same_phrase(phrase)] = name
-        for place, phrase in enumerate(self.but_not):
-            other = positives.get(same_phrase(phrase))
-            if other is not None:
-                fail(f"the phrase {shown(phrase)} is in {other} and in but_not", "but_not", place)
+                other = seen.setdefault(same_phrase(phrase), name)
+                if other != name:
+                    fail(f"the phrase {shown(phrase)} is in {other} and in {name}", name, place)
         self._check_weights()
         self._check_background()
         if self.score != "cosine" and not self.but_not and not self.generic and not self._learned_negatives():

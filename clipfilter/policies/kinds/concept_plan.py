@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ class ConceptPlan:
         logit_bias: float,
         sigmoid: bool,
         counted: np.ndarray | None = None,
-        backgrounds: Mapping[str, float] | None = None,
+        backgrounds: Mapping[str, float] = MappingProxyType({}),
         prompts: tuple[str, ...] = (),
     ) -> ConceptPlan:
         """weights, labels, counted: of the columns; starts: the first column of every group; parts: those of a rule one
@@ -116,9 +117,7 @@ class ConceptPlan:
             generic=generic,
             counts=np.stack([order.masses[positives], order.masses[near] + order.masses[generic]]),
             score_kinds=tuple(part.score for part in parts),
-            backgrounds=tuple(
-                (part, backgrounds[name]) for part, name in enumerate(owners) if backgrounds and name in backgrounds
-            ),
+            backgrounds=tuple((part, backgrounds[name]) for part, name in enumerate(owners) if name in backgrounds),
             curves=tuple((place, *rule.curve) for place, rule in enumerate(rules) if rule.curve is not None),
             recheck=Recheck.of([rule.thresholds for rule in rules], near_limit),
             explained=_explained(rules),

@@ -35,7 +35,6 @@ Expected = Annotated[Decision, BeforeValidator(choice("the expected decision", *
 #: What a rule may say of a row; keep where it says nothing.
 Outcome = Literal[Decision, "missing", "escalate", "tighten"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-_outcome = choice("what the rule says", *OUTCOMES)
 
 
 def _prose(what: str) -> BeforeValidator:
@@ -56,7 +55,7 @@ class RuleExpectation(Model):
 
     model_config = written_as(lambda own: {"anyOf": [{"enum": list(OUTCOMES)}, VARIABLE, own]})
 
-    band: Annotated[Outcome, BeforeValidator(_outcome)] | None = None
+    band: Annotated[Outcome, BeforeValidator(choice("what the rule says", *OUTCOMES))] | None = None
     above: Number | None = None
     below: Number | None = None
 

@@ -178,8 +178,8 @@ def _merge(base: Node, child: Node) -> Node:
         before = data.get(key)
         if before is not None and key == "rules":
             node = _merged_rules(before, node)
-        elif before is not None and key in ("variables", "interchange") and _both(dict, before, node):
-            node = _over(before, node)
+        elif before is not None and key in ("variables", "interchange"):
+            node = _merged_map(before, node)
         if key not in ("extends", "remove", "calibrations"):
             data[key] = node
     _merge_calibrations(data, child, removed)
@@ -187,12 +187,10 @@ def _merge(base: Node, child: Node) -> Node:
     return child.put(data, keys)
 
 
-def _both(kind: type, a: Node, b: Node) -> bool:
-    return isinstance(a.data, kind) and isinstance(b.data, kind)
-
-
-def _over(base: Node, child: Node) -> Node:
-    """The map `child` on top of the map `base`, key by key."""
+def _merged_map(base: Node, child: Node) -> Node:
+    """The map `child` on top of the map `base`, key by key; `child` alone where they are no maps."""
+    if not isinstance(base.data, dict) or not isinstance(child.data, dict):
+        return child
     return child.put(base.data | child.data, base.keys | child.keys)
 
 
@@ -248,7 +246,7 @@ def _take_away(data: dict[str, Node], removed: set[str]) -> None:
 
 def _merged_rules(base: Node, child: Node) -> Node:
     """Rules of the child replace keys of the base's rules with their id; others follow at the end."""
-    if not _both(list, base, child):
+    if not isinstance(base.data, list) or not isinstance(child.data, list):
         return child
     rules = list(base.data)
     open_ids = {name: place for place, name in enumerate(_ids(base))} if len(_ids(base)) == len(rules) else {}
@@ -258,11 +256,11 @@ def _merged_rules(base: Node, child: Node) -> Node:
             rules.append(node)
             continue
         before = rules[place]
-        merged = _over(before, node)
+        merged = _merged_map(before, node)
         for kind in (kind for kind, measure in KINDS.items() if measure.merges):
-            old, new = before.data.get(kind), node.data.get(kind)
-            if old is not None and new is not None and _both(dict, old, new):
-                merged.data[kind] = _over(old, new)
+            old, new = before.get(kind), node.get(kind)
+            if old is not None and new is not None:
+                merged.data[kind] = _merged_map(old, new)
         rules[place] = merged
     return child.put(rules)
 

@@ -54,8 +54,7 @@ class Policy(Model):
     # Lists arrive as lists; strict mode would want tuples.
     rules: Annotated[tuple[Rule, ...], Field(strict=False, description="The decision is the worst that any rule says.")]
     on_missing: Annotated[
-        Missing,
-        Field(description="What happens where a rule cannot be evaluated, for example without a caption."),
+        Missing, Field(description="What happens where a rule cannot be evaluated, for example without a caption.")
     ] = "review"
     calibrations: Annotated[
         tuple[Calibration, ...],
@@ -72,8 +71,7 @@ class Policy(Model):
         tuple[Expectation, ...], Field(strict=False, description="What `clipfilter policy test` checks.")
     ] = ()
     interchange: Annotated[
-        Interchange | None,
-        Field(description="Which rules stand for which category in the answers of other services."),
+        Interchange | None, Field(description="Which rules stand for which category in the answers of other services.")
     ] = None
 
     @model_validator(mode="after")
