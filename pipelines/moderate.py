@@ -14,14 +14,14 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from clipfilter.cli.display import print_json, print_result, progress
 from clipfilter.cli.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
 from clipfilter.engine.job import plan_overview, run_job
 from clipfilter.operations.estimate import estimate_job
 from clipfilter.report import write_report
-from clipfilter.runs import ledger
+from clipfilter.runs import Run
 from clipfilter.storage import Directory
 
 _FIELDS = ("uid", "key", "rule", "score", "threshold", "nearest", "excess")
@@ -52,7 +52,7 @@ def main() -> int:
 
 def write_queue(directory: Directory, size: int) -> None:
     """OUT/queue.csv: the rows under review, the farthest beyond their threshold first."""
-    worst = heapq.nlargest(size, review_rows(directory), key=lambda row: (row["excess"], row["uid"]))
+    worst = heapq.nlargest(size, review_rows(directory.url), key=lambda row: (row["excess"], row["uid"]))
     text = io.StringIO()
     writer = csv.DictWriter(text, _FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -61,17 +61,10 @@ def write_queue(directory: Directory, size: int) -> None:
     directory.clean_scratch(stale_only=False)
 
 
-def review_rows(directory: Directory) -> Iterator[dict[str, Any]]:
+def review_rows(out: str) -> Iterator[dict[str, Any]]:
     """Each row under review with the reason that is farthest beyond its threshold; a missing input counts as farthest."""
-    newest = ledger.latest_version(directory)
-    assert newest is not None
-    columns = ["cf_uid", "cf_key", "cf_decision", "cf_reasons"]
-    for _, commit in ledger.iter_commits(directory, newest[1]["commits"]):
-        if "annotated" not in commit["files"]:
-            continue
-        with directory.open(commit["files"]["annotated"]["name"]) as handle:
-            rows = pq.read_table(handle, columns=columns, filters=[("cf_decision", "==", "review")])
-        for row in rows.to_pylist():
+    for _, batch in Run.open(out).batches("annotated", ["cf_uid", "cf_key", "cf_decision", "cf_reasons"]):
+        for row in batch.filter(pc.equal(batch["cf_decision"], "review")).to_pylist():
             reasons = [{**reason, "excess": _excess(reason)} for reason in row["cf_reasons"]]
             top = max(reasons, key=lambda reason: reason["excess"])
             facts = {name: top[name] for name in ("rule", "score", "threshold", "nearest", "excess")}

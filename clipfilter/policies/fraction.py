@@ -133,6 +133,34 @@ def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> 
     return result
 
 
+def float16_thresholds(chunks: Iterable[np.ndarray], wanted: Sequence[tuple[float, str]]) -> list[Threshold]:
+    """As `fraction_thresholds`, of float16 scores, in one pass: a float16 has no more than 65 536 values.
+
+    chunks: all scores, read once. Raises ValueError for another dtype.
+    """
+    _check(wanted)
+    counts = np.zeros(BUCKETS, dtype=np.int64)
+    for chunk in chunks:
+        if chunk.dtype != np.float16:
+            raise ValueError(f"one pass is enough for float16 scores only, not for {chunk.dtype}")
+        for part in _slices(chunk):
+            bits = (part[~np.isnan(part)] + np.float16(0.0)).view(np.uint16)
+            counts += np.bincount(np.where(bits & 0x8000, ~bits, bits | 0x8000).astype(np.uint16), minlength=BUCKETS)
+    ranked = int(counts.sum())
+    if ranked == 0:
+        return [Threshold(None, fraction, tail, 0, 0) for fraction, tail in wanted]
+    result = []
+    for fraction, tail in wanted:
+        key, _ = locate(counts, wanted_rank(ranked, fraction, tail))
+        bits = key ^ 0x8000 if key & 0x8000 else key ^ 0xFFFF
+        value = float(np.array([bits], dtype=np.uint16).view(np.float16)[0])
+        below = int(counts[:key].sum())
+        result.append(
+            Threshold(value, fraction, tail, ranked, ranked - below if tail == "top" else below + int(counts[key]))
+        )
+    return result
+
+
 def quantiles(chunks: Chunks, wanted: Sequence[float]) -> list[float | None]:
     """Exact quantiles of float32 scores by the nearest lower rank, floor(q (n - 1)); None where there is no score.
 

@@ -147,6 +147,7 @@ _VARYING = (
     (r"\d[\d,.]*(?: \d{3})* ?(?:images|rows|pairs|img)(?:/s| per second| a second)\b", "SPEED"),
     (r"\d[\d,.]* ?(?:ms|s|seconds?|min|minutes?|h|hours?)\b", "TIME"),
     (r"\d[\d,.]* ?[kKMG]i?B\b", "SIZE"),
+    (r"\b\d(?:\.\d+)?e-0[7-9]\b", "ROUNDING"),  # what float32 cannot tell from 0
 )
 _NUMBER = re.compile(r"(?<![A-Za-z_\d.])[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:e-?\d+)?")
 

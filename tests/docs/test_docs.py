@@ -100,6 +100,8 @@ def test_numbers_that_are_not_what_was_printed_are_seen() -> None:
     assert shows("94 rows, 61 images/s, 1.5 s, 12.3 MB", "94 rows, 7 images/s, 22.0 s, 9 MB")
     assert not shows("94 rows, 61 images/s", "95 rows, 61 images/s")
     assert not shows("0.42", "0.4")
+    assert shows("1 - cosine: 9e-08", "1 - cosine: 4e-08")
+    assert not shows("1 - cosine: 9e-08", "1 - cosine: 9e-04")
     assert not shows("nano@2", "nano@3")
     table = ["night  seconds  rows", "1           52    81", "2                  6"]
     assert without("seconds", table) == ["night  seconds  rows", "1                 81", "2                  6"]

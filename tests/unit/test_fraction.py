@@ -11,6 +11,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.policies import parse_policy
 from clipfilter.policies.fraction import (
     dataset_thresholds,
+    float16_thresholds,
     fraction_threshold,
     fraction_thresholds,
     high_histogram,
@@ -198,6 +199,23 @@ def test_ten_million_scores_with_ties_stay_within_500_mb(tmp_path: object, kind:
     assert printed == f"{[float(top), float(lowest), float(bottom)]} {kept}"
     assert int(memory) < 500e6, f"{int(memory):,} bytes"
     print(f"peak memory {int(memory):,} bytes")
+
+
+def test_float16_scores_need_one_pass() -> None:
+    scores = np.random.default_rng(9).normal(0.2, 0.1, 50_000).astype(np.float16)
+    scores[::7] = np.nan
+    scores[1::7] = -0.0
+    passes = []
+
+    def chunks() -> list[np.ndarray]:
+        passes.append(1)
+        return np.array_split(scores, 5)
+
+    found = float16_thresholds(chunks(), [(0.3, "top"), (1.0, "top"), (0.2, "bottom")])
+    assert passes == [1]
+    assert found == fraction_thresholds(chunks, [(0.3, "top"), (1.0, "top"), (0.2, "bottom")])
+    with pytest.raises(ValueError, match="float16"):
+        float16_thresholds([np.array([0.1], np.float32)], [(0.5, "top")])
 
 
 def test_quantiles_are_those_of_a_plain_sort() -> None:
