@@ -60,6 +60,11 @@ class Threshold:
     ranked: int
     kept: int
 
+    @classmethod
+    def at(cls, value: float, fraction: float, tail: str, ranked: int, below: int, equal: int) -> Threshold:
+        """below, equal: how many scores lie below `value` and are equal to it."""
+        return cls(value, fraction, tail, ranked, ranked - below if tail == "top" else below + equal)
+
 
 def sort_keys(scores: np.ndarray) -> np.ndarray:
     """uint32 keys in the order of the float32 scores; NaN is left out, and -0.0 equals 0.0."""
@@ -128,8 +133,7 @@ def fraction_thresholds(chunks: Chunks, wanted: Sequence[tuple[float, str]]) -> 
             raise ValueError("the scores changed between the two passes")
         last, _ = locate(low, inside)
         below = int(high[:bucket].sum() + low[:last].sum())
-        kept = ranked - below if tail == "top" else below + int(low[last])
-        result.append(Threshold(key_score(bucket << 16 | last), fraction, tail, ranked, kept))
+        result.append(Threshold.at(key_score(bucket << 16 | last), fraction, tail, ranked, below, int(low[last])))
     return result
 
 
@@ -154,10 +158,7 @@ def float16_thresholds(chunks: Iterable[np.ndarray], wanted: Sequence[tuple[floa
         key, _ = locate(counts, wanted_rank(ranked, fraction, tail))
         bits = key ^ 0x8000 if key & 0x8000 else key ^ 0xFFFF
         value = float(np.array([bits], dtype=np.uint16).view(np.float16)[0])
-        below = int(counts[:key].sum())
-        result.append(
-            Threshold(value, fraction, tail, ranked, ranked - below if tail == "top" else below + int(counts[key]))
-        )
+        result.append(Threshold.at(value, fraction, tail, ranked, int(counts[:key].sum()), int(counts[key])))
     return result
 
 

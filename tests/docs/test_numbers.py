@@ -50,7 +50,7 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "the first 500 rows": ["option.models_export.limit"],
         "below 0.995": ["onnx_export.INT8_COSINE"],
     },
-    "docs/guide/score.md": {"within 1e-5 of a threshold": ["recheck.RECHECK"]},
+    "docs/guide/score.md": {"within 1e-5 of a threshold": ["arithmetic.RECHECK"]},
     "docs/guide/train.md": {
         "5 % of them, more of a small set": ["worker.HELD_OUT * 100"],
         "stays below 100": ["model.MAX_LOGIT_SCALE"],
@@ -87,7 +87,7 @@ CODE: dict[str, dict[str, list[str | None]]] = {
     "docs/reference/models.md": {"Characters beyond number 20 000": ["tokenizer._MAX_CHARACTERS"]},
     "docs/reference/policy.md": {
         "a whole number from 0 to 100": [None, "rule.MAX_SEVERITY"],
-        "At most 256 phrases of 300 characters per list": ["values.MAX_PHRASES", "values.MAX_PHRASE_CHARS"],
+        "At most 256 phrases of 300 characters per list": ["fields.MAX_PHRASES", "fields.MAX_PHRASE_CHARS"],
         "`photo` (4 templates)": ["templates.photo"],
         "`cifar-style` (8)": ["templates.cifar_style"],
         "`imagenet-like` (14)": ["templates.imagenet_like"],
@@ -96,7 +96,7 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "a Hamming distance of at most 16": ["hashes.MAX_DISTANCE"],
         "more than 1 000 belong there": ["overrides.MAX_LISTED"],
         "At most 8 files deep and 32 in all": ["extends.MAX_DEPTH", "extends.MAX_FILES"],
-        "within 1e-5 of a threshold": ["recheck.RECHECK"],
+        "within 1e-5 of a threshold": ["arithmetic.RECHECK"],
         "at most 256 KiB and 12 levels": ["yaml_nodes.MAX_YAML_BYTES / 1024", "yaml_nodes.MAX_DEPTH"],
         "below 20 000 entries": ["yaml_nodes.MAX_NODES"],
         "(default 0.01)": ["Safety.adjustment"],
