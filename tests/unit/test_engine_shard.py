@@ -157,12 +157,13 @@ def test_out_of_memory_with_a_single_image_is_an_error() -> None:
         embed(Encoder(memory=0))
 
 
-def test_an_embedding_that_is_not_finite_costs_its_row() -> None:
+@pytest.mark.parametrize(("where", "what"), [(slice(None), np.nan), (slice(7, 8), np.inf)])
+def test_an_embedding_that_is_not_finite_costs_its_row(where: slice, what: float) -> None:
     class Overflowing(Encoder):
         def encode_images(self, pixels: np.ndarray) -> np.ndarray:
             values = super().encode_images(pixels)
             if len(self.batches) == 2:
-                values[4] = np.nan
+                values[4, where] = what
             return values
 
     tables, report = embed(Overflowing())
