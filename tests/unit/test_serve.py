@@ -347,15 +347,15 @@ def test_rows_without_a_score_and_other_rules_take_no_labels(built: Built, run: 
 # ---------------------------------------------------------------- pictures
 
 
-def pictures(built: Built, tmp_path: Path, paths: list[str]) -> list[tuple[int, bytes]]:
-    """(status, body) of each of these paths, asked with the token."""
+def pictures(built: Built, tmp_path: Path, paths: list[str], *, known: bool = True) -> list[tuple[int, bytes]]:
+    """(status, body) of each of these paths, asked with the token or, by who does not know it, without."""
     run, labels = ServedRun(built.url), LabelFile(str(tmp_path / "labels.csv"))
 
     async def asked() -> list[tuple[int, bytes]]:
         server = Server(run, labels, None, "127.0.0.1")
         async with TestClient(TestServer(server.application)) as client:
             server.guard.port = client.port or 0
-            cookies = {server.guard.cookie: server.guard.token}
+            cookies = {server.guard.cookie: server.guard.token} if known else {}
             answers = [await client.get(path, cookies=cookies) for path in paths]
             return [(answer.status, await answer.read()) for answer in answers]
 
@@ -364,6 +364,12 @@ def pictures(built: Built, tmp_path: Path, paths: list[str]) -> list[tuple[int, 
     finally:
         labels.close()
         run.close()
+
+
+def test_without_the_token_nothing_is_answered(tmp_path: Path) -> None:
+    paths = ["/", "/api/run", "/api/picture/0", "/static/app.js"]
+    found = pictures(embedded_run(tmp_path / "run"), tmp_path, paths, known=False)
+    assert [status for status, _ in found] == [403] * len(paths)
 
 
 def test_pictures_are_encoded_anew_and_escalated_ones_never_shown(tmp_path: Path) -> None:
