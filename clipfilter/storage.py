@@ -339,10 +339,13 @@ def _write_flushed(path: Path, data: bytes) -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for yet does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
+    with contextlib.suppress(OSError):  # no /proc here, or it has gone meanwhile
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 import tomllib
 from collections.abc import Iterable
 from importlib.metadata import Distribution, distributions
@@ -40,8 +41,9 @@ def declared() -> tuple[list[str], list[str]]:
 
 
 def installed() -> dict[str, Distribution]:
-    """{canonical name: distribution} of this environment."""
-    return {canonicalize_name(d.metadata["Name"]): d for d in distributions()}
+    """{canonical name: distribution} of this environment; not what setuptools carries and puts on the path when imported."""
+    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return {canonicalize_name(d.metadata["Name"]): d for d in distributions(path=places)}
 
 
 def needed(requirements: Iterable[str]) -> set[str]:

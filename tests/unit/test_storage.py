@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +87,13 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             pass
     with only_one(tmp_path / "out", "taken"):
         pass
+
+
+def test_what_a_process_left_goes_though_nobody_has_waited_for_it_yet(tmp_path: Path) -> None:
+    code = f"import os; from clipfilter.storage import Directory; Directory({str(tmp_path)!r}).scratch(); os._exit(0)"
+    ended = subprocess.Popen([sys.executable, "-c", code])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert [path.is_dir() for path in (tmp_path / ".tmp").iterdir()] == [True]
+    Directory(str(tmp_path)).clean_scratch(stale_only=True)
+    assert not (tmp_path / ".tmp").exists()
+    ended.wait()
