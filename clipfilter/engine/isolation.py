@@ -25,10 +25,10 @@ from clipfilter.images import ImageFacts, LoadedImage, PreprocessConfig
 
 #: Seconds one image may take before its decoder is taken for hung.
 IMAGE_TIMEOUT = 60.0
-#: What is said of an image in the line before its pixels, besides its facts.
-_TOLD = ("width", "height", "sha256", "format")
 #: Seconds the child may take to start; a machine that is too busy for that is no image's fault.
 START_TIMEOUT = 300.0
+#: What is said of an image in the line before its pixels, besides its facts.
+_TOLD = ("width", "height", "sha256", "format")
 
 
 class IsolatedDecoder:

@@ -7,7 +7,6 @@ Left out is what a repetition may change: times, machines, the place of the sour
 from __future__ import annotations
 
 import json
-import os
 import platform
 import tempfile
 from pathlib import Path
@@ -19,10 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from clipfilter.storage import file_sha256
+from tests.support.engine import PHOTOS, SHARED
 
-REPO = Path(__file__).parents[2]
-PHOTOS = REPO / "samples" / "photos"
-FLICKR8K = Path(os.environ.get("CLIPFILTER_SHARED", REPO.parent / "shared")) / "data" / "flickr8k"
+FLICKR8K = SHARED / "data" / "flickr8k"
 GOLDEN = Path(__file__).parent
 DATA_FOLDERS = ("annotated", "embeddings", "failed", "kept", "review", "scored")
 
