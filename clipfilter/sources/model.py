@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from clipfilter import defaults
+from clipfilter.sources.seen import Seen
 
 CaptionChoice = Literal["first", "max", "mean"]
 ShardFormat = Literal["tar", "parquet", "folder"]
@@ -97,7 +98,7 @@ class ReadStats:
     image (not rows); `duplicate_keys` rows whose key an earlier row has; `clashes` members passed over because their
     row already has an image (or such a sidecar); `misfits` rows with something in cf_source_json; `ignored` members
     never looked at (links, devices, sparse files, pickles, hidden files); `unfinished`: an img2dataset shard without
-    the `_stats.json` that marks it as done.
+    the `_stats.json` that marks it as done. `seen`: what became of every file or member of the shard.
     """
 
     rows: int = 0
@@ -109,6 +110,7 @@ class ReadStats:
     misfits: int = 0
     ignored: int = 0
     unfinished: bool = False
+    seen: Seen = field(default_factory=Seen)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
