@@ -9,7 +9,7 @@ from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, s
 from clipfilter.sources.schema import COLUMN_PREFIX, freeze, is_binary, schema_from_text, schema_to_text, travel_name
 from clipfilter.sources.source import Source, open_source
 from clipfilter.sources.spool import read_prefix
-from clipfilter.sources.tar import TarFile, index_tar
+from clipfilter.sources.tar import TarFile, Wanted, index_tar
 from clipfilter.sources.tar_shards import TarShards, row_members, safe_key
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "SourceOptions",
     "TarFile",
     "TarShards",
+    "Wanted",
     "fetch_images",
     "freeze",
     "index_tar",
