@@ -99,7 +99,7 @@ def decode(
         raise RowError(IMAGE_TOO_LARGE, f"{header.format.upper()}: {error or 'not enough memory'}") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files; it costs only this row
         text = str(error) or type(error).__name__
-        if header.format == "tiff" and isinstance(error, KeyError):  # Pillow looks the method up
+        if header.format == "tiff" and error.args and isinstance(error.args[0], KeyError):  # Pillow looks the method up
             text = f"unsupported compression {text}"
         if _UNKNOWN_KIND.search(text):
             raise RowError(UNSUPPORTED, f"{header.format.upper()} of a kind that is not supported: {text}") from error
@@ -170,7 +170,8 @@ def _pillow(data: bytes, header: Header, max_pixels: int) -> tuple[np.ndarray, i
 def _heic(data: bytes) -> Image.Image:
     from pi_heif.as_plugin import HeifImageFile  # the extra; its `HeifImagePlugin` would register it with Pillow
 
-    return HeifImageFile(io.BytesIO(data))  # type: ignore[no-any-return]
+    image: Image.Image = HeifImageFile(io.BytesIO(data))
+    return image
 
 
 def _pnm(data: bytes) -> np.ndarray:
@@ -188,17 +189,19 @@ def _pnm(data: bytes) -> np.ndarray:
         raise ValueError(f"the largest value is {top}")
     body = memoryview(data)[found.end() :]
     count = width * height * bands
-    if (bitmap or kind) in (b"1", b"2", b"3"):
+    values: np.ndarray
+    if (bitmap or kind) in (b"1", b"2", b"3"):  # in digits
         text = re.sub(rb"#[^\r\n]*", b" ", body)
-        if bitmap:  # digits need no space between them
-            text = b" ".join(re.findall(rb"[01]", text[: 64 * count])[:count])
-        values = np.fromstring(text.decode("latin-1"), np.int64, count, " ")
+        if bitmap:  # which need no space between them
+            values = np.frombuffer(text.translate(None, b" \t\r\n\v\f")[:count], np.uint8) - ord("0")
+        else:
+            values = np.fromstring(text.decode("latin-1"), np.int64, sep=" ")[:count]
     elif bitmap:
         rows = np.frombuffer(body, np.uint8, height * -(-width // 8)).reshape(height, -1)
-        values = np.unpackbits(rows, axis=1, count=width)
+        values = np.unpackbits(rows, axis=1, count=width).ravel()
     else:
         values = np.frombuffer(body, np.uint8 if top < 256 else np.dtype(">u2"), count)
-    if len(values) < count or values.min(initial=0) < 0:
+    if len(values) < count or values.min(initial=0) < 0 or (bitmap and values.max(initial=0) > 1):
         raise ValueError("the file ends before its last pixel")
     if bitmap:
         values = 1 - values  # 1 is black
@@ -220,7 +223,7 @@ def _to_rgb(image: Image.Image, header: Header, frame: tuple[int, int, int, int]
     key = image.info.get("transparency")
     if header.depth == 16 and isinstance(key, tuple):  # Pillow keeps the high bytes of the pixels, but not of the key
         image.info["transparency"] = tuple(value >> 8 for value in key)
-    elif image.mode == "L" and isinstance(key, int):  # of which the lowest bits count, at the scale of the pixels
+    elif isinstance(key, int) and image.mode == "L":  # of which the lowest bits count, at the scale of the pixels
         largest = (1 << header.depth) - 1
         image.info["transparency"] = (key & largest) * 255 // largest
     partial = frame is not None and frame != (0, 0, *image.size)
@@ -232,8 +235,8 @@ def _to_rgb(image: Image.Image, header: Header, frame: tuple[int, int, int, int]
         drawn = Image.new("L", image.size, 0)
         drawn.paste(alpha.crop(frame), frame)
         alpha = drawn
-    extrema = alpha.getextrema()
-    if extrema == (255, 255) or (extrema == (0, 0) and header.format in _UNUSED_ALPHA):
+    lowest, highest = alpha.getextrema()
+    if lowest == 255 or (highest == 0 and header.format in _UNUSED_ALPHA):
         return np.asarray(rgba.convert("RGB"))
     canvas = Image.new("RGB", image.size, _WHITE)
     canvas.paste(rgba, mask=alpha)
