@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 import time
@@ -21,23 +22,45 @@ from clipfilter.errors import RefusedError
 from clipfilter.scratch import STALE_SECONDS, Scratch, one_after_another, remove_stale
 
 SCRATCH = ".tmp-"  # how the names of folders for unfinished files begin
+_LOCAL_SCHEME = re.compile(r"(?:file|local):(?://)?(?:localhost(?=/))?(?=.)", re.IGNORECASE)
 
 
 def is_local(url: str) -> bool:
-    """True for a plain path or a `file://` URL."""
-    return "://" not in url or url.startswith(("file://", "local://"))
+    """True for a plain path or a `file:` URL."""
+    return "://" not in url or _LOCAL_SCHEME.match(url) is not None
 
 
 def local_path(url: str) -> Path:
     """The absolute path of a local URL (symbolic links are kept)."""
-    for scheme in ("file://", "local://"):
-        url = url.removeprefix(scheme)
-    return Path(os.path.abspath(os.path.expanduser(url)))
+    scheme = _LOCAL_SCHEME.match(url)
+    return Path(os.path.abspath(os.path.expanduser(url[scheme.end() :] if scheme else url)))
 
 
 def normalise(url: str) -> str:
     """One spelling per place: absolute local paths, no trailing slash."""
     return str(local_path(url)) if is_local(url) else url.rstrip("/")
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths or URLs spell one place: relative or absolute, through links, with or without scheme."""
+    return is_within(one, other) and is_within(other, one)
+
+
+def is_within(url: str, folder: str) -> bool:
+    """Whether a place is `folder` or lies below it, however the two are spelled or reached (links, `..`, bind mounts)."""
+    if is_local(url) != is_local(folder):
+        return False
+    if not is_local(url):
+        (fs, path), (there, root) = filesystem(url), filesystem(folder)
+        return type(fs) is type(there) and f"{path}/".startswith(f"{root.rstrip('/')}/")
+    path_here, wanted = (Path(os.path.realpath(local_path(place))) for place in (url, folder))
+    above = [path_here, *path_here.parents]
+    if wanted in above:
+        return True
+    with contextlib.suppress(OSError):
+        status = wanted.stat()
+        return any(os.path.samestat(place.stat(), status) for place in above if place.exists())
+    return False
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
