@@ -27,6 +27,7 @@ from clipfilter.sources.records import (
     record_uid,
     travelling,
 )
+from clipfilter.sources.seen import Seen
 from clipfilter.sources.spool import TarCache, read_prefix
 from clipfilter.sources.tar import (
     CAPTION_EXTENSIONS,
@@ -86,8 +87,8 @@ class Webdataset:
         }
         return cls(location, options, columns, plan)
 
-    def iter_shards(self) -> Iterator[Shard]:
-        for path, entry in self.location.files(TAR_SUFFIXES):
+    def iter_shards(self, listing: Seen) -> Iterator[Shard]:
+        for path, entry in self.location.containers(TAR_SUFFIXES, listing, img2dataset.is_sidecar):
             yield Shard(shard_id(path), path, "tar", size=entry.size, etag=entry.etag)
 
     def read(
