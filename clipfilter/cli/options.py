@@ -48,7 +48,9 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward p
 Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
 ]
-ImageColumn = Annotated[str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")]
+ImageColumn = Annotated[
+    str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")
+]
 Pictures = Annotated[
     defaults.Pictures,
     typer.Option(help="Of a key or row with several pictures: all are rows, or the first; the others are left out."),

@@ -21,9 +21,9 @@ class SourceOptions:
     """What the user said about a source; None means: find out.
 
     `image_column`, `caption_column`, `uid_column` name a Parquet column, a JSON field or (tars) a member extension.
-    `pictures`: of a sample with several pictures all are rows, or the first is. `captions` is carried for the engine; a source always delivers every caption it has.
-    `rows_per_shard` bounds Parquet and folder shards (a tar is one shard whatever its size); `max_batch_bytes` counts
-    image bytes, and one image larger than it makes a batch of its own.
+    `pictures`: of a sample with several pictures all are rows, or the first is. `captions` is carried for the engine; a
+    source always delivers every caption it has. `rows_per_shard` bounds Parquet and folder shards (a tar is one shard
+    whatever its size); `max_batch_bytes` counts image bytes, and one image larger than it makes a batch of its own.
     """
 
     image_column: str | None = None

@@ -34,10 +34,12 @@ _ZERO = bytes(BLOCK)
 _PIECE = 4 << 20
 _SMALL = 1 << 20  # a name or PAX record larger than this is taken as damage, not allocated
 
-IMAGE_EXTENSIONS = frozenset(
-    "jpg jpeg jpe jfif mpo png webp gif bmp dib tif tiff avif heic heif ico pbm pgm ppm pnm tga jp2 j2k j2c jpc jpf "
-    "jpx".split()
-)
+# fmt: off
+IMAGE_EXTENSIONS = frozenset({
+    "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic",
+    "heif", "ico", "pbm", "pgm", "ppm", "pnm", "tga", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx",
+})
+# fmt: on
 CAPTION_EXTENSIONS = ("txt", "caption", "cap", "text")
 _IMAGE = "image"  # the kind of member that every sample should have
 PICKLE_EXTENSIONS = frozenset(["pkl", "pyd", "pickle", "pck", "pth", "pt", "dill", "joblib"])
