@@ -18,7 +18,11 @@ from clipfilter.errors import ClipfilterError, RefusedError, one_line
 from clipfilter.sources.seen import Reason, Seen
 from clipfilter.sources.tar import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, PICKLE_EXTENSIONS
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# fmt: off
+TAR_SUFFIXES = (
+    ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.zstd", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz",
+)
+# fmt: on
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log", "_ingest"})
 _SKIPPED_FILES = frozenset({"thumbs.db", "desktop.ini"})
