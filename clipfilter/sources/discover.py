@@ -24,6 +24,7 @@ TAR_SUFFIXES = (
 )
 # fmt: on
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log", "_ingest"})
 _SKIPPED_FILES = frozenset({"thumbs.db", "desktop.ini"})
 # Pictures and films that are not read, and what may speak of pictures.
@@ -110,7 +111,7 @@ def why_passed(entry: Entry) -> Reason:
     """Why a file is passed over that is nothing to its source, by its name and size."""
     name = entry.name.lower()
     ending = name.rpartition(".")[2]
-    if is_image_name(name) or name.endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES)):
+    if is_image_name(name) or name.endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES, *ARROW_SUFFIXES)):
         return "other_kind"
     if ending in PICKLE_EXTENSIONS:
         return "pickle"
@@ -365,6 +366,7 @@ class Found:
     kind: str
     tars: list[tuple[str, Entry]] = field(default_factory=list)
     parquets: list[tuple[str, Entry]] = field(default_factory=list)
+    arrows: list[tuple[str, Entry]] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)  # csv, tsv and jsonl files
     stats: bool = False  # some _stats.json of img2dataset
@@ -379,6 +381,8 @@ class Found:
         elif name.endswith(PARQUET_SUFFIXES):
             self.parquets.append((path, entry))
             self.sidecar_folders |= entry.name.rpartition(".")[0] in folder.folders
+        elif name.endswith(ARROW_SUFFIXES):
+            self.arrows.append((path, entry))
         elif is_image_name(entry.name):
             if len(self.images) < most_images:
                 self.images.append(path)
@@ -397,7 +401,8 @@ class Found:
             return "img2dataset-webdataset" if self.stats or paired else "webdataset"
         if self.sidecar_folders and self.images:
             return "img2dataset-files"
-        return "parquet" if self.parquets else "folder" if self.images else ""
+        kinds = {"parquet": self.parquets, "arrow": self.arrows, "folder": self.images}
+        return next((kind for kind, found in kinds.items() if found), "")
 
 
 def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
@@ -423,7 +428,7 @@ def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
             f"{_nothing(location, found, seen)}; give webdataset tars, Parquet files, an image folder or img2dataset's "
             "output folder."
         )
-    del found.tars[sample:], found.parquets[sample:]
+    del found.tars[sample:], found.parquets[sample:], found.arrows[sample:]
     return found
 
 
