@@ -10,6 +10,8 @@ from typing import Literal
 
 #: How images are decoded: fast uses JPEG's scaled decoding, exact is open_clip's own transform.
 Decode = Literal["fast", "exact"]
+#: Embedded ICC profiles: ignored, as in the models' training, or applied, so that colours are what a browser shows.
+Color = Literal["ignore", "managed"]
 #: Which caption counts when a row has several; none ignores them.
 Captions = Literal["first", "max", "mean", "none"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -21,6 +23,7 @@ MODEL = "nano"
 ENGINE: Engine = "auto"
 DEVICE = "auto"
 DECODE: Decode = "fast"
+COLOR: Color = "ignore"
 CAPTIONS: Captions = "first"
 THUMBNAILS: Thumbnails = "blur"
 #: Pixels of an image above which its header is refused: Pillow's own limit for a decompression bomb.
