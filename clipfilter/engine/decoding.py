@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter import columns as cf
+from clipfilter import defaults
 from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, RowError, unexpected
 from clipfilter.images import LoadedImage, Mode, PreprocessConfig, load_image
 
@@ -27,11 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How images are decoded: the model's preprocessing, "fast" or "exact", and the pixel limit of the guard."""
+    """How images are decoded: the model's preprocessing, "fast" or "exact", the pixel limit of the guard, what becomes of
+    colour profiles."""
 
     preprocess: PreprocessConfig
     mode: Mode
     max_pixels: int
+    color: defaults.Color = defaults.COLOR
 
 
 @dataclass
@@ -83,7 +86,7 @@ class ThreadDecoder:
 def load_guarded(data: memoryview | bytes, settings: DecodeSettings) -> Image:
     """`load_image` with whatever it raises turned into a value, so that one bad image costs one row."""
     try:
-        return load_image(data, settings.preprocess, settings.mode, settings.max_pixels)
+        return load_image(data, settings.preprocess, settings.mode, settings.max_pixels, settings.color)
     except RowError as error:
         return error
     except MemoryError:

@@ -28,7 +28,7 @@ IMAGE_TIMEOUT = 60.0
 #: Seconds the child may take to start; a machine that is too busy for that is no image's fault.
 START_TIMEOUT = 300.0
 #: What is said of an image in the line before its pixels, besides its facts.
-_TOLD = ("width", "height", "sha256", "format")
+_TOLD = ("width", "height", "sha256", "format", "profile_ignored")
 
 
 class IsolatedDecoder:
@@ -75,7 +75,12 @@ class IsolatedDecoder:
         settings = self._settings
         _send(
             self._child.stdin,
-            {"preprocess": settings.preprocess.to_json(), "mode": settings.mode, "max_pixels": settings.max_pixels},
+            {
+                "preprocess": settings.preprocess.to_json(),
+                "mode": settings.mode,
+                "max_pixels": settings.max_pixels,
+                "color": settings.color,
+            },
             b"",
         )
         self._await_ready(self._child)
@@ -136,7 +141,9 @@ def main() -> None:
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not break the protocol
     first, _ = _receive(stdin)
-    settings = DecodeSettings(PreprocessConfig.from_json(first["preprocess"]), first["mode"], first["max_pixels"])
+    settings = DecodeSettings(
+        PreprocessConfig.from_json(first["preprocess"]), first["mode"], first["max_pixels"], first["color"]
+    )
     load_guarded(_first_picture(), settings)  # what decoding imports when it is first used
     _send(stdout, {}, b"")
     while True:

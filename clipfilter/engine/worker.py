@@ -163,7 +163,12 @@ class Worker:
         self._encoder_turn = threading.Lock()
         self._progress = threading.Lock()
         if self.source is not None:
-            self._settings = DecodeSettings(self.encoder.preprocess, spec.options["decode"], spec.options["max_pixels"])
+            self._settings = DecodeSettings(
+                self.encoder.preprocess,
+                spec.options["decode"],
+                spec.options["max_pixels"],
+                spec.options.get("color", "ignore"),
+            )
             self._threads = ThreadDecoder(self._settings, spec.threads)
 
     def describe(self) -> dict[str, Any]:

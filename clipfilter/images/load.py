@@ -63,17 +63,21 @@ def _load(
     data: bytes | memoryview, cfg: PreprocessConfig, mode: Mode, max_pixels: int, color: defaults.Color
 ) -> LoadedImage:
     decoded = decode(data, mode=mode, min_side=math.ceil(cfg.size * OVERSAMPLING), max_pixels=max_pixels)
-    size = (decoded.rgb.shape[1], decoded.rgb.shape[0])
-    planes = resized(decoded.rgb, cfg, exact=mode == "exact")
+    rgb, profile, ignored = decoded.rgb, decoded.profile if color == "managed" else b"", False
+    size = (rgb.shape[1], rgb.shape[0])
+    if profile and min(size) <= cfg.size:  # it will be enlarged: now it is smaller
+        managed = to_srgb(rgb.transpose(2, 0, 1), profile)
+        profile, ignored = b"", managed is None
+        rgb = rgb if managed is None else np.ascontiguousarray(managed.transpose(1, 2, 0))
+    planes = resized(rgb, cfg, exact=mode == "exact")
     # What the facts are measured on: the resized picture where that will do.
-    measured = planes if _will_do(decoded.rgb, planes, cfg) else decoded.rgb.transpose(2, 0, 1)
-    ignored = False
-    if color == "managed" and decoded.profile:
-        managed = to_srgb(planes, decoded.profile)
-        ignored = managed is None
-        if managed is not None:
-            measured = managed if measured is planes else to_srgb(measured, decoded.profile)
-            planes = managed
+    measured = planes if _will_do(rgb, planes, cfg) else rgb.transpose(2, 0, 1)
+    if profile:
+        managed = to_srgb(planes, profile)
+        also = managed if measured is planes else to_srgb(measured, profile)
+        ignored = managed is None or also is None
+        if managed is not None and also is not None:
+            planes, measured = managed, also
     return LoadedImage(
         pixels=crop(planes, cfg),
         width=decoded.width,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.server
 import json
 import select
@@ -48,7 +49,11 @@ async function look(address, cells) {
   }
   return {size: [width, height], cells: found};
 }
-async function all(addresses, cells) { const found = []; for (const one of addresses) found.push(await look(one, cells)); return found; }
+async function all(addresses, cells) {
+  const found = [];
+  for (const one of addresses) found.push(await look(one, cells));
+  return found;
+}
 </script>"""
 
 
@@ -77,7 +82,10 @@ def ours(paths: Sequence[Path]) -> list[Shown]:
     for path in paths:
         if child is None:
             child = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.picture_compare"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-m", "tests.support.picture_compare"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             assert child.stdout is not None
             child.stdout.readline()  # ready
@@ -107,12 +115,13 @@ def theirs(binary: str, paths: Sequence[Path]) -> list[Shown]:
         def do_GET(self) -> None:
             index = self.path.strip("/")
             body = paths[int(index)].read_bytes() if index.isdigit() else _PAGE.encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            if not index.isdigit():
-                self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # a browser may stop reading what it cannot show
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                if not index.isdigit():
+                    self.send_header("Content-Type", "text/html")
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None: ...
 
