@@ -378,5 +378,7 @@ def _note_what_is_left(run: Run, uids: set[str], result: Forgotten) -> None:
         f"the source {run.dataset['url']} was not touched: remove the rows there too, or processing a changed shard brings "
         "them back."
     )
-    if directory.fs.exists(directory.path(".tmp")) and directory.fs.ls(directory.path(".tmp")):
-        result.notes.append("unfinished files of running processes or other machines remain in .tmp/.")
+    if unfinished := directory.unfinished():
+        result.notes.append(
+            f"unfinished files of running processes or other machines remain in {', '.join(unfinished)}."
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location, is_image_name, refusing
+from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location, holds, is_image_name, refusing
 from clipfilter.sources.fetch import Fetcher, fetch_images, read_url
 from clipfilter.sources.imported import IMPORTED_KIND, Imported
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
@@ -28,6 +28,7 @@ __all__ = [
     "TarShards",
     "fetch_images",
     "freeze",
+    "holds",
     "index_tar",
     "is_binary",
     "is_image_name",

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 from clipfilter import storage
@@ -111,6 +112,28 @@ def locate(url: str) -> Location:
         return Location(url)
     root, _, name = url.rpartition("/")
     return Location(root or "/", name)
+
+
+def holds(source: str, url: str) -> bool:
+    """Whether files below `url` would be read as those of a source: it is in the source's folder, or where its pattern looks."""
+    if storage.is_within(url, source):
+        return True
+    path = storage.normalise(source)
+    special = re.search(r"[*?\[{]", path)
+    if not special:
+        return False
+    root = path[: special.start()].rpartition("/")[0] or "/"
+    if not storage.is_within(url, root):
+        return False
+    local = storage.is_local(url)
+    inside = (
+        os.path.relpath(os.path.realpath(storage.local_path(url)), os.path.realpath(root))
+        if local
+        else url[len(root) :]
+    )
+    wanted = re.sub(r"\{[^{}]*\}", "*", path[len(root) :]).strip("/").split("/")
+    parts = inside.strip("/").split("/")
+    return "**" in wanted or (len(wanted) > len(parts) and all(map(fnmatch, parts, wanted)))
 
 
 def expand_braces(pattern: str) -> Iterator[str]:

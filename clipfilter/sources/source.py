@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from clipfilter.sources.discover import Location, detect, locate, refusing
+from clipfilter import storage
+from clipfilter.sources.discover import Location, detect, holds, locate, refusing
 from clipfilter.sources.model import ReadStats, Shard, ShardReader, SourceOptions
 from clipfilter.sources.schema import schema_from_text, schema_to_text
 
@@ -84,6 +85,19 @@ class Source:
         columns = schema_from_text(plan["schema"])
         return cls(plan["url"], _format_class(plan["kind"])(location, options, columns, plan["format"]))
 
+    def is_at(self, url: str) -> bool:
+        """Whether a path or URL, however it is spelled, means this source."""
+        return storage.same_place(url, self._place)
+
+    def holds(self, url: str) -> bool:
+        """Whether files below a path or URL would be read as those of this source."""
+        return holds(self._place, url)
+
+    @property
+    def _place(self) -> str:
+        location = self._format.location
+        return location.url(location.pattern or "")
+
     def iter_shards(self) -> Iterator[Shard]:
         """The shards in listing order, found as they are asked for; only Parquet footers are opened, one at a time."""
         return self._format.iter_shards()
@@ -114,4 +128,4 @@ def open_source(url: str, options: SourceOptions | None = None) -> Source:
     with refusing(url):
         found = detect(location)
         reader = _format_class(found.kind).infer(location, options, found)
-    return Source(url, reader)
+    return Source(storage.normalise(url), reader)

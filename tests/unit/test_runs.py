@@ -147,7 +147,7 @@ def test_a_run_knows_its_versions_shards_and_embeddings(tmp_path: Path) -> None:
         rows, embeddings = vectors.stored(1)
         assert rows["cf_uid"].to_pylist() == embeddings["cf_uid"].to_pylist() == ["uid-1-0", "uid-1-1"]
     assert Run.open(str(path), 1).version.name == "000001"
-    assert not (path / ".tmp").exists(), "reading writes nothing"
+    assert run.directory.unfinished() == [], "reading writes nothing"
     with pytest.raises(RefusedError, match="has no version 7; it has 1, 2"):
         Run(str(path), 7)
 
