@@ -236,6 +236,7 @@ class Worker:
                 labels=self.labels,
             )
         stats = reader.stats
+        stats.seen.judged(report.counts.rows)
         counts = Counts(
             **report.counts,
             not_downloaded=stats.not_downloaded,
@@ -243,7 +244,8 @@ class Worker:
             clashes=stats.clashes,
             misfits=stats.misfits,
         )
-        return replace(report, counts=counts, damaged=stats.damaged, bytes_unread=stats.bytes_unread), {}
+        report = replace(report, damaged=stats.damaged, bytes_unread=stats.bytes_unread)
+        return replace(report, counts=counts, seen=stats.seen), {}
 
     def _decide(self, task: Task, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
         """The report, and what else the commit says: what was decided with which thresholds, and files it names again."""
@@ -273,6 +275,7 @@ class Worker:
             captions_truncated=commit.captions_truncated,
             damaged=commit.damaged,
             bytes_unread=commit.bytes_unread,
+            seen=commit.seen,
         )
         return report, {
             "carried": commit.files.only("embeddings", "failed") if same_run else None,
