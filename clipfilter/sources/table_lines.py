@@ -93,7 +93,8 @@ class Dialect:
         """A csv row by its columns; what goes beyond them belongs to the last (a delimiter that nobody quoted)."""
         if len(row) > len(self.names):
             last = len(self.names) - 1
-            row = [*row[:last], self.reader["delimiter"].join(row[last:])]
+            delimiter = self.reader["delimiter"] + " " * self.reader["skipinitialspace"]
+            row = [*row[:last], delimiter.join(row[last:])]
         return {name: text or None for name, text in zip(self.names, row, strict=False) if name}
 
 
@@ -276,12 +277,15 @@ def _json_kind(head: str, url: str) -> str:
     if first.startswith("["):
         return "list"
     try:
-        alone = isinstance(json.loads(first), dict)
+        alone = json.loads(first)
     except (ValueError, RecursionError):
-        alone = False
-    if url.endswith(JSON_LINES):
-        return "lines" if alone or first.rstrip() != "{" else "sections"
-    return "lines" if alone and more.lstrip().startswith("{") else "sections"
+        alone = None
+    if not isinstance(alone, dict):
+        return "lines" if url.endswith(JSON_LINES) and first.rstrip() != "{" else "sections"
+    single = any(map(looks_like_picture, alone.values())) and not any(
+        isinstance(value, list) for value in alone.values()
+    )
+    return "lines" if url.endswith(JSON_LINES) or more.lstrip().startswith("{") or single else "sections"
 
 
 def _csv_dialect(head: str, whole: bool, url: str, encoding: str) -> Dialect:
