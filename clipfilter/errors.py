@@ -4,11 +4,13 @@ from __future__ import annotations
 
 # Kinds of row failure (column cf_error_class). Transient ones are worth trying again with `--retry-failed`.
 DECODE_ERROR = "decode_error"
+UNSUPPORTED = "unsupported_format"
 IMAGE_TOO_LARGE = "image_too_large"
 MISSING_IMAGE = "missing_image"
 READ_ERROR = "read_error"
 DECODER_CRASH = "decoder_crash"
 ENCODE_ERROR = "encode_error"
+UNEXPECTED_ERROR = "unexpected_error"
 TRANSIENT = frozenset({READ_ERROR})
 
 
