@@ -95,6 +95,20 @@ def written() -> list[str]:
     return PAGE.read_text(encoding="utf-8").partition(_BEGIN)[2].partition(_END)[0].splitlines()
 
 
+def told() -> list[str]:
+    """What the page says of all suites: the lines of its table, and their sums."""
+    lines = [[cell.strip() for cell in line.split("|")] for line in written()]
+    count, same = (sum(int(cells[at]) for cells in lines if cells[2]) for at in (2, 3))
+    return [f"Of {count:,} pictures {same:,} agree.".replace(",", " "), *written()]
+
+
+def test_the_page_says_what_its_table_adds_up_to() -> None:
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert told()[0] in text
+    assert {line.split("|")[1].strip() for line in written()} == set(SUITES)
+    assert "not explained" not in text
+
+
 def main() -> None:
     """Write the table anew; suites that cannot be had keep their lines."""
     import tempfile
@@ -107,8 +121,10 @@ def main() -> None:
             except pytest.skip.Exception as error:
                 print(error, file=sys.stderr)
                 lines += [line for line in written() if line.startswith(f"| {suite} |")]
+    old = told()[0]
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
     PAGE.write_text(before + begin + "\n".join(lines) + _END + rest.partition(_END)[2], encoding="utf-8")
+    print("write instead of", old, ":", told()[0])
 
 
 if __name__ == "__main__":

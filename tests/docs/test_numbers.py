@@ -16,6 +16,7 @@ import pytest
 
 from clipfilter.policies import TEMPLATES
 from clipfilter.policies.kinds.pixels import PIXELS
+from tests.browser import test_conformance as conformance
 from tests.docs.claims import REPO, calculated, constants, numbers, options, places, prose, value, values
 from tests.docs.pages import blocks, commands, pages
 
@@ -259,6 +260,8 @@ GIVEN: dict[str, list[str]] = {
         "in bits, 0 to 8",
         "64-bit DCT",
         "about 15 slightly colourful, above 80 very",
+        "up to 32 x 32 cells have to agree within 12 levels in each cell and 2 on average",  # tests/support/picture_compare.py
+        *conformance.told(),  # tests/browser/test_conformance.py
     ],
     "docs/reference/models.md": [
         "by 3 more than a multiple of 4",

@@ -40,7 +40,6 @@ SUITES = {
     "pillow": Suite(f"pillow=={PIL.__version__}", "pip", "Tests/images"),
     "libpng": Suite("libpng1.6", "apt", "contrib"),  # with Willem van Schaik's PngSuite
     "libwebp": Suite("libwebp", "apt"),
-    "libavif": Suite("libavif", "apt"),
     "libheif": Suite("libheif", "apt"),
     "libjpeg-turbo": Suite("libjpeg-turbo", "apt", "testimages"),
     "giflib": Suite("giflib", "apt"),
