@@ -10,6 +10,8 @@ from typing import Literal
 
 #: How images are decoded: fast uses JPEG's scaled decoding, exact is open_clip's own transform.
 Decode = Literal["fast", "exact"]
+#: Where images are decoded: in threads of the workers, or in child processes with limits of memory and time.
+DecodeIn = Literal["threads", "processes"]
 #: Which caption counts when a row has several; none ignores them.
 Captions = Literal["first", "max", "mean", "none"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -21,6 +23,9 @@ MODEL = "nano"
 ENGINE: Engine = "auto"
 DEVICE = "auto"
 DECODE: Decode = "fast"
+DECODE_IN: DecodeIn = "threads"
+#: Seconds that decoding one image may take.
+DECODE_TIMEOUT = 60.0
 CAPTIONS: Captions = "first"
 THUMBNAILS: Thumbnails = "blur"
 #: Pixels of an image above which its header is refused: Pillow's own limit for a decompression bomb.
