@@ -475,6 +475,9 @@ def _judge(version: Version, max_failures: float) -> tuple[int, list[str]]:
     """Exit code and sentences for the person: failures above the limit, failed or damaged shards."""
     totals, failed_shards = version.totals, version.failed_shards
     messages, exit_code = [], EXIT_DONE
+    if not totals.rows and not failed_shards:
+        messages.append(totals.without_rows)
+        exit_code = EXIT_FAILURES
     if failed_shards:
         first = failed_shards[0]
         messages.append(
