@@ -11,7 +11,7 @@ READ_ERROR = "read_error"
 DECODER_CRASH = "decoder_crash"
 ENCODE_ERROR = "encode_error"
 UNEXPECTED_ERROR = "unexpected_error"
-TRANSIENT = frozenset({READ_ERROR})
+TRANSIENT = frozenset({READ_ERROR, UNEXPECTED_ERROR})
 
 
 class ClipfilterError(Exception):
@@ -36,6 +36,13 @@ class RowError(Exception):
         super().__init__(message)
         self.error_class = error_class
         self.message = message
+
+
+def unexpected(error: BaseException) -> RowError:
+    """An exception that nobody foresaw, as the failure of the row that caused it."""
+    text = one_line(error)
+    name = type(error).__name__
+    return RowError(UNEXPECTED_ERROR, name if text == name else f"{name}: {text}")
 
 
 def reason(error: BaseException) -> str:

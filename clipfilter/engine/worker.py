@@ -15,6 +15,7 @@ from clipfilter import defaults
 from clipfilter.decisions import DECISIONS
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decoded_ahead
 from clipfilter.engine.isolation import IsolatedDecoder
+from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
 from clipfilter.runs import (
     FAILED,
@@ -32,7 +33,7 @@ from clipfilter.runs import (
     read_tables,
 )
 from clipfilter.sources import Shard, Source
-from clipfilter.storage import Directory
+from clipfilter.storage import Directory, is_local
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
@@ -207,7 +208,9 @@ class Worker:
         assert self.source is not None
         options = self.spec.options
         times = StageTimes()
-        reader = self.source.read(task.shard)
+        # What a server or a network raises may pass: only a second failure is a row's.
+        patient = task.attempt > 1 or is_local(self.source.url)
+        reader = PatientReader(self.source, task.shard) if patient else self.source.read(task.shard)
         with contextlib.ExitStack() as stack:
             decoder: Any = self._threads
             if task.isolated:

@@ -21,7 +21,7 @@ FAILURES = {
     "read_error": "The image could not be fetched; the next run with --retry-failed tries again.",
     "decoder_crash": "The image brought its decoder down; it was isolated and only this row was lost.",
     "encode_error": "The model could not embed this image.",
-    "unexpected_error": "Something that nobody foresaw happened with this image; the message names it.",
+    "unexpected_error": "Something nobody foresaw happened with this row; it alone was lost. Please report it.",
 }
 #: What the workers' seconds are spent on: words and the class of its part of the bar.
 _STEPS = {
