@@ -129,8 +129,8 @@ def print_result(result: JobResult, report: str | None) -> None:
     console.print()
     console.print(found)
     _print_details(console, totals)
-    for line in totals.seen.told() if totals.seen is not None else ():
-        say(console, line, style="dim")
+    for told in totals.seen.told() if totals.seen is not None else ():
+        say(console, told, style="dim")
     if result.rows_processed:
         working = max(result.seconds - result.startup_seconds, 1e-9)
         say(

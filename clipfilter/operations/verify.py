@@ -228,8 +228,8 @@ def _check_listing(run: Run, commits: list[Commit], proof: Proof) -> None:
         proof.notes.append("the source is not what it was when it was read; the account is of what was there then")
     else:
         proof.proved.append(
-            f"{seen.things:,} things seen = {seen.rows:,} rows + {seen.parts:,} parts + {seen.containers:,} containers + "
-            f"{seen.passed.total():,} passed over, and the source lists the same {now.things + pictures:,} files today"
+            f"{seen.things:,} things seen = {text.plural(seen.rows, 'row')} + {text.plural(seen.parts, 'part')} + "
+            f"{text.plural(seen.containers, 'container')} + {seen.passed.total():,} passed over, and the source lists the same {now.things + pictures:,} files today"
         )
 
 
