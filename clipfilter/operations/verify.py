@@ -227,9 +227,13 @@ def _check_listing(run: Run, commits: list[Commit], proof: Proof) -> None:
     elif new or missing or now.counts() != then.counts():
         proof.notes.append("the source is not what it was when it was read; the account is of what was there then")
     else:
+        row, part, container = (
+            text.plural(count, name)
+            for count, name in ((seen.rows, "row"), (seen.parts, "part"), (seen.containers, "container"))
+        )
         proof.proved.append(
-            f"{seen.things:,} things seen = {text.plural(seen.rows, 'row')} + {text.plural(seen.parts, 'part')} + "
-            f"{text.plural(seen.containers, 'container')} + {seen.passed.total():,} passed over, and the source lists the same {now.things + pictures:,} files today"
+            f"{seen.things:,} things seen = {row} + {part} + {container} + {seen.passed.total():,} passed over, and the source "
+            f"lists the same {text.plural(now.things + pictures, 'file')} today"
         )
 
 
