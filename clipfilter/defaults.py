@@ -14,6 +14,8 @@ Decode = Literal["fast", "exact"]
 DecodeIn = Literal["threads", "processes"]
 #: Which caption counts when a row has several; none ignores them.
 Captions = Literal["first", "max", "mean", "none"]
+#: Which pictures of a sample that has several are rows.
+Pictures = Literal["all", "first"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Engine = Literal["auto", "local", "ray"]
 #: How a page shows pictures that were not kept.
@@ -27,6 +29,7 @@ DECODE_IN: DecodeIn = "threads"
 #: Seconds that decoding one image may take.
 DECODE_TIMEOUT = 60.0
 CAPTIONS: Captions = "first"
+PICTURES: Pictures = "all"
 THUMBNAILS: Thumbnails = "blur"
 #: Pixels of an image above which its header is refused: Pillow's own limit for a decompression bomb.
 MAX_PIXELS = 178_956_970
