@@ -12,6 +12,8 @@ from typing import Literal
 Decode = Literal["fast", "exact"]
 #: Embedded ICC profiles: ignored, as in the models' training, or applied, so that colours are what a browser shows.
 Color = Literal["ignore", "managed"]
+#: Where images are decoded: in threads of the workers, or in child processes with limits of memory and time.
+DecodeIn = Literal["threads", "processes"]
 #: Which caption counts when a row has several; none ignores them.
 Captions = Literal["first", "max", "mean", "none"]
 #: Which pictures of a sample that has several are rows.
@@ -26,6 +28,9 @@ ENGINE: Engine = "auto"
 DEVICE = "auto"
 DECODE: Decode = "fast"
 COLOR: Color = "ignore"
+DECODE_IN: DecodeIn = "threads"
+#: Seconds that decoding one image may take.
+DECODE_TIMEOUT = 60.0
 CAPTIONS: Captions = "first"
 PICTURES: Pictures = "all"
 THUMBNAILS: Thumbnails = "blur"
