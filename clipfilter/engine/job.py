@@ -421,6 +421,8 @@ def _begin(job: JobPlan, executor: Executor) -> tuple[Plan, list[str]]:
         refuse_other_weights(job.base.plan, plan.model)
     try:
         plan = settle_plan(directory, plan)
+        if job.base is not None:
+            job.base.record(directory.url)
     except OSError as error:
         raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
     directory.abort_stale_uploads()
