@@ -196,7 +196,7 @@ def forget(
         typer.Option(help="File or folder elsewhere (labels, exports, pages) to search too; repeatable."),
     ] = None,
     receipt: Annotated[
-        str | None, typer.Option(help="File to write the receipt to, instead of one in RUN/receipts.")
+        str | None, typer.Option(help="File to write the receipt to, besides the one in RUN/receipts.")
     ] = None,
     check: Annotated[str | None, typer.Option(help="Forget nothing: check that this receipt holds of the run.")] = None,
     as_json: Json = False,

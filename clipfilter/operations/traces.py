@@ -31,7 +31,9 @@ from clipfilter.storage import read_chunks
 Kind = Literal["uid", "key", "caption", "picture"]
 
 _CHARACTERS = 64  # of a text that is longer: its beginning tells it from others, also where a page has cut it
-_LEAST, _LEAST_DIGITS = 5, 8  # bytes; what is shorter is found everywhere by chance
+#: Bytes of a text, and digits of a number, below which it is found everywhere by chance.
+LEAST = 5
+LEAST_DIGITS = 8
 _DEEPEST = 4  # files within files
 _MOST_UNPACKED = 64 << 30  # bytes of one compressed file
 _PAGE = 256 << 20  # bytes of a text file in which data URIs are looked for
@@ -106,12 +108,12 @@ def _strings(column: pa.ChunkedArray) -> Iterator[str]:
 
 def _is_sentence(text: str) -> bool:
     """Words for people, rather than a type, an address or a name that many rows may have."""
-    return len(text) >= _LEAST_DIGITS and (any(letter.isspace() for letter in text) or not text.isascii())
+    return len(text) >= LEAST_DIGITS and (any(letter.isspace() for letter in text) or not text.isascii())
 
 
 def _spellings(text: str) -> set[bytes]:
     text = text.strip()[:_CHARACTERS].strip()
-    if len(text.encode("utf-8", "surrogatepass")) < (_LEAST_DIGITS if text.isdecimal() else _LEAST):
+    if len(text.encode("utf-8", "surrogatepass")) < (LEAST_DIGITS if text.isdecimal() else LEAST):
         return set()
     forms = {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], text.replace('"', '""')}
     forms |= {html.escape(text), html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")}
@@ -136,7 +138,7 @@ class Matcher:
     def find(self, data: bytes, *, first: bool = True, last: bool = True) -> set[bytes]:
         """The needles in `data`. first, last: whether something may stand before or behind it that is searched too."""
         found: set[bytes] = set()
-        if len(data) < _LEAST or not self.needles:
+        if len(data) < LEAST or not self.needles:
             return found
         for at in self._candidates(data):
             if at == 0 and not first:

@@ -128,9 +128,9 @@ class Run:
     def record(self, url: str) -> None:
         """Note in the run that something was made from it, which `forget` names; a run that may not be written stays."""
         place = normalise(url)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), Directory(self.url) as directory:
             name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-            self.directory.create(f"{DERIVED}/{name}.json", (json.dumps({"url": place}) + "\n").encode())
+            directory.create(f"{DERIVED}/{name}.json", (json.dumps({"url": place}) + "\n").encode())
 
     # --- data files --------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from clipfilter.sources.schema import (
     fit_batch,
     freeze,
     full_schema,
+    only_used,
     plain_text,
 )
 from clipfilter.sources.seen import Seen
