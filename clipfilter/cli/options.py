@@ -111,6 +111,15 @@ class Encoding(Group):
     ] = False
     batch_size: BatchSize = None
     decode: Decode = defaults.DECODE
+    decode_in: Annotated[
+        defaults.DecodeIn,
+        typer.Option(
+            help="threads, or processes: children with limits of memory and time, for images nobody vouches for."
+        ),
+    ] = defaults.DECODE_IN
+    decode_timeout: Annotated[float, typer.Option(min=1, help="Seconds that decoding one image may take.")] = (
+        defaults.DECODE_TIMEOUT
+    )
     max_pixels: Annotated[int, typer.Option(min=1, help="Images with more pixels are refused from their header.")] = (
         defaults.MAX_PIXELS
     )

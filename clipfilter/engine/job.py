@@ -79,6 +79,8 @@ class JobRequest:
     compile_model: bool = False
     batch_size: int | None = None
     decode: str = defaults.DECODE
+    decode_in: defaults.DecodeIn = defaults.DECODE_IN
+    decode_timeout: float = defaults.DECODE_TIMEOUT
     max_pixels: int = defaults.MAX_PIXELS
     captions: str = defaults.CAPTIONS
     source_options: SourceOptions = field(default_factory=SourceOptions)
@@ -199,6 +201,8 @@ class JobPlan:
             threads=resources.threads,
             options=self.options(resources.device),
             text=self.text,
+            decode_in=self.request.decode_in,
+            decode_timeout=self.request.decode_timeout,
         )
 
     def settled(self, device: str, fingerprint: dict[str, Any]) -> Plan:

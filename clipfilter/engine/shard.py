@@ -102,17 +102,16 @@ def process_shard(
             batches, encoder, shard=shard, source_schema=source_schema, text=text, captions=captions, times=times,
             on_batch=on_batch,
         )  # fmt: skip
-    started = time.perf_counter()
-    final = policy is None or not policy.dataset_rules
-    decides = final and policy is not None and policy.policy.decides
-    embedded, table = _annotated(embedded, encoder, policy, {} if decides else None, labels)
-    sink.embeddings(embedded.embeddings)
-    sink.failed(embedded.failed)
-    sink.annotated(table, final=final)
-    report = shard_report(table, embedded.failed, decides)
-    if decides:
-        copy_decided(table, sink)
-    times.add("decide_and_write", started)
+    with times.step("decide_and_write"):
+        final = policy is None or not policy.dataset_rules
+        decides = final and policy is not None and policy.policy.decides
+        embedded, table = _annotated(embedded, encoder, policy, {} if decides else None, labels)
+        sink.embeddings(embedded.embeddings)
+        sink.failed(embedded.failed)
+        sink.annotated(table, final=final)
+        report = shard_report(table, embedded.failed, decides)
+        if decides:
+            copy_decided(table, sink)
     return replace(
         report,
         captions_truncated=embedded.captions_truncated,
@@ -214,17 +213,16 @@ def _embed_batch(
 
     captions: None embeds none.
     """
-    started = time.perf_counter()
-    image_emb, broken = runner.images(batch.pixels)
+    key = batch.rows[cf.KEY][0].as_py()
+    with times.step("encode_images", key):
+        image_emb, broken = runner.images(batch.pixels)
     image_emb = image_emb[: batch.rows.num_rows]
-    times.add("encode_images", started)
     lists = [_usable(own) for own in batch.rows[cf.CAPTIONS].to_pylist()]
     text_emb, has_text, truncated = None, np.empty(0, bool), 0
     if captions is not None:
-        started = time.perf_counter()
-        (text_emb, has_text, truncated), unread = runner.captions(lists, image_emb, captions)
+        with times.step("encode_texts", key):
+            (text_emb, has_text, truncated), unread = runner.captions(lists, image_emb, captions)
         broken |= unread
-        times.add("encode_texts", started)
     for row in np.flatnonzero(~np.isfinite(image_emb).all(axis=1)).tolist():
         broken.setdefault(row, RowError(ENCODE_ERROR, "the model gave no finite embedding"))
     images = [

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from clipfilter import columns as cf
 from clipfilter import defaults, storage
-from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decoded_ahead
+from clipfilter.engine.decoding import StageTimes, ThreadDecoder, decoded_ahead
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
@@ -26,7 +26,7 @@ from clipfilter.engine.job import (
 from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import EmbeddedShard, embed_rows
 from clipfilter.errors import RefusedError, ShardError
-from clipfilter.images import Mode
+from clipfilter.images import DecodeSettings, Mode
 from clipfilter.models import load_encoder
 from clipfilter.runs import IDENTITY, Run, embeddings_schema, is_run
 from clipfilter.sources import (

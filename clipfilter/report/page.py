@@ -20,6 +20,7 @@ FAILURES = {
     "missing_image": "The row names an image that is not there.",
     "read_error": "The image could not be fetched; the next run with --retry-failed tries again.",
     "decoder_crash": "The image brought its decoder down; it was isolated and only this row was lost.",
+    "decode_timeout": "Decoding took longer than --decode-timeout; the next run with --retry-failed tries again.",
     "encode_error": "The model could not embed this image.",
     "unexpected_error": "Something nobody foresaw happened with this row; it alone was lost. Please report it.",
 }

@@ -74,7 +74,7 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "(default 178 956 970)": ["defaults.MAX_PIXELS"],
         "a side above 65 535": ["header.MAX_SIDE"],
         "by name above 256 MiB": ["fetch.LARGEST_IMAGE / (1 << 20)"],
-        "more than 60 seconds": ["isolation.IMAGE_TIMEOUT"],
+        "`--decode-timeout` (60 seconds)": ["defaults.DECODE_TIMEOUT"],
     },
     "docs/reference/images.md": {
         "a side above 65 535": ["header.MAX_SIDE"],
