@@ -453,6 +453,8 @@ def _begin(job: JobPlan, executor: Executor) -> tuple[Plan, list[str]]:
     plan = job.checked(resources.device, description["fingerprint"])
     try:
         plan = settle_plan(directory, plan)
+        if job.base is not None:
+            job.base.record(directory.url)
     except OSError as error:
         raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
     directory.abort_stale_uploads()

@@ -37,7 +37,11 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "| `cifar` | 18 |": ["templates.cifar"],
     },
     "docs/guide/cluster.md": {"at most 8 |": ["hardware.MAX_THREADS"], "one per 8 cores": ["hardware.MAX_THREADS"]},
-    "docs/guide/curate.md": {"the default limit is 1 %": ["defaults.MAX_FAILURES * 100"]},
+    "docs/guide/curate.md": {
+        "the default limit is 1 %": ["defaults.MAX_FAILURES * 100"],
+        "the command ends with 3": ["job.EXIT_FAILURES"],
+        "less than 5 bytes, and numbers of less than 8 digits": ["traces.LEAST", "traces.LEAST_DIGITS"],
+    },
     "docs/guide/deploy.md": {"over the last 30 s": ["metrics._RATE_SECONDS"]},
     "docs/guide/ingest.md": {"larger than 256 MiB": ["fetching.LARGEST / (1 << 20)"]},
     "docs/guide/nightly.md": {
