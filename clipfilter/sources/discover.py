@@ -35,7 +35,7 @@ _UNSUPPORTED = frozenset({
     "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv",
 })
 # fmt: on
-_SPEAKING = frozenset({*CAPTION_EXTENSIONS, "json", "jsonl", "csv", "tsv"})
+_SPEAKING = frozenset({*CAPTION_EXTENSIONS, "json", "jsonl", "ndjson", "csv", "tsv", "token"})
 _WEB = ("http://", "https://")
 _LOOK_AT = 100_000  # files, before deciding what a folder without tars or Parquet holds
 
@@ -284,6 +284,19 @@ def _files_below(folder: os.DirEntry[str]) -> int:
     if folder.is_symlink():
         return 1
     return sum(len(files) for _, _, files in os.walk(folder, onerror=None))
+
+
+def count_files(url: str) -> int | None:
+    """How many files a folder has, hidden ones too; None where it has links to folders."""
+    fs, root = storage.filesystem(url)
+    if not storage.is_local(url):
+        return len(fs.find(root + "/" if root.startswith(_WEB) else root))
+    count = 0
+    for here, folders, files in os.walk(storage.local_path(url)):
+        if any(os.path.islink(os.path.join(here, name)) for name in folders):
+            return None
+        count += len(files)
+    return count
 
 
 def _walk_remote(url: str) -> Iterator[Folder]:

@@ -52,6 +52,7 @@ from clipfilter.sources.schema import (
     fit_batch,
     freeze,
     full_schema,
+    only_used,
     plain_text,
 )
 from clipfilter.sources.seen import Seen
@@ -537,7 +538,7 @@ def _flush(writer: pq.ParquetWriter, batches: list[pa.RecordBatch]) -> int:
     if not batches:
         return 0
     table = pa.Table.from_batches(batches)
-    writer.write_table(table, row_group_size=max(1, table.num_rows))
+    writer.write_table(only_used(table), row_group_size=max(1, table.num_rows))
     return int(table.num_rows)
 
 

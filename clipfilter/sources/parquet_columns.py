@@ -143,14 +143,12 @@ def copied_schema(schema: pa.Schema, image: str) -> pa.Schema:
 
 
 def copied(batch: pa.RecordBatch, image: str, schema: pa.Schema) -> pa.RecordBatch:
-    """An exploded batch as it is written to a copy: pictures in other columns are null, dictionaries hold what is used."""
+    """An exploded batch as it is written to a copy: pictures in other columns are null."""
     arrays = []
     for item, column in zip(schema, batch.columns, strict=True):
         if item.name == image:
             arrays.append(wrapped(column, item.type))
             continue
-        if pa.types.is_dictionary(column.type):
-            column = pc.cast(column.dictionary_decode(), column.type)
         column = without_pictures(column)[0]
         arrays.append(column if column.type == item.type else pc.cast(column, item.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)

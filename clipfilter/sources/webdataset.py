@@ -16,9 +16,9 @@ from clipfilter.sources import img2dataset
 from clipfilter.sources.discover import TAR_SUFFIXES, Found, Location, refusing
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
 from clipfilter.sources.records import (
-    CAPTION_NAMES,
     Row,
     batches,
+    caption_fields,
     check_field,
     chosen_rows,
     decode_text,
@@ -72,7 +72,7 @@ class Webdataset:
             known = fields | (sample.extensions & set(CAPTION_EXTENSIONS))
             check_field(caption, "--caption-column", known, where)
         check_field(options.uid_column, "--uid-column", fields, where)
-        guessed = [name for name in CAPTION_NAMES if name in fields]
+        guessed = caption_fields(fields)
         captioned = sample.captioned or any(record_captions(record, [], None, guessed) for record in sample.records)
         plan = {
             "kind": found.kind if sidecar is not None or found.stats else "webdataset",

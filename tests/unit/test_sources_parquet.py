@@ -374,14 +374,20 @@ GUISES: dict[str, tuple[pa.Array, list[tuple[str, bytes | None]]]] = {
         pa.array([[J[0], J[1]], [J[2], J[3]]], pa.list_(pa.binary(), 2)),
         [("0#0", J[0]), ("0#1", J[1]), ("1#0", J[2]), ("1#1", J[3])],
     ),
-    "a dictionary": (pa.array([J[0], J[1], J[0], None]).dictionary_encode(), [("0", J[0]), ("1", J[1]), ("2", J[0]), ("3", None)]),
+    "a dictionary": (
+        pa.array([J[0], J[1], J[0], None]).dictionary_encode(),
+        [("0", J[0]), ("1", J[1]), ("2", J[0]), ("3", None)],
+    ),
     "base64": (pa.array([base64_of(J[0]), None, base64_of(J[1]).rstrip("=")]), [("0", J[0]), ("1", None), ("2", J[1])]),
     "data URLs": (pa.array([base64_of(J[0], url=True), base64_of(J[1])]), [("0", J[0]), ("1", J[1])]),
     "lists of base64": (
         pa.array([[base64_of(J[0]), base64_of(J[1])], [base64_of(J[2])]], pa.list_(pa.large_string())),
         [("0#0", J[0]), ("0#1", J[1]), ("1#0", J[2])],
     ),
-    "structs of a path": (pa.array([{"path": "0.jpg"}, {"path": "1.jpg"}, {"path": "none.jpg"}]), [("0", J[0]), ("1", J[1]), ("2", None)]),
+    "structs of a path": (
+        pa.array([{"path": "0.jpg"}, {"path": "1.jpg"}, {"path": "none.jpg"}]),
+        [("0", J[0]), ("1", J[1]), ("2", None)],
+    ),
     "lists of paths": (pa.array([["0.jpg", "1.jpg"], ["none.jpg"]]), [("0#0", J[0]), ("0#1", J[1]), ("1#0", None)]),
     "lists of structs of bytes or paths": (
         pa.array([[{"bytes": J[3], "path": None}, {"bytes": None, "path": "1.jpg"}]], pa.list_(PAIR)),
