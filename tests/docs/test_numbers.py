@@ -35,7 +35,11 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "| `imagenet` | 80 |": ["templates.imagenet"],
         "| `cifar` | 18 |": ["templates.cifar"],
     },
-    "docs/guide/cluster.md": {"at most 8 |": ["hardware.MAX_THREADS"], "one per 8 cores": ["hardware.MAX_THREADS"]},
+    "docs/guide/cluster.md": {
+        "at most 8 |": ["hardware.MAX_THREADS"],
+        "one per 8 cores": ["hardware.MAX_THREADS"],
+        "ended after 40 seconds": ["interface.SILENT_SECONDS"],
+    },
     "docs/guide/curate.md": {"the default limit is 1 %": ["defaults.MAX_FAILURES * 100"]},
     "docs/guide/deploy.md": {"over the last 30 s": ["metrics._RATE_SECONDS"]},
     "docs/guide/ingest.md": {"larger than 256 MiB": ["fetching.LARGEST / (1 << 20)"]},
