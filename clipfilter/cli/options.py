@@ -48,6 +48,9 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward p
 Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
 ]
+Color = Annotated[
+    defaults.Color, typer.Option(help="Embedded colour profiles: ignore (as models are trained) or managed (to sRGB).")
+]
 ImageColumn = Annotated[
     str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")
 ]
@@ -123,6 +126,7 @@ class Encoding(Group):
     max_pixels: Annotated[int, typer.Option(min=1, help="Images with more pixels are refused from their header.")] = (
         defaults.MAX_PIXELS
     )
+    color: Color = defaults.COLOR
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class StreamOptions:
 
     batch_size: int = 64
     decode: Mode = defaults.DECODE
+    color: defaults.Color = defaults.COLOR
     max_pixels: int = defaults.MAX_PIXELS
     threads: int | None = None
     decode_ahead: int = 0
@@ -187,7 +188,7 @@ def embed_stream(
     """
     options = options or StreamOptions()
     told = on_rows or (lambda rows: None)
-    settings = DecodeSettings(encoder.preprocess, options.decode, options.max_pixels)
+    settings = DecodeSettings(encoder.preprocess, options.decode, options.max_pixels, options.color)
     decoder = ThreadDecoder(settings, options.threads or min(MAX_THREADS, cpu_count()))
     lost: list[dict[str, str]] = [] if failed_shards is None else failed_shards
     for item in inputs:

@@ -16,6 +16,7 @@ import pytest
 
 from clipfilter.policies import TEMPLATES
 from clipfilter.policies.kinds.pixels import PIXELS
+from tests.browser import test_conformance as conformance
 from tests.docs.claims import REPO, calculated, constants, numbers, options, places, prose, value, values
 from tests.docs.pages import blocks, commands, pages
 
@@ -40,7 +41,11 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "one per 8 cores": ["hardware.MAX_THREADS"],
         "ended after 40 seconds": ["interface.SILENT_SECONDS"],
     },
-    "docs/guide/curate.md": {"the default limit is 1 %": ["defaults.MAX_FAILURES * 100"]},
+    "docs/guide/curate.md": {
+        "the default limit is 1 %": ["defaults.MAX_FAILURES * 100"],
+        "the command ends with 3": ["job.EXIT_FAILURES"],
+        "less than 5 bytes, and numbers of less than 8 digits": ["traces.LEAST", "traces.LEAST_DIGITS"],
+    },
     "docs/guide/deploy.md": {"over the last 30 s": ["metrics._RATE_SECONDS"]},
     "docs/guide/ingest.md": {"larger than 256 MiB": ["fetching.LARGEST / (1 << 20)"]},
     "docs/guide/nightly.md": {
@@ -263,6 +268,8 @@ GIVEN: dict[str, list[str]] = {
         "in bits, 0 to 8",
         "64-bit DCT",
         "about 15 slightly colourful, above 80 very",
+        "up to 32 x 32 cells have to agree within 12 levels in each cell and 2 on average",  # tests/support/picture_compare.py
+        *conformance.told(),  # tests/browser/test_conformance.py
     ],
     "docs/reference/models.md": [
         "by 3 more than a multiple of 4",
