@@ -49,6 +49,10 @@ Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
 ]
 ImageColumn = Annotated[str | None, typer.Option(help="Column with image bytes, paths or URLs.")]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Also fetch from private addresses, and through the environment's proxies."),
+]
 CaptionColumn = Annotated[str | None, typer.Option(help="Column with captions.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")]
 Copy = Annotated[bool, typer.Option("--copy/--no-copy", help="Write kept and review images beside the decisions.")]
@@ -120,6 +124,7 @@ class Columns(Group):
     image_column: ImageColumn = None
     caption_column: CaptionColumn = None
     uid_column: Annotated[str | None, typer.Option(help="Column with the rows' own unique ids.")] = None
+    private: Private = False
 
     def request(self) -> dict[str, Any]:
         from clipfilter.sources import SourceOptions

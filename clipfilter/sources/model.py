@@ -23,7 +23,8 @@ class SourceOptions:
     `image_column`, `caption_column`, `uid_column` name a Parquet column, a JSON field or (tars) a member extension.
     `captions` is carried for the engine; a source always delivers every caption it has.
     `rows_per_shard` bounds Parquet and folder shards (a tar is one shard whatever its size); `max_batch_bytes` counts
-    image bytes, and one image larger than it makes a batch of its own.
+    image bytes, and one image larger than it makes a batch of its own. `private`: images that are named by URL may lie at
+    addresses that are not public.
     """
 
     image_column: str | None = None
@@ -33,6 +34,7 @@ class SourceOptions:
     rows_per_shard: int = defaults.ROWS_PER_SHARD
     max_batch_bytes: int = 64 << 20
     max_batch_rows: int = 256
+    private: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows_per_shard", "max_batch_bytes", "max_batch_rows"):
