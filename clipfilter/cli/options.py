@@ -48,10 +48,16 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward p
 Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
 ]
-ImageColumn = Annotated[str | None, typer.Option(help="Column with image bytes, paths or URLs.")]
+ImageColumn = Annotated[
+    str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")
+]
 Private = Annotated[
     bool,
     typer.Option("--private", help="Also fetch from private addresses, and through the environment's proxies."),
+]
+Pictures = Annotated[
+    defaults.Pictures,
+    typer.Option(help="Of a key or row with several pictures: all are rows, or the first; the others are left out."),
 ]
 CaptionColumn = Annotated[str | None, typer.Option(help="Column with captions.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")]
@@ -124,6 +130,7 @@ class Columns(Group):
     image_column: ImageColumn = None
     caption_column: CaptionColumn = None
     uid_column: Annotated[str | None, typer.Option(help="Column with the rows' own unique ids.")] = None
+    pictures: Pictures = defaults.PICTURES
     private: Private = False
 
     def request(self) -> dict[str, Any]:

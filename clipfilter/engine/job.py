@@ -389,7 +389,8 @@ def _run(job: JobPlan, executor: Executor, display: Display | None, growth: Grow
     final, thresholds, processed = _stages(job, plan, executor, display, growth)
     # The failures of a filter are those of the run it decides, which were judged there.
     failed = (job.base.version.failed_shards if job.base else []) + final.failed
-    made = Version.of(plan.sha256, FINAL_STAGE[request.job], final.commits, failed, thresholds)
+    listing = job.base.version.listing if job.base else job.dataset.listing
+    made = Version.of(plan.sha256, FINAL_STAGE[request.job], final.commits, failed, thresholds, listing)
     version = growth.version(made) if growth else ledger.write_version(directory, made)
     log.info("version %s: %s", version.name, json.dumps(version.totals))
     exit_code, messages = _judge(version, 1.0 if job.base else request.max_failures)

@@ -7,25 +7,30 @@ from clipfilter.sources.fetch import Fetcher, fetch_images, read_url
 from clipfilter.sources.imported import IMPORTED_KIND, Imported
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
 from clipfilter.sources.schema import COLUMN_PREFIX, freeze, is_binary, schema_from_text, schema_to_text, travel_name
+from clipfilter.sources.seen import REASONS, Reason, Seen
 from clipfilter.sources.source import Source, open_source
 from clipfilter.sources.spool import read_prefix
-from clipfilter.sources.tar import TarFile, index_tar
+from clipfilter.sources.tar import TarFile, Wanted, index_tar
 from clipfilter.sources.tar_shards import TarShards, row_members, safe_key
 
 __all__ = [
     "COLUMN_PREFIX",
     "IMPORTED_KIND",
     "PARQUET_SUFFIXES",
+    "REASONS",
     "TAR_SUFFIXES",
     "Fetcher",
     "Imported",
     "Location",
     "ReadStats",
+    "Reason",
+    "Seen",
     "Shard",
     "Source",
     "SourceOptions",
     "TarFile",
     "TarShards",
+    "Wanted",
     "fetch_images",
     "freeze",
     "holds",

@@ -21,15 +21,16 @@ class SourceOptions:
     """What the user said about a source; None means: find out.
 
     `image_column`, `caption_column`, `uid_column` name a Parquet column, a JSON field or (tars) a member extension.
-    `captions` is carried for the engine; a source always delivers every caption it has.
-    `rows_per_shard` bounds Parquet and folder shards (a tar is one shard whatever its size); `max_batch_bytes` counts
-    image bytes, and one image larger than it makes a batch of its own. `private`: images that are named by URL may lie at
-    addresses that are not public.
+    `pictures`: of a sample with several pictures all are rows, or the first is. `captions` is carried for the engine; a
+    source always delivers every caption it has. `rows_per_shard` bounds Parquet and folder shards (a tar is one shard
+    whatever its size); `max_batch_bytes` counts image bytes, and one image larger than it makes a batch of its own. `private`:
+    images that are named by URL may lie at addresses that are not public.
     """
 
     image_column: str | None = None
     caption_column: str | None = None
     uid_column: str | None = None
+    pictures: defaults.Pictures = defaults.PICTURES
     captions: CaptionChoice = "first"
     rows_per_shard: int = defaults.ROWS_PER_SHARD
     max_batch_bytes: int = 64 << 20
@@ -42,7 +43,9 @@ class SourceOptions:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Newer options are left out where they are the default, as in the plans of runs that are older than them."""
+        newer = {"pictures": defaults.PICTURES, "private": False}
+        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SourceOptions:
@@ -67,6 +70,11 @@ class Shard:
     members: tuple[str, ...] = ()
     size: int = 0
     etag: str = ""
+
+    @property
+    def known_rows(self) -> int:
+        """How many rows it has, as far as that is known before it is read; else 0."""
+        return 0 if self.stop is None else self.stop - self.start
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,9 +106,10 @@ class ReadStats:
 
     `rows` delivered; `damaged` and `bytes_unread` of a tar that breaks off; `not_downloaded` sidecar rows without an
     image (not rows); `duplicate_keys` rows whose key an earlier row has; `clashes` members passed over because their
-    row already has an image (or such a sidecar); `misfits` rows with something in cf_source_json; `ignored` members
-    never looked at (links, devices, sparse files, pickles, hidden files); `unfinished`: an img2dataset shard without
-    the `_stats.json` that marks it as done. `seen`: what became of every file or member of the shard.
+    row already has an image (or such a sidecar); `misfits` rows with something in cf_source_json; `unfinished`: an
+    img2dataset shard without the `_stats.json` that marks it as done. `seen`: what became of everything inside the shard;
+    where that is known beforehand its `rows` count all of the shard's, so that those that --limit or --sample leave out
+    are counted too.
     """
 
     rows: int = 0
@@ -110,12 +119,8 @@ class ReadStats:
     duplicate_keys: int = 0
     clashes: int = 0
     misfits: int = 0
-    ignored: int = 0
     unfinished: bool = False
     seen: Seen = field(default_factory=Seen)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass

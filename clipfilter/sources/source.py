@@ -12,6 +12,7 @@ from clipfilter import storage
 from clipfilter.sources.discover import Location, detect, holds, locate, refusing
 from clipfilter.sources.model import ReadStats, Shard, ShardReader, SourceOptions
 from clipfilter.sources.schema import schema_from_text, schema_to_text
+from clipfilter.sources.seen import Seen
 
 
 class _Format(Protocol):
@@ -22,7 +23,7 @@ class _Format(Protocol):
     columns: pa.Schema
     plan: dict[str, Any]
 
-    def iter_shards(self) -> Iterator[Shard]: ...
+    def iter_shards(self, listing: Seen) -> Iterator[Shard]: ...
 
     def read(
         self, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats
@@ -63,6 +64,7 @@ class Source:
         self.options = reader.options
         self.schema = reader.columns
         self.has_captions: bool | None = reader.plan["has_captions"]
+        self.listing: Seen | None = None  # once all shards are listed: what became of the files that are in no shard
 
     def to_plan(self) -> dict[str, Any]:
         """Everything workers need, as JSON."""
@@ -100,7 +102,9 @@ class Source:
 
     def iter_shards(self) -> Iterator[Shard]:
         """The shards in listing order, found as they are asked for; only Parquet footers are opened, one at a time."""
-        return self._format.iter_shards()
+        listing = Seen()
+        yield from self._format.iter_shards(listing)
+        self.listing = listing
 
     def read(self, shard: Shard, rows: Sequence[int] | None = None, images: bool = True) -> ShardReader:
         """Rows of a shard as record batches; `rows` restricts them to these cf_row, `images=False` skips the bytes.

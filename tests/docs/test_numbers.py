@@ -38,7 +38,7 @@ CODE: dict[str, dict[str, list[str | None]]] = {
     "docs/guide/cluster.md": {"at most 8 |": ["hardware.MAX_THREADS"], "one per 8 cores": ["hardware.MAX_THREADS"]},
     "docs/guide/curate.md": {"the default limit is 1 %": ["defaults.MAX_FAILURES * 100"]},
     "docs/guide/deploy.md": {"over the last 30 s": ["metrics._RATE_SECONDS"]},
-    "docs/guide/ingest.md": {"larger than 256 MiB": ["fetching.LARGEST / (1 << 20)"]},
+    "docs/guide/ingest.md": {"larger than 256 MiB": ["egress.LARGEST / (1 << 20)"]},
     "docs/guide/nightly.md": {
         "after `--silence` such nights (2)": ["option.nightly.silence"],
         "shards of 10 000 images": ["defaults.ROWS_PER_SHARD"],
@@ -69,13 +69,27 @@ CODE: dict[str, dict[str, list[str | None]]] = {
     "docs/reference/errors.md": {
         "(default 178 956 970)": ["defaults.MAX_PIXELS"],
         "a side above 65 535": ["header.MAX_SIDE"],
-        "by name above 256 MiB": ["fetch.LARGEST_IMAGE / (1 << 20)"],
+        "by name above 256 MiB": ["egress.LARGEST / (1 << 20)"],
         "more than 60 seconds": ["isolation.IMAGE_TIMEOUT"],
     },
     "docs/reference/images.md": {
         "a side above 65 535": ["header.MAX_SIDE"],
-        "more than 500 scans": ["header._MAX_SCANS"],
-        "more than 20 000 parts": ["header._MAX_PARTS"],
+        "500 scans, fewer": ["header._MAX_SCANS"],
+        "more than 8 589 934 592 pixels in all, but at least 64; 20 000 segments": [
+            "header._MAX_SCANNED",
+            "header._FEW_SCANS",
+            "header._MAX_PARTS",
+        ],
+        "up to 33 554 432 pixels": ["header._MAX_SLOW_PIXELS"],
+        "| 20 000 entries of": ["header._MAX_PARTS"],
+        "the picture or 33 554 432 pixels": ["header._MAX_SLOW_PIXELS"],
+        "| 20 000 tiles, 1 000 000 precincts, 10 000 000 packets": [
+            "header._MAX_PARTS",
+            "header._MAX_PRECINCTS",
+            "header._MAX_PACKETS",
+        ],
+        "| 8 388 608 pixels, as": ["header._MAX_RUN_PIXELS"],
+        "in digits | 33 554 432 pixels": ["header._MAX_SLOW_PIXELS"],
         "at least 6 times the model's input": ["load.OVERSAMPLING"],
         "224-pixel input scaled decoding begins at a shorter side of 2 688 pixels": [
             None,
@@ -111,7 +125,10 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "row groups, about 10 000 |": ["defaults.ROWS_PER_SHARD"],
         "| 10 000 files of the sorted listing |": ["defaults.ROWS_PER_SHARD"],
         "10 seconds, passing trouble": ["fetch.TIMEOUT_SECONDS"],
-        "over 256 MiB": ["fetch.LARGEST_IMAGE / (1 << 20)"],
+        "256 MiB per image": ["egress.LARGEST / (1 << 20)"],
+        "unzips to more than 1 GiB": ["egress.UNZIPPED_FREE / (1 << 30)"],
+        "over 100 times its size": ["egress.UNZIPPED_RATIO"],
+        "over 256 MiB": ["egress.LARGEST / (1 << 20)"],
     },
 }
 
@@ -216,7 +233,7 @@ GIVEN: dict[str, list[str]] = {
         "of 27,369 words",
         "nltk 3.10",
     ],
-    "docs/reference/errors.md": ["(404 and other", "or failed three times", "| 3 |"],
+    "docs/reference/errors.md": ["a JPEG of 12 bits", "(404 and other", "or failed three times", "| 3 |"],
     "docs/reference/heads.md": [
         "people like such pictures, 0 to 10 |",  # the ratings of the data sets the heads were fitted to
         "about 1 to 10 |",
@@ -232,6 +249,9 @@ GIVEN: dict[str, list[str]] = {
     ],
     "docs/reference/images.md": [
         "PNG, 16 bits",
+        "JPEG 2000",
+        "0.2 seconds of processor a megapixel",  # measured on samples/photos/coffee.jpg, enlarged and encoded by Pillow
+        "JPEGs of 12 bits",
         "TIFF with 32-bit",
         "within 2 levels of Pillow",  # tests/unit/test_images_load.py
         "at least 0.9995 on photographs (0.9993 was seen",  # the same, and docs/decisions/0007-fast-decode-mode.md

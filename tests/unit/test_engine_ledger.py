@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from clipfilter.errors import RefusedError
-from clipfilter.runs import Commit, Totals, ledger
+from clipfilter.runs import Commit, FailedShard, Totals, ledger
 from clipfilter.runs.plan import Plan, read_plan, settle_plan
+from clipfilter.sources import Shard
 from clipfilter.storage import Directory, file_sha256
 from tests.support.runs import commit_of, version_of
 
@@ -84,7 +85,10 @@ def test_versions_count_up_and_an_unchanged_dataset_makes_none(tmp_path: Path) -
 
 
 def test_totals_are_sums_and_name_failure_classes() -> None:
-    totals = Totals.of([commit("a"), commit("b", 5, damaged=True, bytes_unread=7)], 1)
+    totals = Totals.of(
+        [commit("a"), commit("b", 5, damaged=True, bytes_unread=7)],
+        [FailedShard(Shard("f" * 16, "f.tar", "tar"), "broken", 3)],
+    )
     assert (totals["rows"], totals["decided"], totals["failed"]) == (8, 6, 2)
     assert totals["failed_by_class"] == {"decode_error": 2}
     assert (totals["failed_shards"], totals["damaged_shards"], totals["bytes_unread"]) == (1, 1, 7)
