@@ -212,3 +212,8 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
         totals: Totals = summary["totals"]
         typer.echo(f"{totals.embedded:,} rows in {totals.shards:,} shards, {totals.failed:,} failed")
         typer.echo(f"run          {summary['out']}")
+    if not summary["totals"].rows:
+        from clipfilter.engine import EXIT_FAILURES
+
+        typer.echo(summary["totals"].without_rows, err=True)
+        raise typer.Exit(EXIT_FAILURES)

@@ -129,6 +129,8 @@ def print_result(result: JobResult, report: str | None) -> None:
     console.print()
     console.print(found)
     _print_details(console, totals)
+    for told in totals.seen.told() if totals.seen is not None else ():
+        say(console, told, style="dim")
     if result.rows_processed:
         working = max(result.seconds - result.startup_seconds, 1e-9)
         say(
@@ -137,7 +139,7 @@ def print_result(result: JobResult, report: str | None) -> None:
             f"after {result.startup_seconds:.1f} s of start-up, {result.engine} engine, model {result.plan.model['model']}",
             style="dim",
         )
-    else:
+    elif totals.rows:
         console.print("everything was already done; nothing was computed again", style="dim")
     say(console, f"dataset  {result.out} (version {int(result.version)})")
     if report:

@@ -24,7 +24,6 @@ from clipfilter.engine.job import (
     JobPlan,
     JobRequest,
     JobResult,
-    plan_overview,
     refuse_foreign_directory,
     refuse_other_weights,
     resolve,
@@ -33,6 +32,7 @@ from clipfilter.engine.job import (
     stored_model,
 )
 from clipfilter.engine.metrics import MetricsOptions, published, together
+from clipfilter.engine.overview import plan_overview
 from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import EmbeddedShard, embed_rows, shard_report
 from clipfilter.engine.stream import (

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from clipfilter import text
 from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
 from clipfilter.sources import Seen, Shard
@@ -319,6 +320,14 @@ class Totals(_Rows):
     def seen(self) -> Seen | None:
         """The account of everything in the source; None for runs of earlier versions."""
         return _seen(self.get("seen"), "totals")
+
+    @property
+    def without_rows(self) -> str:
+        """The sentence for a run that has no row: what its source holds instead."""
+        seen = self.seen or Seen()
+        instead = f": {seen.passed_in_words()}" if seen.passed.total() else ""
+        holds = f"{text.plural(seen.containers, 'container')} and {text.plural(seen.things - seen.containers, 'other thing')}"
+        return f"The source has no row, so nothing was judged; it holds {holds}{instead}."
 
     @staticmethod
     def of(commits: Iterable[Commit], failed_shards: Sequence[FailedShard], listing: Seen | None = None) -> Totals:

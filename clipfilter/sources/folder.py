@@ -338,13 +338,15 @@ class ImageFolder:
         chosen = [self._path(shard, number) for number in chosen_rows(rows, len(shard.members))]
         for name in dict.fromkeys(name for path in chosen for name in (path, *self._files_of(path))):
             self._copy(name, target / name)
-        lines: dict[str, set[int]] = {}
+        lines: dict[str, dict[int, set[str]]] = {}
         for path in [] if self.plan["img2dataset"] else chosen:
             for reach, table in self._tables_over(path):
                 found = table.find(_inside(reach, path), partial(self._pictures_below, reach))
-                lines.setdefault(table.path, set()).update(found.records)
-        for name, numbers in lines.items():
-            self._table(name).copy(numbers, target / name)
+                speaking = lines.setdefault(table.path, {})
+                for line, names in found.records.items():
+                    speaking.setdefault(line, set()).update(names)
+        for name, speaking in lines.items():
+            self._table(name).copy(speaking, target / name)
         return len(chosen)
 
     def _copy(self, name: str, target: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -19,7 +19,7 @@ from clipfilter.errors import ShardError, one_line
 from clipfilter.sources.discover import below, is_image_name
 from clipfilter.sources.names import PathIndex, fit, folded, meant
 from clipfilter.sources.records import caption_fields
-from clipfilter.sources.table_lines import CSV, JSON_LINES, Dialect, TableLines, Unreadable
+from clipfilter.sources.table_lines import CSV, JSON_LINES, Dialect, TableLines, Unreadable, names_in
 
 _CUSTOMARY = ("metadata", "captions", "labels", "annotations")
 # Words in the names of text files, of JSON files among many, and of folders beside the pictures', that hold captions.
@@ -60,9 +60,10 @@ def _is_document(name: str) -> bool:
 
 
 class Said(NamedTuple):
-    """What a table says of a picture: the numbers of the records that speak of it, or why it is not clear which do."""
+    """What a table says of pictures: the numbers of the records that speak of them, each with the names that do, or why
+    it is not clear which do."""
 
-    records: list[int]
+    records: dict[int, set[str]]
     doubt: str = ""
 
 
@@ -122,32 +123,47 @@ class Table:
                 found = [*(found if how == best else []), (name, self._numbers[position])]
                 best = how
         if best is None:
-            return Said([])
+            return Said({})
         names = list(dict.fromkeys(name for name, _ in found))
         if best[0]:
             others = meant(names[0], pictures())
             if picture not in others and others:
-                return Said([])  # it is the path of another picture
+                return Said({})  # it is the path of another picture
             if len(others) > 1:
-                return Said([], f"its name {names[0]} fits {others[0]} and {others[1]}")
+                return Said({}, f"its name {names[0]} fits {others[0]} and {others[1]}")
             if len({folded(name) for name in names}) > 1:
-                return Said([], f"its names {names[0]} and {names[1]} both fit {picture}")
-        return Said(list(dict.fromkeys(number for _, number in found)))
+                return Said({}, f"its names {names[0]} and {names[1]} both fit {picture}")
+        records: dict[int, set[str]] = {}
+        for name, number in found:
+            records.setdefault(number, set()).add(name)
+        return Said(records)
 
-    def records(self, numbers: Iterable[int], numeric: Collection[str] = ()) -> list[dict[str, Any]]:
-        """Records by number. COCO's captions are under `captions`; csv fields of the columns `numeric` become numbers."""
+    def records(self, said: Mapping[int, Collection[str]], numeric: Collection[str] = ()) -> list[dict[str, Any]]:
+        """Records by number, of a list of images those that are named. COCO's captions are under `captions`; csv fields of
+        the columns `numeric` become numbers."""
         found = []
-        for number in numbers:
-            record = self._dialect.parse(self._texts[number])
+        for number, names in said.items():
+            record = self._narrowed(number, names) or self._dialect.parse(self._texts[number])
             if self._dialect.kind == "csv":
                 record.update({name: _value(record[name]) for name in numeric if name in record})
             captions = [json.loads(text)["caption"] for text in self._captions.of(record.get("id"))]
             found.append({**record, "captions": captions} if captions else record)
         return found
 
+    def _narrowed(self, number: int, names: Collection[str]) -> dict[str, Any] | None:
+        """A record whose list of images has others, too, without these; None for any other record."""
+        if self._dialect.kind == "csv" or not names:
+            return None
+        record = self._dialect.parse(self._texts[number])
+        images = record.get(self._dialect.column)
+        kept = (
+            [item for item in images if set(names_in(item)).intersection(names)] if isinstance(images, list) else images
+        )
+        return None if kept == images else {**record, self._dialect.column: kept}
+
     def sample(self, rows: int) -> list[dict[str, Any]]:
         """The first records; a csv column of numbers throughout has numbers."""
-        found = self.records(range(min(rows, len(self))))
+        found = self.records(dict.fromkeys(range(min(rows, len(self))), ()))
         if self._dialect.kind == "csv":
             for name in dict.fromkeys(field for record in found for field in record):
                 values = [_value(record.get(name)) for record in found]
@@ -156,24 +172,29 @@ class Table:
                         record[name] = value
         return found
 
-    def copy(self, numbers: Collection[int], target: Path) -> None:
-        """Write these records, in their order, as a table of the same kind; nothing where there are none."""
-        if not numbers:
+    def copy(self, said: Mapping[int, Collection[str]], target: Path) -> None:
+        """Write these records, in their order, as a table of the same kind, lines as they are; nothing where there are none.
+
+        Of a list of images those that are named stay.
+        """
+        if not said:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         dialect = self._dialect
-        encoding = "utf-8" if dialect.kind not in ("csv", "lines") else dialect.encoding
+        texts = {}
+        for number in sorted(said):
+            narrowed = self._narrowed(number, said[number])
+            texts[number] = self._texts[number] if narrowed is None else json.dumps(narrowed, ensure_ascii=False)
+        encoding = dialect.encoding if dialect.kind in ("csv", "lines") else "utf-8"
         with open(target, "w", encoding=encoding, errors=dialect.errors, newline="") as output:
             if dialect.kind in ("csv", "lines"):
                 output.write(dialect.header)
-                for number in sorted(numbers):
-                    text = self._texts[number]
-                    output.write(text if text.endswith(("\n", "\r")) else text + "\n")
+                output.writelines(text if text.endswith(("\n", "\r")) else text + "\n" for text in texts.values())
             else:
-                self._copy_document(sorted(numbers), output)
+                self._copy_document(list(texts.values()), output)
 
-    def _copy_document(self, numbers: list[int], output: TextIO) -> None:
-        kind, texts = self._dialect.kind, (self._texts[number] for number in numbers)
+    def _copy_document(self, texts: list[str], output: TextIO) -> None:
+        kind = self._dialect.kind
         if kind == "list":
             _write_list(texts, output)
             output.write("\n")
@@ -190,36 +211,10 @@ class Table:
         output.write("{" + head + (", " if head else "") + json.dumps(self._dialect.section) + ": ")
         _write_list(texts, output)
         if self._captions:
-            ids = (json.loads(self._texts[number]).get("id") for number in numbers)
+            ids = (json.loads(text).get("id") for text in texts)
             output.write(', "annotations": ')
             _write_list((text for key in ids for text in self._captions.of(key)), output)
         output.write("}\n")
-
-
-def without(folder: Path, path: str, gone: Collection[str]) -> None:
-    """Take out of the table at `path` below a local folder every record that speaks of one of the pictures `gone`.
-
-    Paths are below `folder`, which still holds all pictures that the table was copied for. A table that speaks of none
-    of the others is deleted.
-    """
-    place = path.rpartition("/")[0]
-    pictures = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if is_image_name(file.name)]
-    table = Table(str(folder), path)
-    left: set[int] = set()
-    taken: set[int] = set()
-    for reach in dict.fromkeys((place, place.rpartition("/")[0])):
-        inside = {
-            name: name[len(reach) :].lstrip("/") for name in pictures if not reach or name.startswith(reach + "/")
-        }
-        for name, records in _speaking(table, inside):
-            (taken if name in gone else left).update(records)
-    table.copy(left - taken, folder / path) if left - taken else (folder / path).unlink()
-
-
-def _speaking(table: Table, inside: dict[str, str]) -> Iterator[tuple[str, list[int]]]:
-    index = PathIndex(inside.values())
-    for name, picture in inside.items():
-        yield name, table.find(picture, lambda: index).records
 
 
 class _Texts:
