@@ -11,9 +11,10 @@ IMAGE_TOO_LARGE = "image_too_large"
 MISSING_IMAGE = "missing_image"
 READ_ERROR = "read_error"
 DECODER_CRASH = "decoder_crash"
+DECODE_TIMEOUT = "decode_timeout"
 ENCODE_ERROR = "encode_error"
 UNEXPECTED_ERROR = "unexpected_error"
-TRANSIENT = frozenset({READ_ERROR, UNEXPECTED_ERROR})
+TRANSIENT = frozenset({READ_ERROR, DECODE_TIMEOUT, UNEXPECTED_ERROR})
 
 
 _URL_USER = re.compile(r"://[^/?#\s@]*@")

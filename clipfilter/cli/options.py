@@ -48,6 +48,9 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward p
 Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
 ]
+Color = Annotated[
+    defaults.Color, typer.Option(help="Embedded colour profiles: ignore (as models are trained) or managed (to sRGB).")
+]
 ImageColumn = Annotated[
     str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")
 ]
@@ -115,9 +118,19 @@ class Encoding(Group):
     ] = False
     batch_size: BatchSize = None
     decode: Decode = defaults.DECODE
+    decode_in: Annotated[
+        defaults.DecodeIn,
+        typer.Option(
+            help="threads, or processes: children with limits of memory and time, for images nobody vouches for."
+        ),
+    ] = defaults.DECODE_IN
+    decode_timeout: Annotated[float, typer.Option(min=1, help="Seconds that decoding one image may take.")] = (
+        defaults.DECODE_TIMEOUT
+    )
     max_pixels: Annotated[int, typer.Option(min=1, help="Images with more pixels are refused from their header.")] = (
         defaults.MAX_PIXELS
     )
+    color: Color = defaults.COLOR
 
 
 @dataclass(frozen=True)

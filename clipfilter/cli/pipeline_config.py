@@ -99,6 +99,7 @@ class ModelConfig(Config):
     dtype: defaults.Dtype | None = None
     batch_size: int | None = Field(default=None, ge=1)
     decode: defaults.Decode = defaults.DECODE
+    color: defaults.Color = defaults.COLOR
 
 
 class EngineConfig(Config):

@@ -15,6 +15,7 @@ _RESERVED = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 #: Options whose default needs no mention, as (option of the plan, flag, default).
 _FLAGS = (
     ("decode", "--decode", defaults.DECODE),
+    ("color", "--color", defaults.COLOR),
     ("captions", "--captions", defaults.CAPTIONS),
     ("max_pixels", "--max-pixels", defaults.MAX_PIXELS),
     ("limit", "--limit", None),

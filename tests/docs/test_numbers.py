@@ -16,6 +16,7 @@ import pytest
 
 from clipfilter.policies import TEMPLATES
 from clipfilter.policies.kinds.pixels import PIXELS
+from tests.browser import test_conformance as conformance
 from tests.docs.claims import REPO, calculated, constants, numbers, options, places, prose, value, values
 from tests.docs.pages import blocks, commands, pages
 
@@ -36,7 +37,11 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "| `cifar` | 18 |": ["templates.cifar"],
     },
     "docs/guide/cluster.md": {"at most 8 |": ["hardware.MAX_THREADS"], "one per 8 cores": ["hardware.MAX_THREADS"]},
-    "docs/guide/curate.md": {"the default limit is 1 %": ["defaults.MAX_FAILURES * 100"]},
+    "docs/guide/curate.md": {
+        "the default limit is 1 %": ["defaults.MAX_FAILURES * 100"],
+        "the command ends with 3": ["job.EXIT_FAILURES"],
+        "less than 5 bytes, and numbers of less than 8 digits": ["traces.LEAST", "traces.LEAST_DIGITS"],
+    },
     "docs/guide/deploy.md": {"over the last 30 s": ["metrics._RATE_SECONDS"]},
     "docs/guide/ingest.md": {"larger than 256 MiB": ["egress.LARGEST / (1 << 20)"]},
     "docs/guide/nightly.md": {
@@ -70,7 +75,7 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "(default 178 956 970)": ["defaults.MAX_PIXELS"],
         "a side above 65 535": ["header.MAX_SIDE"],
         "by name above 256 MiB": ["egress.LARGEST / (1 << 20)"],
-        "more than 60 seconds": ["isolation.IMAGE_TIMEOUT"],
+        "`--decode-timeout` (60 seconds)": ["defaults.DECODE_TIMEOUT"],
     },
     "docs/reference/images.md": {
         "a side above 65 535": ["header.MAX_SIDE"],
@@ -262,6 +267,8 @@ GIVEN: dict[str, list[str]] = {
         "in bits, 0 to 8",
         "64-bit DCT",
         "about 15 slightly colourful, above 80 very",
+        "up to 32 x 32 cells have to agree within 12 levels in each cell and 2 on average",  # tests/support/picture_compare.py
+        *conformance.told(),  # tests/browser/test_conformance.py
     ],
     "docs/reference/models.md": [
         "by 3 more than a multiple of 4",
