@@ -171,7 +171,7 @@ class Parquet:
         self, pieces: Iterator[_Piece], shard: Shard, file: pq.ParquetFile, stats: ReadStats
     ) -> Iterator[pa.RecordBatch]:
         """Batches with their images: the bytes at hand, or fetched, then ahead of the batch being handed out."""
-        fetch = Fetcher(self._roots(shard, file.schema_arrow))
+        fetch = Fetcher(self._roots(shard, file.schema_arrow), private=self.options.private)
         place = file.schema_arrow.get_field_index(self.plan["image"])
         ahead: deque[_Piece] = deque()
 
