@@ -204,7 +204,7 @@ class Parquet:
         self, pieces: Iterator[_Piece], shard: Shard, file: TableFile, stats: ReadStats
     ) -> Iterator[pa.RecordBatch]:
         """Batches with their images: the bytes at hand, or fetched, then ahead of the batch being handed out."""
-        fetch = Fetcher(self._roots(shard, file.schema))
+        fetch = Fetcher(self._roots(shard, file.schema), private=self.options.private)
         schema = flat_schema(file.schema, self.plan["image"])
         place = schema.get_field_index(self.plan["image"])
         ahead: deque[_Piece] = deque()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipfilter import storage
+from clipfilter import egress, storage
 from clipfilter.errors import ShardError, one_line
 from clipfilter.retry import retry
 from clipfilter.sources.tar import TarFile, Wanted
@@ -55,6 +55,8 @@ class TarCache:
             tar = self._fetch(url, etag)
         except FileNotFoundError as error:
             raise ShardError(f"{url} does not exist any more.") from error
+        except egress.FetchError as error:
+            raise ShardError(f"{url} is not read: {error}.") from error
         except ShardError:
             raise
         except Exception as error:  # every filesystem has exceptions of its own
@@ -74,7 +76,8 @@ class TarCache:
             if not os.pread(descriptor, _MAGIC_BYTES, 0).startswith(tuple(_ZIPPED)):
                 return TarFile(descriptor, os.fstat(descriptor).st_size, self._wanted)
             os.close(descriptor)
-        return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, FileNotFoundError))
+        hopeless = (FileNotFoundError, egress.FetchError)
+        return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, hopeless))
 
     def _copy(self, fs: Any, path: str) -> TarFile:
         with tempfile.TemporaryFile(prefix="clipfilter-") as copy, fs.open(path, "rb", block_size=_PIECE) as source:
@@ -86,17 +89,19 @@ class TarCache:
 
 
 class _Remembering:
-    """A stream whose first bytes were read already; `broken` is what it raised itself."""
+    """A stream whose first bytes were read already; `broken` is what it raised itself, `taken` how many bytes it gave."""
 
     def __init__(self, source: Any) -> None:
         self.head: bytes = source.read(_MAGIC_BYTES)
         self.broken: Exception | None = None
+        self.taken = len(self.head)
         self._source, self._rest = source, self.head
 
     def read(self, size: int = -1) -> bytes:
         try:
             if not self._rest:
                 data: bytes = self._source.read(size)
+                self.taken += len(data)
                 return data
         except Exception as error:  # every filesystem has exceptions of its own
             self.broken = error
@@ -117,7 +122,8 @@ class _Remembering:
 def unzipped(source: Any) -> Iterator[bytes]:
     """The bytes of a stream in pieces of at most some megabytes, unzipped where it begins as gzip, bzip2, xz or Zstandard.
 
-    Ends quietly where a zipped one breaks: the tar index then says where the archive breaks off. Raises what `source` does.
+    Ends quietly where a zipped one breaks: the tar index then says where the archive breaks off. Raises what `source` does,
+    and FetchError for what unzips to far too much.
     """
     stream: Any = _Remembering(source)
     magic = next((magic for magic in _ZIPPED if stream.head.startswith(magic)), None)
@@ -125,10 +131,15 @@ def unzipped(source: Any) -> Iterator[bytes]:
         while piece := stream.read(_PIECE):
             yield piece
         return
+    written = 0
     try:
         opened = _ZIPPED[magic](stream)
         while piece := opened.read1(_UNZIPPED):
+            written += len(piece)
+            egress.judge_unzipped(stream.taken, written)
             yield piece
+    except egress.FetchError:
+        raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException):
         if stream.broken is not None:
             raise stream.broken from None
