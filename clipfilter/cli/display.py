@@ -107,6 +107,8 @@ def _line(p: Progress) -> Text:
         line.append(f"  about {_duration(seconds / done * left)} left", "dim")
     if p.shards_reused:
         line.append(f"  ({p.shards_reused} shards were done before)", "dim")
+    if p.waits_for:
+        line.append(f"  waiting: {'; '.join(p.waits_for)}", "yellow")
     return line
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from clipfilter.engine.decoding import (
     DecodedBatch,
-    DecodeSettings,
     StageTimes,
     ThreadDecoder,
     decode_batches,
@@ -52,7 +51,6 @@ __all__ = [
     "EXIT_FAILURES",
     "MAX_ATTEMPTS",
     "MAX_THREADS",
-    "DecodeSettings",
     "DecodedBatch",
     "Display",
     "Done",

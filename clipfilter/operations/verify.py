@@ -17,6 +17,7 @@ from clipfilter import columns as cf
 from clipfilter import text
 from clipfilter.decisions import DECISIONS
 from clipfilter.errors import reason
+from clipfilter.operations.receipt import RECEIPTS, check_receipt
 from clipfilter.runs import FILE_KINDS, PLAN_FILE, Commit, DataFile, Run, Totals, Version, as_matrix, ledger
 from clipfilter.sources import IMPORTED_KIND, Source
 from clipfilter.storage import Directory, read_chunks
@@ -58,6 +59,7 @@ def verify_run(url: str) -> Proof:
     _check_totals(version, commits, proof)
     _check_listing(run, commits, proof)
     _note_strangers(directory, proof)
+    _check_receipts(run, proof)
     if not proof.problems:
         _say_what_holds(version, commits, proof)
     return proof
@@ -249,6 +251,15 @@ def _note_strangers(directory: Directory, proof: Proof) -> None:
     if strangers:
         shown = ", ".join(strangers[:3]) + (" ..." if len(strangers) > 3 else "")
         proof.notes.append(f"{len(strangers)} data files belong to no commit (left by a killed attempt): {shown}")
+
+
+def _check_receipts(run: Run, proof: Proof) -> None:
+    """What `forget` removed has not come back, and what it left is unchanged."""
+    receipts = [f"{RECEIPTS}/{name}" for name in run.directory.names(RECEIPTS)]
+    problems = [problem for name in receipts for problem in check_receipt(run, run.directory.read_json(name), name)]
+    proof.problems += problems
+    if receipts and not problems:
+        proof.proved.append(f"nothing has come back of what {text.plural(len(receipts), 'receipt')} of `forget` name")
 
 
 def _say_what_holds(version: Version, commits: list[Commit], proof: Proof) -> None:
