@@ -36,7 +36,11 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "| `imagenet` | 80 |": ["templates.imagenet"],
         "| `cifar` | 18 |": ["templates.cifar"],
     },
-    "docs/guide/cluster.md": {"at most 8 |": ["hardware.MAX_THREADS"], "one per 8 cores": ["hardware.MAX_THREADS"]},
+    "docs/guide/cluster.md": {
+        "at most 8 |": ["hardware.MAX_THREADS"],
+        "one per 8 cores": ["hardware.MAX_THREADS"],
+        "ended after 40 seconds": ["interface.SILENT_SECONDS"],
+    },
     "docs/guide/curate.md": {
         "the default limit is 1 %": ["defaults.MAX_FAILURES * 100"],
         "the command ends with 3": ["job.EXIT_FAILURES"],
