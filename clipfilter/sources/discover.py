@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from clipfilter import storage
 from clipfilter.errors import ClipfilterError, RefusedError, one_line
+from clipfilter.sources.contents import HEAD_BYTES, told_by_content
 from clipfilter.sources.seen import Reason, Seen
 from clipfilter.sources.tar import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, PICKLE_EXTENSIONS
 
@@ -37,6 +38,7 @@ _UNSUPPORTED = frozenset({
 # fmt: on
 _SPEAKING = frozenset({*CAPTION_EXTENSIONS, "json", "jsonl", "ndjson", "csv", "tsv", "token"})
 _WEB = ("http://", "https://")
+_LOOK_INTO = 64  # files, where no name says what they are
 _LOOK_AT = 100_000  # files, before deciding what a folder without tars or Parquet holds
 
 
@@ -120,6 +122,15 @@ def why_passed(entry: Entry) -> Reason:
     if ending in _SPEAKING:
         return "unclaimed"
     return "unknown_type" if entry.size else "empty"
+
+
+def look_into(location: Location, path: str) -> Literal["picture", "unsupported", "unread", ""]:
+    """What a file is by its first bytes: "" for nothing of interest, "unread" where they cannot be had."""
+    fs, inside = storage.filesystem(location.url(path))
+    try:
+        return told_by_content(fs.cat_file(inside, 0, HEAD_BYTES))
+    except Exception:  # every filesystem has exceptions of its own
+        return "unread"
 
 
 def below(folder: str, name: str) -> str:
@@ -384,6 +395,7 @@ class Found:
     tables: list[str] = field(default_factory=list)  # csv, tsv and jsonl files
     stats: bool = False  # some _stats.json of img2dataset
     others: list[str] = field(default_factory=list)
+    nameless: bool = False  # pictures are told by their content, for no name says that it is one
     sidecar_folders: bool = False  # a Parquet file is the sidecar of a folder of the same name
 
     def add(self, folder: Folder, entry: Entry, most_images: int) -> None:
@@ -403,7 +415,7 @@ class Found:
             self.tables.append(path)
         elif name.endswith("_stats.json"):
             self.stats = True
-        elif len(self.others) < 5:
+        elif len(self.others) < _LOOK_INTO:
             self.others.append(path)
 
     def format(self) -> str:
@@ -416,6 +428,12 @@ class Found:
             return "img2dataset-files"
         kinds = {"parquet": self.parquets, "arrow": self.arrows, "folder": self.images}
         return next((kind for kind, found in kinds.items() if found), "")
+
+    def by_content(self, location: Location) -> str:
+        """The format where only what is in the files tells that they are pictures."""
+        self.images = [path for path in self.others if look_into(location, path) == "picture"]
+        self.nameless = bool(self.images)
+        return "folder" if self.images else ""
 
 
 def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
@@ -435,7 +453,7 @@ def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
             break
         if seen > _LOOK_AT or (found.images and len(found.images) >= images and not beside):
             break
-    found.kind = found.format()
+    found.kind = found.format() or found.by_content(location)
     if not found.kind:
         raise RefusedError(
             f"{_nothing(location, found, seen)}; give webdataset tars, Parquet files, an image folder or img2dataset's "
