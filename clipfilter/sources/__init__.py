@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location, holds, is_image_name, refusing
+from clipfilter.sources.discover import (
+    PARQUET_SUFFIXES,
+    TABLE_SUFFIXES,
+    TAR_SUFFIXES,
+    Location,
+    holds,
+    is_image_name,
+    refusing,
+)
 from clipfilter.sources.fetch import Fetcher, fetch_images, read_url
 from clipfilter.sources.imported import IMPORTED_KIND, Imported
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
@@ -26,6 +34,7 @@ __all__ = [
     "IMPORTED_KIND",
     "PARQUET_SUFFIXES",
     "REASONS",
+    "TABLE_SUFFIXES",
     "TAR_SUFFIXES",
     "Fetcher",
     "Imported",
