@@ -54,6 +54,10 @@ Color = Annotated[
 ImageColumn = Annotated[
     str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")
 ]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Also fetch from private addresses, and through the environment's proxies."),
+]
 Pictures = Annotated[
     defaults.Pictures,
     typer.Option(help="Of a key or row with several pictures: all are rows, or the first; the others are left out."),
@@ -140,6 +144,7 @@ class Columns(Group):
     caption_column: CaptionColumn = None
     uid_column: Annotated[str | None, typer.Option(help="Column with the rows' own unique ids.")] = None
     pictures: Pictures = defaults.PICTURES
+    private: Private = False
 
     def request(self) -> dict[str, Any]:
         from clipfilter.sources import SourceOptions

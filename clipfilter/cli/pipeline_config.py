@@ -88,6 +88,7 @@ class SourceConfig(Config):
     caption_column: str | None = None
     uid_column: str | None = None
     pictures: defaults.Pictures = defaults.PICTURES
+    private: bool = False
     captions: defaults.Captions = defaults.CAPTIONS
 
 

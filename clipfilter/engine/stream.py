@@ -273,7 +273,7 @@ def _is_image(name: str) -> bool:
 def _named(items: Sequence[Any], first: int) -> Iterator[pa.RecordBatch]:
     """Single images as the batches of a source; `first` is the row number of the first."""
     given = (item if isinstance(item, str | bytes) else encode_image(item) for item in items)
-    with contextlib.closing(fetch_images(given, Fetcher(["."]), _FETCHED_BYTES)) as fetched:  # type: ignore[type-var]
+    with contextlib.closing(fetch_images(given, Fetcher(["."], own=True), _FETCHED_BYTES)) as fetched:  # type: ignore[type-var]
         for start in range(0, len(items), _READ_AT_ONCE):
             part = items[start : start + _READ_AT_ONCE]
             found = list(itertools.islice(fetched, len(part)))

@@ -59,6 +59,7 @@ def _again(data: RunData) -> str:
     for name in _SOURCE_OPTIONS:
         value = (plan.source.get("options") or {}).get(name)
         words += ["--" + name.replace("_", "-"), _quote(value)] if value else []
+    words += ["--private"] if (plan.source.get("options") or {}).get("private") else []
     return " ".join([*words, "--out", "OUT"])
 
 
