@@ -36,7 +36,11 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "| `imagenet` | 80 |": ["templates.imagenet"],
         "| `cifar` | 18 |": ["templates.cifar"],
     },
-    "docs/guide/cluster.md": {"at most 8 |": ["hardware.MAX_THREADS"], "one per 8 cores": ["hardware.MAX_THREADS"]},
+    "docs/guide/cluster.md": {
+        "at most 8 |": ["hardware.MAX_THREADS"],
+        "one per 8 cores": ["hardware.MAX_THREADS"],
+        "ended after 40 seconds": ["interface.SILENT_SECONDS"],
+    },
     "docs/guide/curate.md": {
         "the default limit is 1 %": ["defaults.MAX_FAILURES * 100"],
         "the command ends with 3": ["job.EXIT_FAILURES"],
@@ -268,6 +272,7 @@ GIVEN: dict[str, list[str]] = {
         "64-bit DCT",
         "about 15 slightly colourful, above 80 very",
         "up to 32 x 32 cells have to agree within 12 levels in each cell and 2 on average",  # tests/support/picture_compare.py
+        "When this table was made 3 957 of",
         *conformance.told(),  # tests/browser/test_conformance.py
     ],
     "docs/reference/models.md": [
