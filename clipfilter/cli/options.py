@@ -48,8 +48,15 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward p
 Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
 ]
+Color = Annotated[
+    defaults.Color, typer.Option(help="Embedded colour profiles: ignore (as models are trained) or managed (to sRGB).")
+]
 ImageColumn = Annotated[
     str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")
+]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Also fetch from private addresses, and through the environment's proxies."),
 ]
 Pictures = Annotated[
     defaults.Pictures,
@@ -123,6 +130,7 @@ class Encoding(Group):
     max_pixels: Annotated[int, typer.Option(min=1, help="Images with more pixels are refused from their header.")] = (
         defaults.MAX_PIXELS
     )
+    color: Color = defaults.COLOR
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,7 @@ class Columns(Group):
     caption_column: CaptionColumn = None
     uid_column: Annotated[str | None, typer.Option(help="Column with the rows' own unique ids.")] = None
     pictures: Pictures = defaults.PICTURES
+    private: Private = False
 
     def request(self) -> dict[str, Any]:
         from clipfilter.sources import SourceOptions

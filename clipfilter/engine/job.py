@@ -79,6 +79,7 @@ class JobRequest:
     compile_model: bool = False
     batch_size: int | None = None
     decode: str = defaults.DECODE
+    color: str = defaults.COLOR
     decode_in: defaults.DecodeIn = defaults.DECODE_IN
     decode_timeout: float = defaults.DECODE_TIMEOUT
     max_pixels: int = defaults.MAX_PIXELS
@@ -171,6 +172,8 @@ class JobPlan:
         old = self.existing.options if self.existing else {}
         return {
             "decode": request.decode,
+            # Plans of before this choice have no such key, and mean the same.
+            **({"color": request.color} if request.color != "ignore" else {}),
             "batch_size": request.batch_size or old.get("batch_size") or DEFAULT_BATCH_SIZE[device],
             "captions": request.captions,
             "max_pixels": request.max_pixels,
@@ -527,6 +530,10 @@ def _judge(version: Version, max_failures: float) -> tuple[int, list[str]]:
             "before the damage were decided. Replace the files and repeat the command."
         )
         exit_code = EXIT_FAILURES
+    if totals.profiles_ignored:
+        messages.append(
+            f"{totals.profiles_ignored:,} images have a colour profile that cannot be used; it was ignored."
+        )
     if totals.captions_truncated:
         messages.append(f"{totals.captions_truncated:,} captions are longer than the model reads and were cut.")
     return exit_code, messages

@@ -59,6 +59,7 @@ class EmbeddedShard:
     captions_truncated: int
     batch_halvings: int
     encoder_waited: float = 0.0
+    profiles_ignored: int = 0
 
     def with_captions(
         self, captions: list[str | None], text: np.ndarray, has: np.ndarray | None = None
@@ -112,8 +113,10 @@ def process_shard(
         report = shard_report(table, embedded.failed, decides)
         if decides:
             copy_decided(table, sink)
+    ignored = embedded.profiles_ignored
     return replace(
         report,
+        counts=Counts({**report.counts, "profiles_ignored": ignored}) if ignored else report.counts,
         captions_truncated=embedded.captions_truncated,
         batch_halvings=embedded.batch_halvings,
         encoder_waited=embedded.encoder_waited,
@@ -189,13 +192,14 @@ def embed_rows(
     rows_schema = pa.schema([*source_schema, *IDENTITY])
     store = embeddings_schema(encoder.dim, text)
     rows, stored, failed = [rows_schema.empty_table()], [store.empty_table()], [FAILED.empty_table()]
-    truncated = 0
+    truncated = ignored = 0
     runner = _BatchRunner(encoder)
     waited, idle = 0.0, time.perf_counter()
     for batch in batches:
         waited += time.perf_counter() - idle
         columns, errors, cut = _embed_batch(batch, runner, shard, captions if text else None, times)
         truncated += cut
+        ignored += sum(not isinstance(image, RowError) and image.profile_ignored for image in batch.images)
         rows.append(pa.table({name: columns[name] for name in rows_schema.names}, schema=rows_schema))
         stored.append(pa.table({name: columns[name] for name in store.names}, schema=store))
         failed.append(errors)
@@ -203,7 +207,7 @@ def embed_rows(
             on_batch(batch.rows.num_rows)
         idle = time.perf_counter()
     good, vectors, bad = (pa.concat_tables(parts).combine_chunks() for parts in (rows, stored, failed))
-    return EmbeddedShard(good, vectors, bad, truncated, runner.halvings, waited)
+    return EmbeddedShard(good, vectors, bad, truncated, runner.halvings, waited, ignored)
 
 
 def _embed_batch(

@@ -255,7 +255,9 @@ class Worker:
         with self._progress:
             if how not in self._decoders:
                 options = self.spec.options
-                settings = DecodeSettings(self.encoder.preprocess, options["decode"], options["max_pixels"])
+                settings = DecodeSettings(
+                    self.encoder.preprocess, options["decode"], options["max_pixels"], options.get("color", "ignore")
+                )
                 kind = ThreadDecoder if how == "threads" else ProcessDecoder
                 self._decoders[how] = kind(settings, self.spec.threads, self.spec.decode_timeout)
             return self._decoders[how]

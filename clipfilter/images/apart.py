@@ -38,7 +38,7 @@ TICK = 0.5
 #: Address space that a child may take beyond what it has when it begins: so many bytes, and so many per pixel of the limit.
 _SPARE_BYTES, _BYTES_PER_PIXEL = 1 << 30, 24
 #: What is said of an image in the header before its pixels, besides its facts.
-_TOLD = ("width", "height", "sha256", "format")
+_TOLD = ("width", "height", "sha256", "format", "profile_ignored")
 _LENGTHS = struct.Struct("<QQ")
 _LINE = 1 << 16
 _PROGRAM = "from clipfilter.images import apart; apart.main()"

@@ -121,6 +121,10 @@ def _failures(data: RunData) -> dict[str, Any]:
         (data.extra["clashes"], "files were passed over because their sample already had an image"),
         (data.extra["misfits"], "rows have metadata of another type than the rest; it is kept as JSON beside them"),
         (totals.captions_truncated, "captions are longer than the model reads; it saw their beginning"),
+        (
+            totals.profiles_ignored,
+            "images have a colour profile that cannot be used; their colours were taken as they are",
+        ),
         (data.speed.halvings, "times the batch was halved because memory ran out"),
         (data.speed.retries, "shards needed another attempt"),
     ]

@@ -37,7 +37,7 @@ def _format_class(kind: str) -> Any:
         from clipfilter.sources.webdataset import Webdataset
 
         return Webdataset
-    if kind in ("parquet", "img2dataset-parquet"):
+    if kind in ("parquet", "arrow", "img2dataset-parquet"):
         from clipfilter.sources.parquet import Parquet
 
         return Parquet

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import io
+import bz2
+import gzip
+import lzma
 import os
 import tempfile
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from clipfilter import storage
+import pyarrow as pa
+
+from clipfilter import egress, storage
 from clipfilter.errors import ShardError, one_line
 from clipfilter.retry import retry
 from clipfilter.sources.tar import TarFile, Wanted
 
 _PIECE = 8 << 20
 _WAITS = (0.5, 1.0)  # seconds before a copy is tried again
-_GZIP_MAGIC = b"\x1f\x8b"
+_UNZIPPED = 1 << 16  # bytes of a piece of a zipped file; as many may be lost where it breaks
+_ZIPPED: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": lambda stream: pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd"),
+}
+_MAGIC_BYTES = 6
 _KEPT_OPEN = 4
 
 
@@ -43,6 +55,8 @@ class TarCache:
             tar = self._fetch(url, etag)
         except FileNotFoundError as error:
             raise ShardError(f"{url} does not exist any more.") from error
+        except egress.FetchError as error:
+            raise ShardError(f"{url} is not read: {error}.") from error
         except ShardError:
             raise
         except Exception as error:  # every filesystem has exceptions of its own
@@ -59,58 +73,88 @@ class TarCache:
             check_unchanged(fs, path, url, etag)
         if storage.is_local(url):
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            if os.pread(descriptor, 2, 0) != _GZIP_MAGIC:
+            if not os.pread(descriptor, _MAGIC_BYTES, 0).startswith(tuple(_ZIPPED)):
                 return TarFile(descriptor, os.fstat(descriptor).st_size, self._wanted)
             os.close(descriptor)
-        return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, FileNotFoundError))
+        hopeless = (FileNotFoundError, egress.FetchError)
+        return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, hopeless))
 
     def _copy(self, fs: Any, path: str) -> TarFile:
         with tempfile.TemporaryFile(prefix="clipfilter-") as copy, fs.open(path, "rb", block_size=_PIECE) as source:
-            piece = source.read(_PIECE)
-            if piece[:2] == _GZIP_MAGIC:
-                gunzip(piece, source, copy)
-            else:
-                while piece:
-                    copy.write(piece)
-                    piece = source.read(_PIECE)
+            for piece in unzipped(source):
+                copy.write(piece)
             copy.flush()
             total = copy.tell()
             return TarFile(os.dup(copy.fileno()), total, self._wanted)
 
 
-def gunzip(piece: bytes, source: Any, target: Any, limit: int | None = None) -> None:
-    """Unzip `piece` and the rest of `source` into `target`, at most about `limit` bytes.
+class _Remembering:
+    """A stream whose first bytes were read already; `broken` is what it raised itself, `taken` how many bytes it gave."""
 
-    Stops quietly where the file breaks: the tar index then says where the archive breaks off.
-    """
-    inflate = zlib.decompressobj(wbits=31)
-    written = 0
-    while piece:
+    def __init__(self, source: Any) -> None:
+        self.head: bytes = source.read(_MAGIC_BYTES)
+        self.broken: Exception | None = None
+        self.taken = len(self.head)
+        self._source, self._rest = source, self.head
+
+    def read(self, size: int = -1) -> bytes:
         try:
-            data = inflate.decompress(piece, _PIECE)
-        except zlib.error:
-            return
-        target.write(data)
-        written += len(data)
-        if limit is not None and written >= limit:
-            return
-        if inflate.eof:
-            piece = inflate.unused_data.lstrip(b"\0") or source.read(_PIECE)
-            inflate = zlib.decompressobj(wbits=31)  # gzip files may be put end to end
-        else:
-            piece = inflate.unconsumed_tail or source.read(_PIECE)
+            if not self._rest:
+                data: bytes = self._source.read(size)
+                self.taken += len(data)
+                return data
+        except Exception as error:  # every filesystem has exceptions of its own
+            self.broken = error
+            raise
+        size = len(self._rest) if size < 0 else size
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+    closed = False  # asked for by pyarrow, as the following
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+def unzipped(source: Any) -> Iterator[bytes]:
+    """The bytes of a stream in pieces of at most some megabytes, unzipped where it begins as gzip, bzip2, xz or Zstandard.
+
+    Ends quietly where a zipped one breaks: the tar index then says where the archive breaks off. Raises what `source` does,
+    and FetchError for what unzips to far too much.
+    """
+    stream: Any = _Remembering(source)
+    magic = next((magic for magic in _ZIPPED if stream.head.startswith(magic)), None)
+    if magic is None:
+        while piece := stream.read(_PIECE):
+            yield piece
+        return
+    written = 0
+    try:
+        opened = _ZIPPED[magic](stream)
+        while piece := opened.read1(_UNZIPPED):
+            written += len(piece)
+            egress.judge_unzipped(stream.taken, written)
+            yield piece
+    except egress.FetchError:
+        raise
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException):
+        if stream.broken is not None:
+            raise stream.broken from None
 
 
 def read_prefix(url: str, size: int) -> bytes:
     """About the first `size` bytes of a tar, unzipped where it is zipped."""
     fs, path = storage.filesystem(url)
     with fs.open(path, "rb", block_size=min(size, _PIECE)) as source:
-        data: bytes = source.read(size)
-        if data[:2] == _GZIP_MAGIC:
-            target = io.BytesIO()
-            gunzip(data, source, target, size)
-            return target.getvalue()
-        return data
+        found = bytearray()
+        for piece in unzipped(source):
+            found += piece
+            if len(found) >= size:
+                break
+        return bytes(found[:size])
 
 
 def check_unchanged(fs: Any, path: str, url: str, etag: str) -> None:
