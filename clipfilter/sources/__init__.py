@@ -5,6 +5,7 @@ from __future__ import annotations
 from clipfilter.sources.discover import (
     CONTAINER_SUFFIXES,
     PARQUET_SUFFIXES,
+    TABLE_SUFFIXES,
     TAR_SUFFIXES,
     Location,
     holds,
@@ -35,6 +36,7 @@ __all__ = [
     "IMPORTED_KIND",
     "PARQUET_SUFFIXES",
     "REASONS",
+    "TABLE_SUFFIXES",
     "TAR_SUFFIXES",
     "Fetcher",
     "Imported",

@@ -25,6 +25,7 @@ TAR_SUFFIXES = (
 )
 # fmt: on
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".token", ".txt")  # of rows that name pictures
 ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
 ZIP_SUFFIXES = (".zip",)
 CONTAINER_SUFFIXES = (*TAR_SUFFIXES, *PARQUET_SUFFIXES, *ARROW_SUFFIXES, *ZIP_SUFFIXES)
@@ -395,7 +396,7 @@ class Found:
     zips: list[tuple[str, Entry]] = field(default_factory=list)
     arrows: list[tuple[str, Entry]] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)  # csv, tsv and jsonl files
+    tables: list[str] = field(default_factory=list)  # what may be a table
     stats: bool = False  # some _stats.json of img2dataset
     others: list[str] = field(default_factory=list)
     nameless: bool = False  # pictures are told by their content, for no name says that it is one
@@ -416,10 +417,11 @@ class Found:
         elif is_image_name(entry.name):
             if len(self.images) < most_images:
                 self.images.append(path)
-        elif name.endswith((".csv", ".tsv", ".jsonl")):
-            self.tables.append(path)
         elif name.endswith("_stats.json"):
             self.stats = True
+        elif name.endswith(TABLE_SUFFIXES):
+            if len(self.tables) < most_images:
+                self.tables.append(path)
         elif len(self.others) < _LOOK_INTO:
             self.others.append(path)
 
@@ -459,10 +461,12 @@ def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
         if seen > _LOOK_AT or (found.images and len(found.images) >= images and not beside):
             break
     found.kind = found.format() or found.by_content(location)
+    if found.tables and not found.kind and location.pattern is not None:
+        found.kind = "table"
     if not found.kind:
         raise RefusedError(
-            f"{_nothing(location, found, seen)}; give webdataset tars, Parquet files, an image folder or img2dataset's "
-            "output folder."
+            f"{_nothing(location, found, seen)}; give webdataset tars, Parquet files, an image folder, img2dataset's output "
+            "folder, or the very csv or JSON file that names images."
         )
     del found.tars[sample:], found.parquets[sample:], found.arrows[sample:], found.zips[sample:]
     return found

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -103,18 +103,22 @@ class Parquet:
         self._schema = full_schema(columns)
 
     @classmethod
-    def infer(cls, location: Location, options: SourceOptions, found: Found) -> Parquet:
+    def infer(cls, location: Location, options: SourceOptions, found: Found) -> Self:
         """Freeze the first readable file's schema and find the image, caption, key and uid columns."""
         with ExitStack() as stack:
-            file, path = first_readable(location, found, stack)
-            schema = file.schema
-            sample = first_rows(file)
-            where = location.url(path)
-            column, how = find_image(schema, sample, options.image_column, where)
-            caption = find_caption(schema, options.caption_column, None if how == "names" else column, where)
-            uid = find_uid(schema, options.uid_column, sample, where)
-            columns = freeze(rest_schema(schema, column, how))
-            refuse_what_parquet_lacks(columns, where)
+            return cls.of_file(location, options, found, *first_readable(location, found, stack))
+
+    @classmethod
+    def of_file(cls, location: Location, options: SourceOptions, found: Found, file: TableFile, path: str) -> Self:
+        """A source of files like this one."""
+        schema = file.schema
+        sample = first_rows(file)
+        where = location.url(path)
+        column, how = find_image(schema, sample, options.image_column, where)
+        caption = find_caption(schema, options.caption_column, None if how == "names" else column, where)
+        uid = find_uid(schema, options.uid_column, sample, where)
+        columns = freeze(rest_schema(schema, column, how))
+        refuse_what_parquet_lacks(columns, where)
         names = set(schema.names)
         key = next((name for name in _KEY_NAMES if name in names and is_textual(schema.field(name).type)), None)
         downloads = how == "bytes" and {"key", "status", "error_message"} <= names
@@ -281,7 +285,7 @@ class Parquet:
             missing = images.is_null().to_pylist()
             error_class = [MISSING_IMAGE if absent else None for absent in missing]
             error = [f"column {self.plan['image']} is null in this row" if absent else None for absent in missing]
-        columns, misfits = fit_batch(piece.rest, self.columns)
+        columns, misfits = self._fitted(piece.rest)
         if misfits is not None:
             stats.misfits += sum(1 for text in misfits if text is not None)
         prefix = [
@@ -295,6 +299,10 @@ class Parquet:
             pa.array(misfits or [None] * rows, pa.string()),
         ]
         return pa.RecordBatch.from_arrays([*prefix, *columns], schema=self._schema)
+
+    def _fitted(self, rest: pa.RecordBatch) -> tuple[list[pa.Array], list[str | None] | None]:
+        """The travelling columns, and per row the JSON text of what does not fit them, None where all does."""
+        return fit_batch(rest, self.columns)
 
     def _uids(self, piece: _Piece, hashed: list[str]) -> pa.Array:
         """uids of rows; one of several pictures of a sample has one that is made of the sample's and its place."""

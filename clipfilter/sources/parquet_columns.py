@@ -337,7 +337,9 @@ def find_image(schema: pa.Schema, sample: pa.RecordBatch | None, named: str | No
         for name in _URL_NAMES if not paths else ():
             if name in lowered:
                 return lowered[name], "names"
-        images = paths
+        images = paths or [name for name in textual if sample is not None and _are_paths(sample, name)]
+        if not paths and len(images) == 1:
+            return images[0], "names"
     several = f" (several hold images: {', '.join(images)})" if images else ""
     raise RefusedError(
         f"{where} has no column that is clearly the image{several}; say which with --image-column. "
@@ -362,6 +364,11 @@ def _looks_like_images(sample: pa.RecordBatch, name: str) -> bool:
 def _looks_like_paths(sample: pa.RecordBatch, name: str) -> bool:
     values = [value for value in _values(sample, name) if isinstance(value, str)]
     return not values or any(_is_path(value) for value in values)
+
+
+def _are_paths(sample: pa.RecordBatch, name: str) -> bool:
+    values = _values(sample, name)
+    return bool(values) and all(isinstance(value, str) and _is_path(value) for value in values)
 
 
 def _is_path(value: str) -> bool:

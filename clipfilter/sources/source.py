@@ -41,6 +41,10 @@ def _format_class(kind: str) -> Any:
         from clipfilter.sources.parquet import Parquet
 
         return Parquet
+    if kind == "table":
+        from clipfilter.sources.table_rows import TableRows
+
+        return TableRows
     if kind == "import":
         from clipfilter.sources.imported import Imported
 
