@@ -493,6 +493,13 @@ def _judge(version: Version, max_failures: float) -> tuple[int, list[str]]:
     return exit_code, messages
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a disk that may be full: a line that cannot be written is lost, and is no error of its own."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _log_file(directory: Directory) -> Iterator[None]:
     """Collect this package's log in OUT/run.log (appended on disks, replaced on object stores)."""
@@ -502,7 +509,7 @@ def _log_file(directory: Directory) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     else:
         path = Path(tempfile.mkstemp(prefix="clipfilter-", suffix=".log")[1])
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -515,7 +522,8 @@ def _log_file(directory: Directory) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
         if not directory.local:
             with contextlib.suppress(Exception):
                 directory.replace("run.log", path.read_bytes())
