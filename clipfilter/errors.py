@@ -4,12 +4,14 @@ from __future__ import annotations
 
 # Kinds of row failure (column cf_error_class). Transient ones are worth trying again with `--retry-failed`.
 DECODE_ERROR = "decode_error"
+UNSUPPORTED = "unsupported_format"
 IMAGE_TOO_LARGE = "image_too_large"
 MISSING_IMAGE = "missing_image"
 READ_ERROR = "read_error"
 DECODER_CRASH = "decoder_crash"
 ENCODE_ERROR = "encode_error"
-TRANSIENT = frozenset({READ_ERROR})
+UNEXPECTED_ERROR = "unexpected_error"
+TRANSIENT = frozenset({READ_ERROR, UNEXPECTED_ERROR})
 
 
 class ClipfilterError(Exception):
@@ -34,6 +36,13 @@ class RowError(Exception):
         super().__init__(message)
         self.error_class = error_class
         self.message = message
+
+
+def unexpected(error: BaseException) -> RowError:
+    """An exception that nobody foresaw, as the failure of the row that caused it."""
+    text = one_line(error)
+    name = type(error).__name__
+    return RowError(UNEXPECTED_ERROR, name if text == name else f"{name}: {text}")
 
 
 def reason(error: BaseException) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-import socket
+import re
 import tempfile
 import threading
 import time
@@ -21,25 +19,48 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from clipfilter.errors import RefusedError
+from clipfilter.scratch import STALE_SECONDS, Scratch, one_after_another, remove_stale
 
-_STALE_UPLOAD_SECONDS = 24 * 3600
+SCRATCH = ".tmp-"  # how the names of folders for unfinished files begin
+_LOCAL_SCHEME = re.compile(r"(?:file|local):(?://)?(?:localhost(?=/))?(?=.)", re.IGNORECASE)
 
 
 def is_local(url: str) -> bool:
-    """True for a plain path or a `file://` URL."""
-    return "://" not in url or url.startswith(("file://", "local://"))
+    """True for a plain path or a `file:` URL."""
+    return "://" not in url or _LOCAL_SCHEME.match(url) is not None
 
 
 def local_path(url: str) -> Path:
     """The absolute path of a local URL (symbolic links are kept)."""
-    for scheme in ("file://", "local://"):
-        url = url.removeprefix(scheme)
-    return Path(os.path.abspath(os.path.expanduser(url)))
+    scheme = _LOCAL_SCHEME.match(url)
+    return Path(os.path.abspath(os.path.expanduser(url[scheme.end() :] if scheme else url)))
 
 
 def normalise(url: str) -> str:
     """One spelling per place: absolute local paths, no trailing slash."""
     return str(local_path(url)) if is_local(url) else url.rstrip("/")
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths or URLs spell one place: relative or absolute, through links, with or without scheme."""
+    return is_within(one, other) and is_within(other, one)
+
+
+def is_within(url: str, folder: str) -> bool:
+    """Whether a place is `folder` or lies below it, however the two are spelled or reached (links, `..`, bind mounts)."""
+    if is_local(url) != is_local(folder):
+        return False
+    if not is_local(url):
+        (fs, path), (there, root) = filesystem(url), filesystem(folder)
+        return type(fs) is type(there) and f"{path}/".startswith(f"{root.rstrip('/')}/")
+    path_here, wanted = (Path(os.path.realpath(local_path(place))) for place in (url, folder))
+    above = [path_here, *path_here.parents]
+    if wanted in above:
+        return True
+    with contextlib.suppress(OSError):
+        status = wanted.stat()
+        return any(os.path.samestat(place.stat(), status) for place in above if place.exists())
+    return False
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -77,15 +98,15 @@ class Directory:
     """One directory tree on any filesystem, with atomic and create-only publication.
 
     A file becomes visible under its final name only when it is whole. Local files are written beside their
-    destination in a hidden `.tmp` folder, flushed to disk and renamed or linked; remote ones are written to the
-    local temporary folder and uploaded whole.
+    destination in a hidden folder of this process, flushed to disk and renamed or linked; remote ones are written to
+    such a folder below the local temporary folder and uploaded whole.
     """
 
     def __init__(self, url: str) -> None:
         self.url = normalise(url)
         self.fs, self.root = filesystem(self.url)
         self.local = is_local(self.url)
-        self._scratch: Path | None = None
+        self._scratch: Scratch | None = None
 
     def __enter__(self) -> Directory:
         """At the end of the block this process's unfinished files are removed."""
@@ -110,11 +131,12 @@ class Directory:
         return []
 
     def walk(self, folder: str) -> list[str]:
-        """Relative names of all files below `folder`, sorted."""
+        """Relative names of all files below `folder` ("" is the directory itself), sorted; without unfinished ones."""
         self.fs.invalidate_cache()
         base = self.path(folder)
         found = self.fs.find(base)
-        return sorted(folder + "/" + name[len(base) :].lstrip("/") for name in found)
+        names = sorted(folder + "/" + name[len(base) :].lstrip("/") for name in found)
+        return [name for name in names if not name.startswith(f"/{SCRATCH}")]
 
     def read_bytes(self, name: str) -> bytes:
         return bytes(self.fs.cat_file(self.path(name)))
@@ -140,15 +162,18 @@ class Directory:
             copy.unlink(missing_ok=True)
 
     def scratch(self) -> Path:
-        """This process's own folder for unfinished files, on the same disk as a local directory."""
-        if self._scratch is None or not self._scratch.exists():
-            base = self._scratch_base()
-            base.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._scratch = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}-{os.getpid()}-", dir=base))
-        return self._scratch
+        """This process's own private folder for unfinished files, on the same disk as a local directory."""
+        if self._scratch is None or not self._scratch.path.exists():
+            self._scratch = Scratch(*self._scratch_place())
+        self._scratch.touch()
+        return self._scratch.path
 
-    def _scratch_base(self) -> Path:
-        return Path(self.root) / ".tmp" if self.local else Path(tempfile.gettempdir()) / f"clipfilter-{os.getuid()}"
+    def unfinished(self) -> list[str]:
+        """Names of the folders for unfinished files that lie in a local directory."""
+        return sorted(path.name for path in Path(self.root).glob(f"{SCRATCH}*")) if self.local else []
+
+    def _scratch_place(self) -> tuple[Path, str]:
+        return (Path(self.root), SCRATCH) if self.local else (Path(tempfile.gettempdir()), "clipfilter-scratch-")
 
     def _target(self, name: str) -> Path:
         """The place of a local file, its folder made."""
@@ -178,19 +203,21 @@ class Directory:
         try:
             os.link(temporary, target)
         except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise
-            # No hard links here (exFAT, some network mounts): exclusive creation is the next best.
-            try:
-                _write_flushed(target, data)
-            except FileExistsError:
-                return False
+            # A network mount may have made the link and lost the answer.
+            created = os.path.samefile(temporary, target)
+        except OSError:
+            # No hard links here (exFAT, some network mounts): one writer after another looks, then renames.
+            with one_after_another(Path(self.root)):
+                created = not os.path.lexists(target)
+                if created:
+                    os.rename(temporary, target)
+        else:
+            created = True
         finally:
-            temporary.unlink()
-        flush(target.parent)
-        return True
+            temporary.unlink(missing_ok=True)
+        if created:
+            flush(target.parent)
+        return created
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a derived file (a report, a summary) atomically over an earlier one."""
@@ -225,7 +252,7 @@ class Directory:
                 self.fs.put_file(str(path), self.path(f"{name}/{path.relative_to(source).as_posix()}"))
             return
         target = self._target(name)
-        for path in files:
+        for path in (source, *source.rglob("*")):
             flush(path)
         try:
             os.rename(source, target)
@@ -235,26 +262,14 @@ class Directory:
         flush(target.parent)
 
     def clean_scratch(self, *, stale_only: bool) -> None:
-        """Remove this process's unfinished files, or (`stale_only`) those that dead processes of this host left."""
-        if not stale_only:
-            if self._scratch is not None:
-                shutil.rmtree(self._scratch, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    self._scratch.parent.rmdir()
-                self._scratch = None
-            return
-        base = self._scratch_base()
-        host = socket.gethostname()
-        for folder in base.glob("*") if base.is_dir() else ():
-            owner = folder.name.rpartition("-")[0]
-            owner_host, _, pid = owner.rpartition("-")
-            old = time.time() - folder.stat().st_mtime > _STALE_UPLOAD_SECONDS
-            if old or (owner_host == host and pid.isdigit() and not _alive(int(pid))):
-                shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            base.rmdir()
+        """Remove this process's unfinished files, or (`stale_only`) those that dead processes left."""
+        if stale_only:
+            remove_stale(*self._scratch_place())
+        elif self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
 
-    def abort_stale_uploads(self, older_than: float = _STALE_UPLOAD_SECONDS) -> int:
+    def abort_stale_uploads(self, older_than: float = STALE_SECONDS) -> int:
         """Abort multipart uploads below this directory begun more than `older_than` seconds ago; how many."""
         if not hasattr(self.fs, "call_s3"):
             return 0
@@ -269,18 +284,6 @@ class Directory:
                     )
                     aborted += 1
         return aborted
-
-
-@contextlib.contextmanager
-def only_one(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock of a local folder, the file `.lock` in it; RefusedError with this text while another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RefusedError(refusal) from None
-        yield
 
 
 def directory_of(url: str) -> tuple[Directory, str]:
@@ -311,6 +314,10 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network mounts flush files and have no such call for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -336,16 +343,3 @@ def _write_flushed(path: Path, data: bytes) -> None:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for yet does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    with contextlib.suppress(OSError):  # no /proc here, or it has gone meanwhile
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True

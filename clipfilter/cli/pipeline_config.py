@@ -20,7 +20,7 @@ from clipfilter.cli.options import Columns
 from clipfilter.cli.printing import print_json, print_overview
 from clipfilter.errors import RefusedError
 from clipfilter.operations import CostConfig, Estimate, estimate_lines
-from clipfilter.policies import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, suggest
+from clipfilter.policies import Node, read_yaml_file, suggest
 
 if TYPE_CHECKING:
     from clipfilter.engine import JobRequest
@@ -42,15 +42,7 @@ def load_config(path: str | Path, kind: type[C]) -> C:
     Paths inside it are relative to the working directory, as on the command line. Raises RefusedError with file, line,
     column and, for a misspelt key, a suggestion.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise RefusedError(f"the config file {str(path)!r} cannot be read: {error.strerror}.") from None
-    try:
-        root = read_yaml(raw)
-    except YamlRefusedError as error:
-        raise RefusedError(f"{path}:{error.line}:{error.column}: {error.message}") from None
+    root = read_yaml_file(path, f"the config file {str(path)!r}")
     if not isinstance(root.data, dict):
         raise RefusedError(f"{path}:1:1: a config is a map of keys: {', '.join(kind.model_fields)}")
     try:

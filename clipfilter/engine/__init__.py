@@ -33,6 +33,7 @@ from clipfilter.engine.job import (
     stored_model,
 )
 from clipfilter.engine.metrics import MetricsOptions, published, together
+from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import EmbeddedShard, embed_rows, shard_report
 from clipfilter.engine.stream import (
     Input,
@@ -65,6 +66,7 @@ __all__ = [
     "JobSpec",
     "MetricsOptions",
     "Outcome",
+    "PatientReader",
     "Progress",
     "RayExecutor",
     "Resources",

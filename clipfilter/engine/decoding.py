@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -15,8 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter import columns as cf
-from clipfilter.errors import MISSING_IMAGE, RowError
+from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, RowError, unexpected
 from clipfilter.images import LoadedImage, Mode, PreprocessConfig, load_image
+
+log = logging.getLogger("clipfilter.engine")
 
 Image = LoadedImage | RowError
 T = TypeVar("T")
@@ -78,11 +81,16 @@ class ThreadDecoder:
 
 
 def load_guarded(data: memoryview | bytes, settings: DecodeSettings) -> Image:
-    """`load_image` with every refusal turned into a value, so that one bad image costs one row."""
+    """`load_image` with whatever it raises turned into a value, so that one bad image costs one row."""
     try:
         return load_image(data, settings.preprocess, settings.mode, settings.max_pixels)
     except RowError as error:
         return error
+    except MemoryError:
+        return RowError(IMAGE_TOO_LARGE, "not enough memory")
+    except BaseException as error:  # not only Exception: a library may raise SystemExit, or a panic of its own
+        log.warning("an image raised what nobody foresaw", exc_info=True)
+        return unexpected(error)
 
 
 def decode_batches(

@@ -36,8 +36,8 @@ from clipfilter.runs import (
     refuse_if_different,
     settle_plan,
 )
-from clipfilter.sources import Source, SourceOptions, open_source
-from clipfilter.storage import Directory, normalise
+from clipfilter.sources import Source, SourceOptions, holds, open_source
+from clipfilter.storage import Directory, is_within, normalise, same_place
 
 if TYPE_CHECKING:
     from clipfilter.policies import LabelSet
@@ -258,18 +258,23 @@ def _open_base(request: JobRequest, directory: Directory) -> Run:
     base = Run(request.source).origin()
     if request.limit is not None or request.sample is not None:
         raise RefusedError(f"{request.source} is a run, which is used whole; leave out --limit and --sample.")
-    if directory.url == base.url:
+    if same_place(directory.url, base.url):
         raise RefusedError(f"--out is the run itself ({directory.url}); name another directory for the new decision.")
     return base
 
 
 def _refuse_source(request: JobRequest, directory: Directory) -> None:
-    """Raise RefusedError where the source is, or holds, the output, or is a run."""
-    if normalise(request.source) == directory.url:
+    """Raise RefusedError where the source is, holds or lies in the output, or is a run."""
+    if same_place(request.source, directory.url):
         raise RefusedError(f"--out is the source itself ({directory.url}); name another directory.")
-    if directory.url.startswith(normalise(request.source) + "/"):
+    if holds(request.source, directory.url):
         raise RefusedError(
             f"--out {directory.url} lies inside the source, where its files would be read as data; name a directory outside it."
+        )
+    if is_within(request.source, directory.url):
+        raise RefusedError(
+            f"the source {request.source} lies inside --out {directory.url}, which is to hold nothing but the run; name "
+            "another directory."
         )
     if is_run(request.source):
         raise RefusedError(
@@ -307,7 +312,7 @@ def _open_source(request: JobRequest, existing: Plan | None) -> Source:
     """The source; with the schema that the plan froze when this is a rerun of the same job."""
     if existing is not None and not of_run(existing.source):
         source = Source.from_plan(existing.source)
-        if source.url == normalise(request.source) and source.options == request.source_options:
+        if source.is_at(request.source) and source.options == request.source_options:
             return source
     return open_source(request.source, request.source_options)
 
@@ -384,7 +389,8 @@ def _run(job: JobPlan, executor: Executor, display: Display | None, growth: Grow
     final, thresholds, processed = _stages(job, plan, executor, display, growth)
     # The failures of a filter are those of the run it decides, which were judged there.
     failed = (job.base.version.failed_shards if job.base else []) + final.failed
-    made = Version.of(plan.sha256, FINAL_STAGE[request.job], final.commits, failed, thresholds)
+    listing = job.base.version.listing if job.base else job.dataset.listing
+    made = Version.of(plan.sha256, FINAL_STAGE[request.job], final.commits, failed, thresholds, listing)
     version = growth.version(made) if growth else ledger.write_version(directory, made)
     log.info("version %s: %s", version.name, json.dumps(version.totals))
     exit_code, messages = _judge(version, 1.0 if job.base else request.max_failures)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.decisions import DECISIONS
+from clipfilter.engine.culprits import but_for_culprits
 from clipfilter.engine.decoding import DecodedBatch, StageTimes, image_columns
 from clipfilter.errors import ENCODE_ERROR, RowError
 from clipfilter.runs import FAILED, IDENTITY, Account, Counts, annotate, embeddings_schema, failed_table, vector_column
@@ -102,11 +103,11 @@ def process_shard(
             on_batch=on_batch,
         )  # fmt: skip
     started = time.perf_counter()
-    sink.embeddings(embedded.embeddings)
-    sink.failed(embedded.failed)
     final = policy is None or not policy.dataset_rules
     decides = final and policy is not None and policy.policy.decides
-    table = annotate(embedded.rows, embedded.embeddings, encoder, policy, {} if decides else None, labels)
+    embedded, table = _annotated(embedded, encoder, policy, {} if decides else None, labels)
+    sink.embeddings(embedded.embeddings)
+    sink.failed(embedded.failed)
     sink.annotated(table, final=final)
     report = shard_report(table, embedded.failed, decides)
     if decides:
@@ -144,6 +145,24 @@ def decide_shard(
     if thresholds is not None and copy:
         copy_decided(table, sink)
     return shard_report(table, failed, thresholds is not None)
+
+
+def _annotated(embedded: EmbeddedShard, *more: Any) -> tuple[EmbeddedShard, pa.Table]:
+    """`annotate` for a shard, and the shard without the rows that cannot be scored."""
+    rows, embeddings = embedded.rows, embedded.embeddings
+
+    def attempt(some: Sequence[int]) -> pa.Table:
+        chosen = pa.array(np.isin(np.arange(rows.num_rows), some))
+        return annotate(rows.filter(chosen), embeddings.filter(chosen), *more)
+
+    table, broken = but_for_culprits(rows.num_rows, lambda: annotate(rows, embeddings, *more), attempt)
+    if not broken:
+        return embedded, table
+    lost = np.isin(np.arange(rows.num_rows), list(broken))
+    kept, gone = pa.array(~lost), rows.filter(pa.array(lost))
+    failed = failed_table(gone[cf.SHARD][0].as_py(), gone, [broken[row] for row in sorted(broken)])
+    failed = pa.concat_tables([embedded.failed, failed]).sort_by(cf.ROW).combine_chunks()
+    return replace(embedded, rows=rows.filter(kept), embeddings=embeddings.filter(kept), failed=failed), table
 
 
 def copy_decided(table: pa.Table, sink: Sink) -> None:
@@ -196,40 +215,68 @@ def _embed_batch(
     captions: None embeds none.
     """
     started = time.perf_counter()
-    image_emb = runner.images(batch.pixels)[: batch.rows.num_rows]
+    image_emb, broken = runner.images(batch.pixels)
+    image_emb = image_emb[: batch.rows.num_rows]
     times.add("encode_images", started)
+    lists = [_usable(own) for own in batch.rows[cf.CAPTIONS].to_pylist()]
+    text_emb, has_text, truncated = None, np.empty(0, bool), 0
+    if captions is not None:
+        started = time.perf_counter()
+        (text_emb, has_text, truncated), unread = runner.captions(lists, image_emb, captions)
+        broken |= unread
+        times.add("encode_texts", started)
+    for row in np.flatnonzero(~np.isfinite(image_emb).all(axis=1)).tolist():
+        broken.setdefault(row, RowError(ENCODE_ERROR, "the model gave no finite embedding"))
     images = [
-        image if isinstance(image, RowError) or finite else RowError(ENCODE_ERROR, "the model gave no finite embedding")
-        for image, finite in zip(batch.images, np.isfinite(image_emb).all(axis=1), strict=True)
+        image if isinstance(image, RowError) else broken.get(row, image) for row, image in enumerate(batch.images)
     ]
     ok = np.array([not isinstance(image, RowError) for image in images], bool)
     good = batch.rows.filter(pa.array(ok))
     columns = {name: good[name] for name in good.schema.names} | image_columns(images)
     columns[cf.SHARD] = pa.array([shard] * good.num_rows, pa.string())
     columns[cf.CAPTION] = pa.array(
-        [next(iter(_usable(own)), None) for own in good[cf.CAPTIONS].to_pylist()], pa.string()
+        [next(iter(own), None) for own, kept in zip(lists, ok, strict=True) if kept], pa.string()
     )
     columns["image_emb"] = vector_column(image_emb[ok].astype(np.float16))
-    truncated = 0
-    if captions is not None:
-        started = time.perf_counter()
-        lists = [_usable(own) for own in batch.rows[cf.CAPTIONS].to_pylist()]
-        text_emb, has_text, truncated = runner.captions(lists, image_emb, captions)
+    if text_emb is not None:
         columns["text_emb"] = vector_column(text_emb[ok].astype(np.float16), has_text[ok])
-        times.add("encode_texts", started)
     errors = [image for image in images if isinstance(image, RowError)]
     return columns, failed_table(shard, pa.table(batch.rows.filter(pa.array(~ok))), errors), truncated
 
 
 class _BatchRunner:
-    """Calls the encoder with one batch size; halves it, and remembers, when the GPU runs out of memory."""
+    """Calls the encoder with one batch size; halves it, and remembers, when the GPU runs out of memory.
+
+    An exception costs the rows that cause it: in their places the others meet zeros and empty texts, as those of images
+    that could not be decoded, so that their numbers stay the same.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.halvings = 0
 
-    def images(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [B, 3, S, S] -> float32 [B, dim], unit norm."""
+    def images(self, pixels: np.ndarray) -> tuple[np.ndarray, dict[int, RowError]]:
+        """uint8 [B, 3, S, S] -> float32 [B, dim], unit norm; and the rows that cannot be embedded."""
+
+        def attempt(rows: Sequence[int]) -> np.ndarray:
+            some = np.zeros_like(pixels)
+            some[list(rows)] = pixels[list(rows)]
+            return self._images(some)
+
+        return but_for_culprits(len(pixels), lambda: self._images(pixels), attempt)
+
+    def captions(
+        self, lists: list[list[str]], image_emb: np.ndarray, mode: defaults.Captions
+    ) -> tuple[tuple[np.ndarray, np.ndarray, int], dict[int, RowError]]:
+        """See `_captions`; and the rows whose captions cannot be embedded."""
+
+        def attempt(rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
+            some = [own if row in rows else [""] * len(own) for row, own in enumerate(lists)]
+            return self._captions(some, image_emb, mode)
+
+        return but_for_culprits(len(lists), lambda: self._captions(lists, image_emb, mode), attempt)
+
+    def _images(self, pixels: np.ndarray) -> np.ndarray:
         while True:
             size = max(1, len(pixels) >> self.halvings)
             try:
@@ -241,7 +288,7 @@ class _BatchRunner:
                 self.halvings += 1
                 _empty_cuda_cache()
 
-    def captions(
+    def _captions(
         self, lists: list[list[str]], image_emb: np.ndarray, mode: defaults.Captions
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """One text embedding per row: float32 [n, dim], which rows have one bool [n], captions truncated."""

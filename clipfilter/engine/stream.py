@@ -23,6 +23,7 @@ from clipfilter.engine.job import (
     refuse_other_weights,
     stored_model,
 )
+from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import EmbeddedShard, embed_rows
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.images import Mode
@@ -301,7 +302,7 @@ def _dataset(
     if item.source.has_captions is False:
         options = replace(options, text=False)
     for shard in item.source.iter_shards():
-        reader = item.source.read(shard)
+        reader = PatientReader(item.source, shard)
         try:
             found = _embed(reader, encoder, decoder, options, shard.id, item.source.schema, told)
         except ShardError as error:

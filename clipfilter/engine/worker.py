@@ -15,6 +15,7 @@ from clipfilter import defaults
 from clipfilter.decisions import DECISIONS
 from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decoded_ahead
 from clipfilter.engine.isolation import IsolatedDecoder
+from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
 from clipfilter.runs import (
     FAILED,
@@ -32,7 +33,7 @@ from clipfilter.runs import (
     read_tables,
 )
 from clipfilter.sources import Shard, Source
-from clipfilter.storage import Directory
+from clipfilter.storage import Directory, is_local
 
 if TYPE_CHECKING:
     from clipfilter.models import Encoder
@@ -207,7 +208,9 @@ class Worker:
         assert self.source is not None
         options = self.spec.options
         times = StageTimes()
-        reader = self.source.read(task.shard)
+        # What a server or a network raises may pass: only a second failure is a row's.
+        patient = task.attempt > 1 or is_local(self.source.url)
+        reader = PatientReader(self.source, task.shard) if patient else self.source.read(task.shard)
         with contextlib.ExitStack() as stack:
             decoder: Any = self._threads
             if task.isolated:
@@ -236,6 +239,7 @@ class Worker:
                 labels=self.labels,
             )
         stats = reader.stats
+        stats.seen.judged(report.counts.rows)
         counts = Counts(
             **report.counts,
             not_downloaded=stats.not_downloaded,
@@ -243,7 +247,8 @@ class Worker:
             clashes=stats.clashes,
             misfits=stats.misfits,
         )
-        return replace(report, counts=counts, damaged=stats.damaged, bytes_unread=stats.bytes_unread), {}
+        report = replace(report, damaged=stats.damaged, bytes_unread=stats.bytes_unread)
+        return replace(report, counts=counts, seen=stats.seen), {}
 
     def _decide(self, task: Task, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
         """The report, and what else the commit says: what was decided with which thresholds, and files it names again."""
@@ -273,6 +278,7 @@ class Worker:
             captions_truncated=commit.captions_truncated,
             damaged=commit.damaged,
             bytes_unread=commit.bytes_unread,
+            seen=commit.seen,
         )
         return report, {
             "carried": commit.files.only("embeddings", "failed") if same_run else None,

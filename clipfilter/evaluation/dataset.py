@@ -21,6 +21,7 @@ from clipfilter import defaults
 from clipfilter.engine import (
     MAX_THREADS,
     DecodeSettings,
+    PatientReader,
     StageTimes,
     ThreadDecoder,
     cpu_count,
@@ -306,7 +307,7 @@ def _embed_shard(dataset: Dataset, shard: Shard, decoder: ThreadDecoder, collect
     if column in dataset.source.schema.names:
         carried.append(dataset.source.schema.field(column))
     first = request.captions == "first"
-    reader = dataset.source.read(shard)
+    reader = PatientReader(dataset.source, shard)
     chosen, size = _selected(reader, request.where), collected.encoder.preprocess.size
     # As a run does it (docs/decisions/0002): shard by shard, in batches of one size.
     with decoded_ahead(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipfilter import defaults
+from clipfilter.errors import UNEXPECTED_ERROR, RowError, one_line
 from clipfilter.images.decode import Mode, decode
 from clipfilter.images.facts import CANONICAL_SIDE, ImageFacts, image_facts
 from clipfilter.images.preprocess import PreprocessConfig, crop, resized
@@ -44,8 +45,17 @@ def load_image(
     mode "exact" gives the very bits of open_clip's transform on the fully decoded image; "fast" decodes large JPEGs
     scaled and resizes with SIMD code (embedding cosine to exact at least 0.9995).
 
-    Raises RowError: decode_error or image_too_large.
+    Raises RowError and nothing else, whatever the bytes: the classes of `decode`, or unexpected_error.
     """
+    try:
+        return _load(data, cfg, mode, max_pixels)
+    except RowError:
+        raise
+    except Exception as error:
+        raise RowError(UNEXPECTED_ERROR, f"{type(error).__name__}: {one_line(error)}") from error
+
+
+def _load(data: bytes | memoryview, cfg: PreprocessConfig, mode: Mode, max_pixels: int) -> LoadedImage:
     decoded = decode(data, mode=mode, min_side=math.ceil(cfg.size * OVERSAMPLING), max_pixels=max_pixels)
     planes = resized(decoded.rgb, cfg, exact=mode == "exact")
     return LoadedImage(

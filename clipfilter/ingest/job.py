@@ -21,7 +21,8 @@ from clipfilter.ingest import states
 from clipfilter.ingest.fetching import Limits
 from clipfilter.ingest.shards import Settings, ShardTask, Workers, require_img2dataset
 from clipfilter.ingest.urls import UrlList, open_list, row_ids
-from clipfilter.storage import Directory, only_one
+from clipfilter.scratch import only_one
+from clipfilter.storage import Directory
 
 Retry = Literal["failed", "transient", "none"]
 

@@ -217,7 +217,7 @@ class Appending:
         }
         failed |= {item.shard.id: item for item in self.failed}
         commits, failures = list(now.values()), list(failed.values())
-        totals = Totals.of(ledger.commits(self.directory, commits), len(failures))
+        totals = Totals.of(ledger.commits(self.directory, commits), failures, made.listing)
         aside = [name for name in (newest and newest.set_aside) or [] if name not in set(commits)]
         return replace(made, commits=commits, failed_shards=failures, totals=totals, set_aside=aside or None)
 

@@ -52,6 +52,10 @@ def export_run(
     if rows_per_shard is not None and (rows_per_shard < 1 or form == "datacomp"):
         raise RefusedError("--rows-per-shard is 1 or more, and a DataComp subset has no shards.")
     target = Directory(to)
+    if Source.from_plan(opened.dataset).holds(to):
+        raise RefusedError(
+            f"{to} lies inside the source, where its files would be read as data; choose another directory."
+        )
     identity: dict[str, Any] = {
         "run": opened.url,
         "plan": opened.plan.sha256,

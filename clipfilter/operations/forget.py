@@ -215,7 +215,8 @@ def _account_after(commit: Commit, left: dict[FileKind, pa.Table]) -> Account:
     report = shard_report(rows, failed, cf.REASONS in rows.column_names and commit.stage == "decided")
     before = {name: count for name, count in commit.counts.items() if name != "escalated"}
     counts = Counts(before | report.counts)
-    return replace(commit, counts=counts, failed_by_class=report.failed_by_class, rules=report.rules)
+    seen = commit.seen and commit.seen.forgotten(commit.counts.rows - counts.rows)
+    return replace(commit, counts=counts, failed_by_class=report.failed_by_class, rules=report.rules, seen=seen)
 
 
 def _bases(directory: Directory, commit: Commit) -> dict[str, Any]:
@@ -332,9 +333,9 @@ def _new_version(directory: Directory) -> str:
         for path in newest.commits:
             shard, stage = path.removeprefix("commits/").split(".")[:2]
             names.append(generations[shard, stage].path)
-        return replace(
-            newest, commits=names, totals=Totals.of(ledger.commits(directory, names), len(newest.failed_shards))
-        )
+        listing = newest.listing and newest.listing.forgotten(0)
+        totals = Totals.of(ledger.commits(directory, names), newest.failed_shards, listing)
+        return replace(newest, commits=names, totals=totals, listing=listing)
 
     return ledger.update_version(directory, change).name
 
@@ -378,5 +379,7 @@ def _note_what_is_left(run: Run, uids: set[str], result: Forgotten) -> None:
         f"the source {run.dataset['url']} was not touched: remove the rows there too, or processing a changed shard brings "
         "them back."
     )
-    if directory.fs.exists(directory.path(".tmp")) and directory.fs.ls(directory.path(".tmp")):
-        result.notes.append("unfinished files of running processes or other machines remain in .tmp/.")
+    if unfinished := directory.unfinished():
+        result.notes.append(
+            f"unfinished files of running processes or other machines remain in {', '.join(unfinished)}."
+        )

@@ -35,6 +35,7 @@ from clipfilter.sources import (
     IMPORTED_KIND,
     Imported,
     Location,
+    Seen,
     Shard,
     Source,
     SourceOptions,
@@ -336,7 +337,7 @@ class _Writer:
             writer.annotated(annotate(rows, store, self.encoder, None, None), final=True)
             count = failed.num_rows
             counts = Counts(rows=metadata.num_rows, failed=count, embedded=rows.num_rows)
-            account = Account(counts, {ENCODE_ERROR: count} if count else {})
+            account = Account(counts, {ENCODE_ERROR: count} if count else {}, seen=Seen(rows=counts.rows))
             writer.commit(account, stage="embedded", plan=self.plan.sha256)
 
     def _tables(

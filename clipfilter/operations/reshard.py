@@ -86,7 +86,7 @@ def claim(target: Directory, marker: str, identity: dict[str, Any]) -> None:
     if not target.create(marker, (json.dumps(identity, indent=1) + "\n").encode()):
         if target.read_json(marker) != identity:
             raise RefusedError(f"{target.url} holds the result of another command; choose an empty directory.")
-    elif [name for name in target.walk("") if not name.startswith("/.tmp/")] != ["/" + marker]:
+    elif target.walk("") != ["/" + marker]:
         target.fs.rm(target.path(marker))
         raise RefusedError(f"{target.url} is not empty; choose an empty directory.")
 

@@ -189,7 +189,7 @@ def _table(run: Run, file: DataFile | None, columns: list[str]) -> pa.Table:
 
 
 def _check_totals(version: Version, commits: list[Commit], proof: Proof) -> None:
-    if Totals.of(commits, len(version.failed_shards)) != version.totals:
+    if Totals.of(commits, version.failed_shards, version.listing) != version.totals:
         proof.problems.append("the totals of the version are not the sums of its commits")
     shards = [commit.shard.id for commit in commits]
     if len(set(shards)) != len(shards):

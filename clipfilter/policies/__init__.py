@@ -28,7 +28,7 @@ from clipfilter.policies.language.load import load_policy, pack_names, packs_fol
 from clipfilter.policies.language.rule import Rule
 from clipfilter.policies.language.schema import Policy, json_sha256, rule_prompts_sha256
 from clipfilter.policies.language.scores import ScorePolicy, named_scores, scores_of
-from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml, scalar
+from clipfilter.policies.language.yaml_nodes import Node, read_yaml, read_yaml_file, scalar
 from clipfilter.policies.parts import attachments
 from clipfilter.policies.parts.attachments import ATTACHMENTS_FOLDER, Attachments
 from clipfilter.policies.parts.bands import Band
@@ -46,7 +46,6 @@ __all__ = [
     "COSINE_BLOCK",
     "DEFAULT_TEMPLATES",
     "LABEL_COLUMNS",
-    "MAX_YAML_BYTES",
     "OVERRIDE_RULE",
     "REASONS",
     "TEMPLATES",
@@ -65,7 +64,6 @@ __all__ = [
     "Threshold",
     "Words",
     "Written",
-    "YamlRefusedError",
     "attachments",
     "bent",
     "check_metadata",
@@ -101,6 +99,7 @@ __all__ = [
     "policy_schema",
     "read_document",
     "read_yaml",
+    "read_yaml_file",
     "resolve",
     "rule_prompts_sha256",
     "scalar",

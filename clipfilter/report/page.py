@@ -15,11 +15,13 @@ from clipfilter.report.thumbnails import NO_THUMBNAILS
 #: What a class of failure means, for people.
 FAILURES = {
     "decode_error": "Not an image that can be shown: cut off, damaged, or something else under an image’s name.",
+    "unsupported_format": "A picture, drawing or video of a kind that is not read; it may well be whole.",
     "image_too_large": "More pixels than the limit; refused from the header, before memory was spent.",
     "missing_image": "The row names an image that is not there.",
     "read_error": "The image could not be fetched; the next run with --retry-failed tries again.",
     "decoder_crash": "The image brought its decoder down; it was isolated and only this row was lost.",
     "encode_error": "The model could not embed this image.",
+    "unexpected_error": "Something nobody foresaw happened with this row; it alone was lost. Please report it.",
 }
 #: What the workers' seconds are spent on: words and the class of its part of the bar.
 _STEPS = {

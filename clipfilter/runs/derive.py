@@ -20,7 +20,7 @@ from clipfilter.runs.plan import Plan, settle_plan
 from clipfilter.runs.records import Commit, Counts, FailedShard, Version
 from clipfilter.runs.run import Run, RunShard
 from clipfilter.runs.writer import ShardWriter
-from clipfilter.sources import schema_from_text, schema_to_text
+from clipfilter.sources import Seen, schema_from_text, schema_to_text
 from clipfilter.storage import Directory
 
 Compute = Callable[[RunShard], dict[str, pa.Array]]
@@ -77,14 +77,18 @@ def derive(run: Run, out: str, added: pa.Schema, options: dict[str, Any], comput
             names.append(name.path)
             if (name.shard, name.stage) not in done:
                 _write_shard(run, directory, plan, commit, added, compute)
-        return finish_run(directory, plan, names, run.version.failed_shards)
+        return finish_run(directory, plan, names, run.version.failed_shards, run.version.listing)
 
 
 def finish_run(
-    directory: Directory, plan: Plan, commits: list[str], failed_shards: list[FailedShard]
+    directory: Directory,
+    plan: Plan,
+    commits: list[str],
+    failed_shards: list[FailedShard],
+    listing: Seen | None = None,
 ) -> dict[str, Any]:
     """Write the version and `run.json` of a run that no job made; what it says: "out", "version" and "totals"."""
-    made = Version.of(plan.sha256, "embedded", ledger.commits(directory, commits), failed_shards)
+    made = Version.of(plan.sha256, "embedded", ledger.commits(directory, commits), failed_shards, listing=listing)
     version = ledger.write_version(directory, made)
     summary = {"out": directory.url, "version": version.name, "totals": version.totals}
     directory.replace("run.json", (json.dumps(summary, indent=1) + "\n").encode())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from clipfilter.errors import RefusedError
 from clipfilter.runs.records import check_keys
-from clipfilter.storage import Directory
+from clipfilter.storage import Directory, same_place
 from clipfilter.version import __version__
 
 PLAN_FILE = "plan.json"
@@ -124,9 +124,23 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
         for name in sorted(set(old) | set(new)):
             found += _differences(old.get(name), new.get(name), f"{where}.{name}" if where else name)
         return found
-    if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True):
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [difference for at, pair in pairs for difference in _differences(*pair, f"{where}.{at}")]
+    if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True) or _same_place(where, old, new):
         return []
     return [f"{where} was {_short(old)}, now {_short(new)}"]
+
+
+def _same_place(where: str, old: Any, new: Any) -> bool:
+    """Whether two values of a plan are one place, spelled differently. A source's `url` is as it was given (perhaps relative
+    to a folder that was left since), and `root` and `pattern` beside it say what it meant."""
+    name = where.rpartition(".")[2]
+    if not where.startswith(("source.", "options.curation.")):
+        return False
+    if name == "url":
+        return True
+    return name in ("root", "run") and isinstance(old, str) and isinstance(new, str) and same_place(old, new)
 
 
 def _short(value: Any) -> str:

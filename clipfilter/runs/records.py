@@ -11,13 +11,13 @@ import platform
 import socket
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
-from clipfilter.sources import Shard
+from clipfilter.sources import Seen, Shard
 
 #: What a data file of a shard holds, which is also the folder it lies in.
 FileKind = Literal["embeddings", "failed", "scored", "annotated", "kept", "review"]
@@ -190,7 +190,8 @@ class WorkerDetails:
 class Account:
     """What became of the rows of a shard; each is counted as embedded (and decided), or as failed.
 
-    rules: rows per band of each rule. damaged, bytes_unread: of a tar that breaks off.
+    rules: rows per band of each rule. damaged, bytes_unread: of a tar that breaks off. seen: what became of everything in
+    the shard, of which `counts` has the rows; None in runs of earlier versions.
     """
 
     counts: Counts
@@ -199,6 +200,7 @@ class Account:
     captions_truncated: int = 0
     damaged: bool = False
     bytes_unread: int = 0
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +236,8 @@ class Commit(Account):
                 value[name] = getattr(self, name)
         if self.base is not None:
             value["base"] = asdict(self.base)
+        if self.seen is not None:
+            value["seen"] = self.seen.to_json()
         return {**value, "work": self.work.to_json()}
 
     @staticmethod
@@ -250,6 +254,7 @@ class Commit(Account):
                 "files": Files({kind: DataFile.from_json(files[kind], f"{where} ({kind})") for kind in files}),
                 "base": None if base is None else Base(**check_keys(base, f"{where} (base)", ("run", "commit"))),
                 "work": Work.from_json(found["work"], f"{where} (work)"),
+                "seen": _seen(found.get("seen"), f"{where} (seen)"),
             }
         )
 
@@ -258,8 +263,15 @@ _COMMIT_KEYS = (
     "shard", "stage", "generation", "plan", "counts", "failed_by_class", "rules", "captions_truncated", "damaged",
     "bytes_unread", "files",
 )  # fmt: skip
-_COMMIT_OPTIONS = ("base_generation", "thresholds", "base")
+_COMMIT_OPTIONS = ("base_generation", "thresholds", "base", "seen")
 _SHARD_KEYS = tuple(Shard("", "", "tar").to_json())
+
+
+def _seen(value: Any, where: str) -> Seen | None:
+    if value is None:
+        return None
+    named = ("examples", "captions", "not_read")
+    return Seen.from_json(check_keys(value, where, ("rows", "parts", "containers", "passed"), named))
 
 
 def _shard(value: Any, where: str) -> Shard:
@@ -303,19 +315,28 @@ class Totals(_Rows):
         """Rows per band of each rule."""
         return dict(self["rules"])
 
+    @property
+    def seen(self) -> Seen | None:
+        """The account of everything in the source; None for runs of earlier versions."""
+        return _seen(self.get("seen"), "totals")
+
     @staticmethod
-    def of(commits: Iterable[Commit], failed_shards: int) -> Totals:
-        """Add up commits, which are gone through once."""
+    def of(commits: Iterable[Commit], failed_shards: Sequence[FailedShard], listing: Seen | None = None) -> Totals:
+        """Add up commits, which are gone through once. listing: what the source's listing passed over (see `Version`)."""
         totals = Totals(dict.fromkeys(COUNTS, 0))
         classes: Counter[str] = Counter()
         rules: dict[str, Counter[str]] = {}
         sums: Counter[str] = Counter(dict.fromkeys(_SUMS, 0))
+        seen, told = Seen(), listing is not None
         for commit in commits:
             for name in COUNTS:
                 totals[name] += commit.counts.get(name, 0)
             classes.update(commit.failed_by_class)
             for rule, bands in commit.rules.items():
                 rules.setdefault(rule, Counter()).update(bands)
+            if commit.seen is not None:
+                seen.add(commit.seen)
+                told = True
             sums.update(
                 escalated=commit.counts.escalated,
                 shards=1,
@@ -328,7 +349,12 @@ class Totals(_Rows):
             totals["escalated"] = escalated
         totals["failed_by_class"] = dict(sorted(classes.items()))
         totals["rules"] = {rule: dict(sorted(bands.items())) for rule, bands in rules.items()}
-        totals |= {**sums, "failed_shards": failed_shards}
+        totals |= {**sums, "failed_shards": len(failed_shards)}
+        if told:
+            seen.add(listing or Seen())
+            for failed in failed_shards:
+                seen.pass_over("unread", failed.shard.path, failed.shard.known_rows)
+            totals["seen"] = seen.to_json()
         return totals
 
 
@@ -341,6 +367,7 @@ class Version:
     """A state of the dataset: the commits that make it up, by name, and what they add up to.
 
     number: from 1; 0 before it is written. stage: of its commits. thresholds: fixed numbers of dataset-level rules.
+    listing: what became of the files of the source that are in no shard; None where they were not listed to the end.
     rolled_back_to, set_aside: after a rollback, the version it went back to, and the commits that later nights leave out.
     """
 
@@ -350,6 +377,7 @@ class Version:
     failed_shards: list[FailedShard]
     thresholds: Thresholds
     totals: Totals
+    listing: Seen | None = None
     rolled_back_to: int | None = None
     set_aside: list[str] | None = None
     number: int = 0
@@ -362,6 +390,7 @@ class Version:
         commits: Iterable[Commit],
         failed_shards: list[FailedShard],
         thresholds: Thresholds | None = None,
+        listing: Seen | None = None,
     ) -> Version:
         """The version that these commits make; they are gone through once."""
         names: list[str] = []
@@ -371,8 +400,8 @@ class Version:
                 names.append(commit.name)
                 yield commit
 
-        totals = Totals.of(named(), len(failed_shards))
-        return Version(plan, stage, names, failed_shards, thresholds or {}, totals)
+        totals = Totals.of(named(), failed_shards, listing)
+        return Version(plan, stage, names, failed_shards, thresholds or {}, totals, listing)
 
     @property
     def name(self) -> str:
@@ -384,6 +413,8 @@ class Version:
         value |= {name: getattr(self, name) for name in _VERSION_KEYS}
         value |= {name: getattr(self, name) for name in _VERSION_OPTIONS if getattr(self, name) is not None}
         value["failed_shards"] = [asdict(shard) for shard in self.failed_shards]
+        if self.listing is not None:
+            value["listing"] = self.listing.to_json()
         names = [*(name for name in self.order if name in value), *value]
         return {name: value[name] for name in dict.fromkeys(names)}
 
@@ -391,12 +422,13 @@ class Version:
     def from_json(value: Any, where: str) -> Version:
         """Raises RefusedError for keys that a version has not; `where` names its file."""
         found = check_keys(value, where, ("version", *_VERSION_KEYS), _VERSION_OPTIONS)
-        totals = check_keys(found["totals"], f"{where} (totals)", _TOTALS, ("escalated",))
+        totals = check_keys(found["totals"], f"{where} (totals)", _TOTALS, ("escalated", "seen"))
         return Version(
             **{name: item for name, item in found.items() if name != "version"}
             | {
                 "failed_shards": [FailedShard.from_json(item, where) for item in found["failed_shards"]],
                 "totals": Totals(totals),
+                "listing": _seen(found.get("listing"), f"{where} (listing)"),
                 "number": found["version"],
                 "order": tuple(found),
             }
@@ -404,4 +436,4 @@ class Version:
 
 
 _VERSION_KEYS = ("plan", "stage", "commits", "failed_shards", "thresholds", "totals")
-_VERSION_OPTIONS = ("rolled_back_to", "set_aside")
+_VERSION_OPTIONS = ("listing", "rolled_back_to", "set_aside")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location, is_image_name, refusing
+from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location, holds, is_image_name, refusing
 from clipfilter.sources.fetch import Fetcher, fetch_images, read_url
 from clipfilter.sources.imported import IMPORTED_KIND, Imported
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
 from clipfilter.sources.schema import COLUMN_PREFIX, freeze, is_binary, schema_from_text, schema_to_text, travel_name
+from clipfilter.sources.seen import REASONS, Reason, Seen
 from clipfilter.sources.source import Source, open_source
 from clipfilter.sources.spool import read_prefix
 from clipfilter.sources.tar import TarFile, index_tar
@@ -16,11 +17,14 @@ __all__ = [
     "COLUMN_PREFIX",
     "IMPORTED_KIND",
     "PARQUET_SUFFIXES",
+    "REASONS",
     "TAR_SUFFIXES",
     "Fetcher",
     "Imported",
     "Location",
     "ReadStats",
+    "Reason",
+    "Seen",
     "Shard",
     "Source",
     "SourceOptions",
@@ -28,6 +32,7 @@ __all__ = [
     "TarShards",
     "fetch_images",
     "freeze",
+    "holds",
     "index_tar",
     "is_binary",
     "is_image_name",

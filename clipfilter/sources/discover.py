@@ -5,19 +5,32 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 from clipfilter import storage
 from clipfilter.errors import ClipfilterError, RefusedError, one_line
-from clipfilter.sources.tar import IMAGE_EXTENSIONS
+from clipfilter.sources.seen import Reason, Seen
+from clipfilter.sources.tar import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, PICKLE_EXTENSIONS
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log", "_ingest"})
 _SKIPPED_FILES = frozenset({"thumbs.db", "desktop.ini"})
+# Pictures and films that are not read, and what may speak of pictures.
+# fmt: off
+_UNSUPPORTED = frozenset({
+    "jxl", "svg", "svgz", "psd", "psb", "xcf", "ai", "eps", "wmf", "emf", "cr2", "cr3", "nef", "arw", "dng", "orf",
+    "rw2", "raf", "exr", "hdr", "pfm", "fits", "dds", "ktx", "ktx2", "qoi", "pcx", "sgi", "xbm", "xpm", "mp4", "m4v",
+    "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv",
+})
+# fmt: on
+_SPEAKING = frozenset({*CAPTION_EXTENSIONS, "json", "jsonl", "csv", "tsv"})
 _WEB = ("http://", "https://")
 _LOOK_AT = 100_000  # files, before deciding what a folder without tars or Parquet holds
 
@@ -31,11 +44,15 @@ class Entry(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """One listed folder: its path below the root ("" for the root), subfolder names, and files; both sorted."""
+    """One listed folder: its path below the root ("" for the root), subfolder names, and files; both sorted.
+
+    passed: what is never looked at here, as reason, name (of a folder for all below it) and number of files.
+    """
 
     path: str
     folders: list[str]
     files: list[Entry]
+    passed: Sequence[tuple[Reason, str, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -48,21 +65,56 @@ class Location:
     def url(self, relative: str) -> str:
         return self.root if relative in ("", ".") else storage.join(self.root, relative)
 
-    def walk(self) -> Iterator[Folder]:
-        """Folders with their files, a folder before its subfolders, names in order; skips hidden and temporary ones."""
-        if self.pattern is not None:
-            yield from _walk_pattern(self)
-        elif storage.is_local(self.root):
-            yield from _walk_local(str(storage.local_path(self.root)), "", set())
-        else:
-            yield from _walk_remote(self.root)
+    def walk(self, listing: Seen | None = None) -> Iterator[Folder]:
+        """Folders with their files, a folder before its subfolders, names in order; skips hidden and temporary ones.
 
-    def files(self, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
-        """(path below the root, entry) of every file with one of these endings."""
-        for folder in self.walk():
+        listing: where that which is skipped is counted.
+        """
+        if self.pattern is not None:
+            folders = _walk_pattern(self)
+        elif storage.is_local(self.root):
+            folders = _walk_local(str(storage.local_path(self.root)), "", set())
+        else:
+            folders = _walk_remote(self.root)
+        for folder in folders:
+            if listing is not None:
+                for reason, name, count in folder.passed:
+                    listing.pass_over(reason, below(folder.path, name), count)
+            yield folder
+
+    def containers(
+        self, suffixes: tuple[str, ...], listing: Seen, is_part: Callable[[Collection[str], str], bool]
+    ) -> Iterator[tuple[str, Entry]]:
+        """(path below the root, entry) of every file with one of these endings; `listing` counts them and all others.
+
+        is_part: whether, among the names of a folder's files and folders, a file belongs to a container.
+        """
+        for folder in self.walk(listing):
+            names = {*folder.folders, *(entry.name for entry in folder.files)}
             for entry in folder.files:
+                path = below(folder.path, entry.name)
                 if entry.name.lower().endswith(suffixes):
-                    yield below(folder.path, entry.name), entry
+                    listing.containers += 1
+                    yield path, entry
+                elif is_part(names, entry.name):
+                    listing.parts += 1
+                else:
+                    listing.pass_over(why_passed(entry), path)
+
+
+def why_passed(entry: Entry) -> Reason:
+    """Why a file is passed over that is nothing to its source, by its name and size."""
+    name = entry.name.lower()
+    ending = name.rpartition(".")[2]
+    if is_image_name(name) or name.endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES)):
+        return "other_kind"
+    if ending in PICKLE_EXTENSIONS:
+        return "pickle"
+    if ending in _UNSUPPORTED:
+        return "unsupported"
+    if ending in _SPEAKING:
+        return "unclaimed"
+    return "unknown_type" if entry.size else "empty"
 
 
 def below(folder: str, name: str) -> str:
@@ -111,6 +163,28 @@ def locate(url: str) -> Location:
         return Location(url)
     root, _, name = url.rpartition("/")
     return Location(root or "/", name)
+
+
+def holds(source: str, url: str) -> bool:
+    """Whether files below `url` would be read as those of a source: it is in the source's folder, or where its pattern looks."""
+    if storage.is_within(url, source):
+        return True
+    path = storage.normalise(source)
+    special = re.search(r"[*?\[{]", path)
+    if not special:
+        return False
+    root = path[: special.start()].rpartition("/")[0] or "/"
+    if not storage.is_within(url, root):
+        return False
+    local = storage.is_local(url)
+    inside = (
+        os.path.relpath(os.path.realpath(storage.local_path(url)), os.path.realpath(root))
+        if local
+        else url[len(root) :]
+    )
+    wanted = re.sub(r"\{[^{}]*\}", "*", path[len(root) :]).strip("/").split("/")
+    parts = inside.strip("/").split("/")
+    return "**" in wanted or (len(wanted) > len(parts) and all(map(fnmatch, parts, wanted)))
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -167,35 +241,56 @@ def _walk_local(root: str, path: str, above: set[tuple[int, int]]) -> Iterator[F
     here = os.path.join(root, path)
     status = os.stat(here)
     if (status.st_dev, status.st_ino) in above:  # a symbolic link that leads back up
+        yield Folder(path, [], [], [("not_a_file", "", 1)])
         return
     above = above | {(status.st_dev, status.st_ino)}
-    folders, files = [], []
+    folders: list[str] = []
+    files: list[Entry] = []
+    passed: list[tuple[Reason, str, int]] = []
     with os.scandir(here) as entries:
         for entry in entries:
-            if _skipped(entry.name):
-                continue
             if entry.is_dir():
-                folders.append(entry.name)
-            else:
-                try:
-                    found = entry.stat()
-                except FileNotFoundError:  # a dangling link, or deleted just now
-                    continue
-                files.append(
-                    Entry(entry.name, found.st_size, storage.etag({"size": found.st_size, "mtime": found.st_mtime}))
-                )
-    folders = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
-    yield Folder(path, folders, sorted(files))
+                if _skipped(entry.name) or entry.name in _SKIPPED_FOLDERS:
+                    passed.append(("hidden", entry.name + "/", _files_below(entry)))
+                else:
+                    folders.append(entry.name)
+                continue
+            if _skipped(entry.name):
+                passed.append(("hidden", entry.name, 1))
+                continue
+            try:
+                found = entry.stat()
+            except OSError:  # a dangling link, one that leads to itself, or deleted just now
+                found = None
+            if found is None or not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+                passed.append(("not_a_file", entry.name, 1))
+                continue
+            files.append(
+                Entry(entry.name, found.st_size, storage.etag({"size": found.st_size, "mtime": found.st_mtime}))
+            )
+    folders.sort()
+    yield Folder(path, folders, sorted(files), sorted(passed))
     for name in folders:
         yield from _walk_local(root, below(path, name), above)
+
+
+def _files_below(folder: os.DirEntry[str]) -> int:
+    """How many files a hidden folder has; 1 for a link, which is not followed, and for one that may not be read."""
+    if folder.is_symlink():
+        return 1
+    return sum(len(files) for _, _, files in os.walk(folder, onerror=None))
 
 
 def _walk_remote(url: str) -> Iterator[Folder]:
     fs, root = storage.filesystem(url)
     found: dict[tuple[str, ...], list[Entry]] = {(): []}
+    hidden: dict[tuple[str, ...], Counter[str]] = {}  # folder -> what is hidden in it, with the number of files
     for path, info in fs.find(root + "/" if root.startswith(_WEB) else root, detail=True).items():
         parts = path[len(root) :].strip("/").split("/")
-        if any(_skipped(part) for part in parts) or not _SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
+        place = next((i for i, part in enumerate(parts) if _skipped(part) or part in _SKIPPED_FOLDERS), len(parts))
+        if place < len(parts) - 1 or (place < len(parts) and _skipped(parts[place])):
+            name = parts[place] + "/" * (place < len(parts) - 1)
+            hidden.setdefault(tuple(parts[:place]), Counter())[name] += 1
             continue
         for depth in range(1, len(parts)):
             found.setdefault(tuple(parts[:depth]), [])
@@ -205,7 +300,12 @@ def _walk_remote(url: str) -> Iterator[Folder]:
         if parents:
             children.setdefault(parents[:-1], []).append(parents[-1])
     for parents in sorted(found):
-        yield Folder("/".join(parents), sorted(children.get(parents, [])), sorted(found[parents]))
+        passed: list[tuple[Reason, str, int]] = [
+            ("hidden", name, count) for name, count in sorted(hidden.pop(parents, Counter()).items())
+        ]
+        yield Folder("/".join(parents), sorted(children.get(parents, [])), sorted(found[parents]), passed)
+    for parents, names in sorted(hidden.items()):  # of folders with nothing else
+        yield Folder("/".join(parents), [], [], [("hidden", name, count) for name, count in sorted(names.items())])
 
 
 def _walk_pattern(location: Location) -> Iterator[Folder]:

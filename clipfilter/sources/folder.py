@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from clipfilter import storage
 from clipfilter.errors import MISSING_IMAGE, ClipfilterError, RefusedError, RowError, ShardError
 from clipfilter.sources import img2dataset, tables
-from clipfilter.sources.discover import Entry, Folder, Found, Location, below, is_image_name
+from clipfilter.sources.discover import Entry, Folder, Found, Location, below, is_image_name, why_passed
 from clipfilter.sources.fetch import Fetched, fetch_in_order, fetch_url, read_url
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, shard_id
 from clipfilter.sources.records import (
@@ -30,6 +30,7 @@ from clipfilter.sources.records import (
     travelling,
 )
 from clipfilter.sources.schema import infer_record_schema
+from clipfilter.sources.seen import Seen
 
 _TEXT_SUFFIXES = (".txt", ".caption")
 _SIDECAR_SUFFIXES = (*_TEXT_SUFFIXES, ".json")
@@ -102,19 +103,21 @@ class ImageFolder:
 
     # --- planning ---------------------------------------------------------------------------------------------------
 
-    def iter_shards(self) -> Iterator[Shard]:
+    def iter_shards(self, listing: Seen) -> Iterator[Shard]:
+        """Pictures are counted where their shard is read, all other files here: what speaks of a picture is a part."""
         if self.plan["img2dataset"]:
-            yield from self._downloaded_shards()
+            yield from self._downloaded_shards(listing)
             return
         size = self.options.rows_per_shard
         pending: list[tuple[str, Entry]] = []
         extra: dict[str, str] = {}  # the tables and sidecars of the pending images, with their etags
         tables_of: dict[str, dict[str, str]] = {}
         count = 0
-        for folder in self.location.walk():
+        for folder in self.location.walk(listing):
             own = _tables_with_etags(folder)
             if own:
                 tables_of[folder.path] = own
+            _count_others(folder, own, listing)
             sidecars = _sidecar_etags(folder)
             for entry in folder.files:
                 if not is_image_name(entry.name):
@@ -131,14 +134,18 @@ class ImageFolder:
         if pending:
             yield _chunk(".", pending, extra, count, size)
 
-    def _downloaded_shards(self) -> Iterator[Shard]:
+    def _downloaded_shards(self, listing: Seen) -> Iterator[Shard]:
         """img2dataset's `files`: one shard per folder with images or with a sidecar; larger ones in chunks."""
         size = self.options.rows_per_shard
         expected: set[str] = set()
-        for folder in self.location.walk():
+        for folder in self.location.walk(listing):
             names = {entry.name for entry in folder.files}
             expected.update(below(folder.path, name) for name in folder.folders if name + ".parquet" in names)
             images = [(entry.name, entry) for entry in folder.files if is_image_name(entry.name)]
+            around = names.union(folder.folders)
+            _count_others(
+                folder, {below(folder.path, name) for name in names if img2dataset.is_sidecar(around, name)}, listing
+            )
             sidecars = _sidecar_etags(folder)
             if not images and folder.path in expected:  # nothing could be downloaded; its failures still count
                 yield _chunk(folder.path, [], {}, 0, size)
@@ -160,6 +167,7 @@ class ImageFolder:
             stats.unfinished = sidecar.unfinished
             if shard.start == 0:  # the first chunk of the folder speaks for all of it
                 stats.not_downloaded = sidecar.not_downloaded
+        stats.seen.rows = len(shard.members)
         numbers = range(len(shard.members)) if rows is None else chosen_rows(rows, len(shard.members))
         yield from batches(self._rows(shard, numbers, images, sidecar, stats), self.columns, self.options, stats)
 
@@ -349,6 +357,23 @@ def _chunk(path: str, images: list[tuple[str, Entry]], extra: dict[str, str], st
         size=sum(entry.size for _, entry in images),
         etag=digest.hexdigest()[:32],
     )
+
+
+def _count_others(folder: Folder, own: Collection[str], listing: Seen) -> None:
+    """Count a folder's files that are no pictures. own: tables and sidecars of the whole folder, by path."""
+    stems = {_stem(entry.name) for entry in folder.files if is_image_name(entry.name)}
+    for entry in folder.files:
+        if is_image_name(entry.name):
+            continue
+        path = below(folder.path, entry.name)
+        if path in own or (entry.name.endswith(_SIDECAR_SUFFIXES) and _stem(entry.name) in stems):
+            listing.parts += 1
+        else:
+            listing.pass_over(why_passed(entry), path)
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0] or name
 
 
 def _tables_with_etags(folder: Folder) -> dict[str, str]:

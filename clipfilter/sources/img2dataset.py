@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from clipfilter.sources.schema import freeze
 
 SUCCESS = "success"
 _COLUMNS = {"key", "status"}
+_STATS = "_stats.json"
 
 
 def stem(path: str) -> str:
@@ -22,6 +23,13 @@ def stem(path: str) -> str:
         if path.lower().endswith(suffix):
             return path[: -len(suffix)]
     return path
+
+
+def is_sidecar(names: Collection[str], name: str) -> bool:
+    """Whether a file is the Parquet or `_stats.json` of a shard; names: of the files and folders in its folder."""
+    own = name.removesuffix(_STATS).removesuffix(".parquet")
+    shards = ("", *TAR_SUFFIXES, *(PARQUET_SUFFIXES if name.endswith(_STATS) else ()))
+    return own != name and any(own + suffix in names for suffix in shards)
 
 
 def sidecar_schema(location: Location, shards: Sequence[str]) -> pa.Schema | None:
@@ -51,7 +59,7 @@ def merge(sidecar: pa.Schema, fields: pa.Schema) -> pa.Schema:
 
 def has_stats(location: Location, path: str) -> bool:
     """Whether the shard at `path` has its `_stats.json`, which img2dataset writes last."""
-    fs, inside = storage.filesystem(location.url(stem(path) + "_stats.json"))
+    fs, inside = storage.filesystem(location.url(stem(path) + _STATS))
     return bool(fs.exists(inside))
 
 

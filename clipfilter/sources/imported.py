@@ -11,6 +11,7 @@ import pyarrow as pa
 from clipfilter.errors import RefusedError
 from clipfilter.sources.discover import Location
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions
+from clipfilter.sources.seen import Seen
 
 IMPORTED_KIND = "import"
 
@@ -21,7 +22,7 @@ class Imported:
     def __init__(self, location: Location, options: SourceOptions, columns: pa.Schema, plan: dict[str, Any]) -> None:
         self.location, self.options, self.columns, self.plan = location, options, columns, plan
 
-    def iter_shards(self) -> Iterator[Shard]:
+    def iter_shards(self, listing: Seen) -> Iterator[Shard]:
         self._refuse()
 
     def read(

@@ -66,6 +66,11 @@ class Shard:
     size: int = 0
     etag: str = ""
 
+    @property
+    def known_rows(self) -> int:
+        """How many rows it has, as far as that is known before it is read; else 0."""
+        return 0 if self.stop is None else self.stop - self.start
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -98,7 +103,8 @@ class ReadStats:
     image (not rows); `duplicate_keys` rows whose key an earlier row has; `clashes` members passed over because their
     row already has an image (or such a sidecar); `misfits` rows with something in cf_source_json; `ignored` members
     never looked at (links, devices, sparse files, pickles, hidden files); `unfinished`: an img2dataset shard without
-    the `_stats.json` that marks it as done. `seen`: what became of every file or member of the shard.
+    the `_stats.json` that marks it as done. `seen`: what became of everything inside the shard; where that is known
+    beforehand its `rows` count all of the shard's, so that those that --limit or --sample leave out are counted too.
     """
 
     rows: int = 0
@@ -111,9 +117,6 @@ class ReadStats:
     ignored: int = 0
     unfinished: bool = False
     seen: Seen = field(default_factory=Seen)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass

@@ -43,6 +43,7 @@ from clipfilter.sources.schema import (
     full_schema,
     plain_text,
 )
+from clipfilter.sources.seen import Seen
 from clipfilter.sources.spool import check_unchanged
 
 _KEY_NAMES = ("key", "__key__")
@@ -113,8 +114,8 @@ class Parquet:
         }
         return cls(location, options, freeze(rest_schema(schema, column)), plan)
 
-    def iter_shards(self) -> Iterator[Shard]:
-        for path, entry in self.location.files(PARQUET_SUFFIXES):
+    def iter_shards(self, listing: Seen) -> Iterator[Shard]:
+        for path, entry in self.location.containers(PARQUET_SUFFIXES, listing, img2dataset.is_sidecar):
             try:
                 fs, inside = storage.filesystem(self.location.url(path))
                 with fs.open(inside, "rb") as handle:

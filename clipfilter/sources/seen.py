@@ -4,26 +4,35 @@ sidecar), a container of others, or passed over for a reason that is counted."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 #: Why something was passed over. `unknown_type`: neither its name nor its content is that of a picture, a part or a
-#: container. `unsupported`: a picture or film of a format that is not read. `not_a_file`: a link, device or sparse file.
-#: `hidden`: hidden, temporary and system files. `pickle`: never opened. `unclaimed`: a caption file, sidecar or table
-#: that speaks of no picture here. `other_picture`: left out because other pictures were asked for. `empty`: no bytes.
-#: `unread`: behind damage.
+#: container. `unsupported`: a picture or film of a format that is not read. `other_kind`: a picture or container beside
+#: containers of the kind that is read. `by_name`: a picture beside tables, read where a row names it. `not_a_file`: a
+#: link, device or sparse file. `hidden`: hidden, temporary and system files. `pickle`: never opened. `unclaimed`: a
+#: caption file, sidecar or table that speaks of no picture here. `other_picture`: left out because other pictures were
+#: asked for. `not_chosen`: left out by --limit or --sample. `not_downloaded`: a row that never had a picture. `empty`: no
+#: bytes. `unread`: behind damage, or in a shard that failed. `forgotten`: taken out since.
 Reason = Literal[
-    "unknown_type", "unsupported", "not_a_file", "hidden", "pickle", "unclaimed", "other_picture", "empty", "unread"
-]
+    "unknown_type", "unsupported", "other_kind", "by_name", "not_a_file", "hidden", "pickle", "unclaimed",
+    "other_picture", "not_chosen", "not_downloaded", "empty", "unread", "forgotten",
+]  # fmt: skip
 REASONS: tuple[Reason, ...] = get_args(Reason)
 _EXAMPLES = 3  # names kept per reason
+_TABLES = 20  # names of tables kept; the captions of further ones are counted together
+_OTHERS = "other tables"
 
 
 @dataclass
 class Seen:
     """What was seen: `things` = rows + parts + containers + passed over, which `verify` counts again.
 
-    `examples` are the first few names that were passed over, per reason.
+    A source's listing counts every file but those that its shards are made of (an image folder's pictures), and the read
+    of a shard counts what is inside of it: an archive's members, a table's rows, a folder's pictures.
+
+    `examples` are the first few names that were passed over, per reason. captions: table, or what else gives captions ->
+    rows it gave one. not_read: caption table -> why nothing was read of it.
     """
 
     rows: int = 0
@@ -31,39 +40,80 @@ class Seen:
     containers: int = 0
     passed: Counter[Reason] = field(default_factory=Counter)
     examples: dict[Reason, list[str]] = field(default_factory=dict)
+    captions: dict[str, int] = field(default_factory=dict)
+    not_read: dict[str, str] = field(default_factory=dict)
 
     @property
     def things(self) -> int:
         return self.rows + self.parts + self.containers + self.passed.total()
 
-    def pass_over(self, reason: Reason, name: str, count: int = 1) -> None:
+    def pass_over(self, reason: Reason, name: str = "", count: int = 1) -> None:
         """Count `count` things as passed over; `name` is shown as an example."""
         self.passed[reason] += count
-        names = self.examples.setdefault(reason, [])
-        if len(names) < _EXAMPLES and name not in names:
-            names.append(name)
+        self._exemplify(reason, [_plain(name)] if name else [])
+
+    def judged(self, rows: int) -> None:
+        """Of the rows that were seen this many were judged, the others not chosen."""
+        if self.rows > rows:
+            self.pass_over("not_chosen", count=self.rows - rows)
+        self.rows = rows
+
+    def forgotten(self, rows: int) -> Seen:
+        """The same after this many rows were forgotten: none of the names that could be theirs."""
+        passed: Counter[Reason] = Counter(self.passed)
+        passed["forgotten"] += rows
+        return replace(self, rows=self.rows - rows, passed=passed, examples={})
+
+    def caption(self, table: str, rows: int = 1) -> None:
+        """Count rows that have their captions from `table`."""
+        table = _plain(table)
+        name = table if table in self.captions or len(self.captions) < _TABLES else _OTHERS
+        self.captions[name] = self.captions.get(name, 0) + rows
+
+    def leave(self, table: str, why: str) -> None:
+        """Note a table of which nothing was read. why: half a sentence, "no column names a picture"."""
+        if len(self.not_read) < _TABLES:
+            self.not_read.setdefault(_plain(table), why)
 
     def add(self, other: Seen) -> None:
         """Add what was seen elsewhere."""
         self.rows += other.rows
         self.parts += other.parts
         self.containers += other.containers
-        for reason, count in other.passed.items():
-            self.passed[reason] += count
+        self.passed.update(other.passed)
         for reason, names in other.examples.items():
-            known = self.examples.setdefault(reason, [])
-            known += [name for name in names if name not in known][: _EXAMPLES - len(known)]
+            self._exemplify(reason, names)
+        for table, rows in other.captions.items():
+            self.caption(table, rows)
+        for table, why in other.not_read.items():
+            self.leave(table, why)
+
+    def _exemplify(self, reason: Reason, names: list[str]) -> None:
+        known = self.examples.get(reason, [])
+        known += [name for name in names if name not in known][: _EXAMPLES - len(known)]
+        if known:
+            self.examples[reason] = known
 
     def to_json(self) -> dict[str, Any]:
-        """Reasons in the order of `REASONS`, those without a count left out."""
+        """Reasons in the order of `REASONS`; reasons without a count, and what is empty beside them, left out."""
+        named = {
+            "examples": {reason: self.examples[reason] for reason in REASONS if self.examples.get(reason)},
+            "captions": dict(self.captions),
+            "not_read": dict(self.not_read),
+        }
         return {
             "rows": self.rows,
             "parts": self.parts,
             "containers": self.containers,
             "passed": {reason: self.passed[reason] for reason in REASONS if self.passed[reason]},
-            "examples": {reason: self.examples[reason] for reason in REASONS if self.examples.get(reason)},
-        }
+        } | {name: value for name, value in named.items() if value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Seen:
-        return cls(data["rows"], data["parts"], data["containers"], Counter(data["passed"]), dict(data["examples"]))
+        """Raises KeyError or TypeError for what `to_json` does not write."""
+        return cls(**{**data, "passed": Counter(data["passed"])})
+
+
+def _plain(name: str) -> str:
+    """A name that JSON can hold: bytes that are not UTF-8 are shown as \\xNN."""
+    return name[:200].encode("utf-8", "backslashreplace").decode()

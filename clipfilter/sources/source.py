@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from clipfilter.sources.discover import Location, detect, locate, refusing
+from clipfilter import storage
+from clipfilter.sources.discover import Location, detect, holds, locate, refusing
 from clipfilter.sources.model import ReadStats, Shard, ShardReader, SourceOptions
 from clipfilter.sources.schema import schema_from_text, schema_to_text
+from clipfilter.sources.seen import Seen
 
 
 class _Format(Protocol):
@@ -21,7 +23,7 @@ class _Format(Protocol):
     columns: pa.Schema
     plan: dict[str, Any]
 
-    def iter_shards(self) -> Iterator[Shard]: ...
+    def iter_shards(self, listing: Seen) -> Iterator[Shard]: ...
 
     def read(
         self, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats
@@ -62,6 +64,7 @@ class Source:
         self.options = reader.options
         self.schema = reader.columns
         self.has_captions: bool | None = reader.plan["has_captions"]
+        self.listing: Seen | None = None  # once all shards are listed: what became of the files that are in no shard
 
     def to_plan(self) -> dict[str, Any]:
         """Everything workers need, as JSON."""
@@ -84,9 +87,24 @@ class Source:
         columns = schema_from_text(plan["schema"])
         return cls(plan["url"], _format_class(plan["kind"])(location, options, columns, plan["format"]))
 
+    def is_at(self, url: str) -> bool:
+        """Whether a path or URL, however it is spelled, means this source."""
+        return storage.same_place(url, self._place)
+
+    def holds(self, url: str) -> bool:
+        """Whether files below a path or URL would be read as those of this source."""
+        return holds(self._place, url)
+
+    @property
+    def _place(self) -> str:
+        location = self._format.location
+        return location.url(location.pattern or "")
+
     def iter_shards(self) -> Iterator[Shard]:
         """The shards in listing order, found as they are asked for; only Parquet footers are opened, one at a time."""
-        return self._format.iter_shards()
+        listing = Seen()
+        yield from self._format.iter_shards(listing)
+        self.listing = listing
 
     def read(self, shard: Shard, rows: Sequence[int] | None = None, images: bool = True) -> ShardReader:
         """Rows of a shard as record batches; `rows` restricts them to these cf_row, `images=False` skips the bytes.
@@ -114,4 +132,4 @@ def open_source(url: str, options: SourceOptions | None = None) -> Source:
     with refusing(url):
         found = detect(location)
         reader = _format_class(found.kind).infer(location, options, found)
-    return Source(url, reader)
+    return Source(storage.normalise(url), reader)

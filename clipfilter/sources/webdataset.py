@@ -27,6 +27,7 @@ from clipfilter.sources.records import (
     record_uid,
     travelling,
 )
+from clipfilter.sources.seen import Seen
 from clipfilter.sources.spool import TarCache, read_prefix
 from clipfilter.sources.tar import (
     CAPTION_EXTENSIONS,
@@ -83,8 +84,8 @@ class Webdataset:
         }
         return cls(location, options, columns, plan)
 
-    def iter_shards(self) -> Iterator[Shard]:
-        for path, entry in self.location.files(TAR_SUFFIXES):
+    def iter_shards(self, listing: Seen) -> Iterator[Shard]:
+        for path, entry in self.location.containers(TAR_SUFFIXES, listing, img2dataset.is_sidecar):
             yield Shard(shard_id(path), path, "tar", size=entry.size, etag=entry.etag)
 
     def read(
@@ -93,6 +94,7 @@ class Webdataset:
         tar = self._tars.open(self.location.url(shard.path), shard.etag)
         index = tar.index
         stats.damaged, stats.bytes_unread = index.damaged, index.bytes_unread
+        stats.seen.rows = len(index)
         stats.duplicate_keys, stats.clashes, stats.ignored = index.duplicate_keys, index.clashes, index.ignored
         sidecar = None
         if self.plan["sidecar"] or self.plan["stats"]:

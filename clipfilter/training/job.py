@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clipfilter.errors import RefusedError
 from clipfilter.models import Encoder, load_encoder
-from clipfilter.storage import Directory, is_local, only_one
+from clipfilter.scratch import only_one
+from clipfilter.storage import SCRATCH, Directory, is_local
 from clipfilter.training.card import model_card
 from clipfilter.training.checkpoints import Checkpoints
 from clipfilter.training.distributed import check_ray_train, work_on_ray
@@ -94,7 +95,9 @@ def _same_run(settings: TrainSettings, out: Path) -> None:
     plan = out / PLAN
     if not plan.exists():
         others = [
-            path.name for path in out.iterdir() if path.name not in (".lock", ".pairs", ".tmp", "initial.safetensors")
+            path.name
+            for path in out.iterdir()
+            if path.name not in (".lock", ".pairs", "initial.safetensors") and not path.name.startswith(SCRATCH)
         ]
         if others:
             raise RefusedError(f"{out} holds something else ({others[0]}): choose another --out.")

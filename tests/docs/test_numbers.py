@@ -74,8 +74,22 @@ CODE: dict[str, dict[str, list[str | None]]] = {
     },
     "docs/reference/images.md": {
         "a side above 65 535": ["header.MAX_SIDE"],
-        "more than 500 scans": ["header._MAX_SCANS"],
-        "more than 20 000 parts": ["header._MAX_PARTS"],
+        "500 scans, fewer": ["header._MAX_SCANS"],
+        "more than 8 589 934 592 pixels in all, but at least 64; 20 000 segments": [
+            "header._MAX_SCANNED",
+            "header._FEW_SCANS",
+            "header._MAX_PARTS",
+        ],
+        "up to 33 554 432 pixels": ["header._MAX_SLOW_PIXELS"],
+        "| 20 000 entries of": ["header._MAX_PARTS"],
+        "the picture or 33 554 432 pixels": ["header._MAX_SLOW_PIXELS"],
+        "| 20 000 tiles, 1 000 000 precincts, 10 000 000 packets": [
+            "header._MAX_PARTS",
+            "header._MAX_PRECINCTS",
+            "header._MAX_PACKETS",
+        ],
+        "| 8 388 608 pixels, as": ["header._MAX_RUN_PIXELS"],
+        "in digits | 33 554 432 pixels": ["header._MAX_SLOW_PIXELS"],
         "at least 6 times the model's input": ["load.OVERSAMPLING"],
         "224-pixel input scaled decoding begins at a shorter side of 2 688 pixels": [
             None,
@@ -216,7 +230,7 @@ GIVEN: dict[str, list[str]] = {
         "of 27,369 words",
         "nltk 3.10",
     ],
-    "docs/reference/errors.md": ["(404 and other", "or failed three times", "| 3 |"],
+    "docs/reference/errors.md": ["a JPEG of 12 bits", "(404 and other", "or failed three times", "| 3 |"],
     "docs/reference/heads.md": [
         "people like such pictures, 0 to 10 |",  # the ratings of the data sets the heads were fitted to
         "about 1 to 10 |",
@@ -232,6 +246,9 @@ GIVEN: dict[str, list[str]] = {
     ],
     "docs/reference/images.md": [
         "PNG, 16 bits",
+        "JPEG 2000",
+        "0.2 seconds of processor a megapixel",  # measured on samples/photos/coffee.jpg, enlarged and encoded by Pillow
+        "JPEGs of 12 bits",
         "TIFF with 32-bit",
         "within 2 levels of Pillow",  # tests/unit/test_images_load.py
         "at least 0.9995 on photographs (0.9993 was seen",  # the same, and docs/decisions/0007-fast-decode-mode.md

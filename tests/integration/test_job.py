@@ -24,6 +24,7 @@ from clipfilter.errors import RefusedError
 from clipfilter.models import nano
 from clipfilter.operations.export import export_run
 from clipfilter.operations.verify import verify_run
+from clipfilter.sources import holds, open_source
 from tests.support.engine import FRACTION_POLICY, commits, data_files, policy_file, samples, stray_files
 from tests.support.images import broken_images
 from tests.support.sources import cut, write_image_folder, write_img2dataset, write_parquet, write_webdataset
@@ -205,6 +206,72 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     (tmp_path / "file").write_text("a file")
     with pytest.raises(RefusedError, match="cannot be written"):
         run(dataset, tmp_path / "file" / "out", policy)
+
+
+def test_another_spelling_of_the_source_is_the_same_plan(
+    finished: JobResult, dataset: Path, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a run that is decided again, of an older plan that kept a relative path, and from another folder."""
+    out, link = tmp_path / "out", tmp_path / "link"
+    shutil.copytree(finished.out, out)
+    link.symlink_to(dataset)
+    monkeypatch.chdir(dataset.parent)
+    spellings = (dataset.name, f"./{dataset.name}/", f"x/../{dataset.name}", f"file://{dataset}", f"file:{dataset}")
+    assert {open_source(spelling).to_plan()["url"] for spelling in spellings} == {str(dataset)}
+    for spelling in (*spellings, str(link), f"{link}/"):
+        assert run_job(JobRequest("run", spelling, str(out), policy=policy, engine="local")).rows_processed == 0
+
+    old = replace(finished.plan, source=finished.plan.source | {"url": "a/folder/that/was/left"})
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/plan.json").write_bytes(old.to_bytes())
+    resumed = run(link, tmp_path / "old", policy)
+    assert (resumed.plan, resumed.totals) == (old, finished.totals)
+
+    (tmp_path / "runs").symlink_to(tmp_path)
+    for spelling in (str(out), str(tmp_path / "runs/out")):
+        run_job(JobRequest("filter", spelling, str(tmp_path / "filter"), policy=policy, engine="local"))
+    assert len(list((tmp_path / "filter/versions").iterdir())) == 1
+    link.unlink()
+    shutil.copytree(dataset, link)
+    with pytest.raises(RefusedError, match=r"another plan \(source.root was"):
+        run(link, out, policy)
+
+
+def test_out_inside_the_source_is_refused_however_it_is_reached(
+    finished: JobResult, dataset: Path, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(dataset, source / "tars")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "deep").symlink_to(source / "tars", target_is_directory=True)
+    monkeypatch.chdir(source / "tars")
+    for given, out in (
+        (source, source / "out"),
+        (source, tmp_path / "link/new/out"),
+        (tmp_path / "link", tmp_path / "deep/out"),
+        ("..", "out"),
+        (f"file://{source}", f"{tmp_path}/x/../deep/out"),
+        (f"{source}/**/*.tar", source / "out"),
+        (f"{tmp_path}/s*/*/*.tar", tmp_path / "link/out"),
+        (f"{source}/{{tars,other}}/0000{{0..2}}.tar", tmp_path / "link/out"),
+    ):
+        with pytest.raises(RefusedError, match="lies inside the source"):
+            run_job(JobRequest("run", str(given), str(out), policy=policy))
+    for given, out in ((source, tmp_path / "link"), ("..", f"file:{source}")):
+        with pytest.raises(RefusedError, match="is the source itself"):
+            run_job(JobRequest("run", str(given), str(out), policy=policy))
+    (source / "tars").rename(source / "policy")  # a name that a run's own folder may have
+    with pytest.raises(RefusedError, match="lies inside --out"):
+        run_job(JobRequest("run", str(source / "policy"), str(tmp_path / "link"), policy=policy))
+    (tmp_path / "run").symlink_to(finished.out)
+    with pytest.raises(RefusedError, match="is the run itself"):
+        run_job(JobRequest("filter", finished.out, str(tmp_path / "run"), policy=policy))
+    assert sorted(path.name for path in source.rglob("*")) == ["00000.tar", "00001.tar", "00002.tar", "policy"]
+    with pytest.raises(RefusedError, match="lies inside the source"):
+        export_run(finished.out, str(dataset / "export"))
+    # Beside what a pattern finds is not inside the source.
+    assert not holds(f"{source}/*.tar", str(source / "out"))
+    assert not holds(str(source), f"{source}-out")
 
 
 def test_dry_run_writes_nothing(dataset: Path, policy: str, tmp_path: Path) -> None:

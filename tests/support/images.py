@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE
+from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE, UNSUPPORTED
 
 Colour = tuple[int, int, int]
 WHITE, BLACK, RED, GREEN, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 128, 0), (0, 0, 255)
@@ -27,6 +27,8 @@ class Tricky(NamedTuple):
 
 def encode(image: Image.Image, format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
+    if format.upper() == "ICO":
+        options = {"sizes": [image.size]} | options  # else of sizes that icons have
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
@@ -112,6 +114,44 @@ def broken_images() -> dict[str, tuple[bytes, str]]:
         "bomb.webp": (bytes(huge_webp), IMAGE_TOO_LARGE),
         "bomb.tiff": (huge_tiff, IMAGE_TOO_LARGE),
         "bomb.avif": (bytes(huge_avif), IMAGE_TOO_LARGE),
+        **_broken_others(picture),
+        **unsupported_images(jpeg, bmp, tiff),
+    }
+
+
+def _broken_others(picture: Image.Image) -> dict[str, tuple[bytes, str]]:
+    """Formats that came later, cut or with sizes that nobody can hold."""
+    ppm, tga, j2k = encode(picture, "PPM"), encode(picture, "TGA"), encode(picture, "JPEG2000")
+    icon = encode(picture, "ICO", sizes=[(96, 64)], bitmap_format="bmp")
+    siz, dib = j2k.index(b"\xff\x4f\xff\x51") + 8, 22
+    runs = struct.pack("<IiiHHIIiiII", 40, 65_000, 2000, 1, 8, 1, 0, 0, 0, 0, 0) + bytes(1024) + b"\1\0\0\0" * 99
+    return {
+        "truncated.ppm": (ppm[: len(ppm) // 2], DECODE_ERROR),
+        "short_words.ppm": (b"P3 10 10 255\n" + b"1 2 3 " * 99, DECODE_ERROR),
+        "no_maximum.ppm": (b"P6 10 10 0\n" + bytes(300), DECODE_ERROR),
+        "letters.pgm": (b"P2 10 10 255\n" + b"1 two " * 99, DECODE_ERROR),
+        "truncated.tga": (tga[: len(tga) // 2], DECODE_ERROR),
+        "truncated.jp2": (j2k[: len(j2k) // 8], DECODE_ERROR),
+        "truncated.ico": (icon[: len(icon) // 2], DECODE_ERROR),
+        "nothing.ico": (b"\0\0\1\0\2\0" + bytes(32), DECODE_ERROR),
+        "bomb.ppm": (b"P6 60000 60000 255\n" + bytes(100), IMAGE_TOO_LARGE),
+        "bomb.tga": (tga[:12] + struct.pack("<HH", 60_000, 60_000) + tga[16:], IMAGE_TOO_LARGE),
+        "bomb.jp2": (j2k[:siz] + struct.pack(">II", 60_000, 60_000) + j2k[siz + 8 :], IMAGE_TOO_LARGE),
+        "bomb.ico": (icon[: dib + 4] + struct.pack("<ii", 60_000, 60_000) + icon[dib + 12 :], IMAGE_TOO_LARGE),
+        # Whose decoder takes a step of Python for each pixel.
+        "runs.bmp": (b"BM" + struct.pack("<IHHI", 14 + len(runs), 0, 0, 1078) + runs, IMAGE_TOO_LARGE),
+    }
+
+
+def unsupported_images(jpeg: bytes, bmp: bytes, tiff: bytes) -> dict[str, tuple[bytes, str]]:
+    """Pictures of formats that we read, in a kind that we do not."""
+    frame = jpeg.index(b"\xff\xc0")
+    return {
+        "twelve_bits.jpg": (jpeg[: frame + 4] + b"\x0c" + jpeg[frame + 5 :], UNSUPPORTED),
+        "lossless.jpg": (jpeg[: frame + 1] + b"\xc3" + jpeg[frame + 2 :], UNSUPPORTED),
+        "two_components.jpg": (jpeg[: frame + 9] + b"\x02" + jpeg[frame + 10 :], UNSUPPORTED),
+        "jpeg_inside.bmp": (bmp[:30] + b"\4" + bmp[31:], UNSUPPORTED),
+        "compression.tiff": (_set_tiff_tag(tiff, 0x0103, 34_712), UNSUPPORTED),
     }
 
 
@@ -210,6 +250,42 @@ def tricky_images() -> dict[str, Tricky]:
         (64, 48),
         corners,
     )
+    images["first_of_two.mpo"] = Tricky(
+        encode(upright, "MPO", save_all=True, append_images=frames[1:], quality=95, subsampling=0), (64, 48), corners, 6
+    )
+    small = upright.resize((16, 16), Image.Resampling.NEAREST)
+    icon = {"sizes": [(16, 16), (64, 48)], "append_images": [small]}
+    images["largest.ico"] = Tricky(encode(alpha, "ICO", **icon), (64, 48), half)
+    images["bitmap.ico"] = Tricky(encode(alpha, "ICO", bitmap_format="bmp", **icon), (64, 48), half)
+    images["mask.ico"] = Tricky(_masked_icon(upright.crop((0, 0, 32, 24))), (32, 24), {(4, 4): RED, (28, 4): WHITE})
+    for name, picture, options in (
+        ("plain", upright, {}), ("runs", upright, {"compression": "tga_rle"}), ("turned", upright, {"orientation": 1}),
+        ("palette", upright.quantize(4), {}), ("palette_runs", upright.quantize(4), {"compression": "tga_rle"}),
+    ):  # fmt: skip
+        images[f"{name}.tga"] = Tricky(encode(picture, "TGA", **options), (64, 48), corners)
+        images[f"{name}_footless.tga"] = Tricky(images[f"{name}.tga"].data[:-26], (64, 48), corners)
+    images["alpha.tga"] = Tricky(encode(alpha, "TGA"), (64, 48), half)
+    images["lossless.jp2"] = Tricky(encode(upright, "JPEG2000"), (64, 48), corners)
+    images["lossy.j2k"] = Tricky(encode(upright, "JPEG2000", no_jp2=True, irreversible=True), (64, 48), corners, 12)
+    images["alpha.jp2"] = Tricky(encode(alpha, "JPEG2000"), (64, 48), half)
+    images |= _netpbm(upright, corners)
+    unused = upright.convert("RGBA")
+    unused.putalpha(0)  # that nobody filled in
+    images["unused_alpha.bmp"] = Tricky(_bmp_with_alpha(unused), (64, 48), corners)
+    images["used_alpha.bmp"] = Tricky(_bmp_with_alpha(alpha), (64, 48), half)
+    images["unused_alpha.tga"] = Tricky(encode(unused, "TGA"), (64, 48), corners)
+    for depth in (1, 2, 4):
+        level = 255 // ((1 << depth) - 1)
+        images[f"gray{depth}_one_key.png"] = Tricky(
+            _png(16, 4, zlib.compress((b"\0" + bytes([_bits(1, depth)] * depth) + bytes(depth)) * 4), depth, 0,
+                 png_chunk(b"tRNS", b"\0\0")),
+            (16, 4), {(2, 1): (level,) * 3, (14, 1): WHITE},
+        )  # fmt: skip
+        images[f"gray{depth}_other_key.png"] = Tricky(
+            _png(16, 4, zlib.compress((b"\0" + bytes([_bits(1, depth)] * depth) + bytes(depth)) * 4), depth, 0,
+                 png_chunk(b"tRNS", b"\0\1")),
+            (16, 4), {(2, 1): WHITE, (14, 1): BLACK},
+        )  # fmt: skip
     images["bmp_top_down.bmp"] = Tricky(_top_down_bmp(upright), (64, 48), corners)
     images["one_pixel.png"] = Tricky(encode(Image.new("RGB", (1, 1), RED), "PNG"), (1, 1), {(0, 0): RED})
     return images
@@ -229,9 +305,66 @@ def _undo(image: Image.Image, orientation: int) -> Image.Image:
     return image if inverse is None else image.transpose(inverse)
 
 
-def _png(width: int, height: int, idat: bytes, depth: int = 8, colour: int = 2) -> bytes:
+def _bits(value: int, depth: int) -> int:
+    """A byte full of samples of `depth` bits."""
+    return sum(value << shift for shift in range(0, 8, depth))
+
+
+def _netpbm(image: Image.Image, corners: dict[tuple[int, int], Colour]) -> dict[str, Tricky]:
+    """All six kinds, with comments, odd largest values and 16 bits."""
+    width, height = image.size
+    rgb = np.asarray(image).astype(int)
+    gray = np.asarray(image.convert("L")).astype(int)
+    dark = (gray < 50).astype(np.uint8)
+    shown = {at: (int(gray[at[1], at[0]]),) * 3 for at in corners}
+    ink = {at: BLACK if gray[at[1], at[0]] < 50 else WHITE for at in corners}
+
+    def words(values: np.ndarray) -> bytes:
+        return b"\n".join(b" ".join(b"%d" % value for value in row) for row in values.reshape(height, -1))
+
+    size = b"%d %d\n" % (width, height)
+    deep = np.rint(rgb * 1023 / 255).astype(int)
+    made = {
+        "bits.pbm": (b"P4\n# a comment\n" + size + np.packbits(dark, axis=1).tobytes(), ink, 0),
+        "digits.pbm": (b"P1 " + size + words(dark).replace(b" ", b""), ink, 0),
+        "gray.pgm": (b"P5\n" + size + b"255\n" + gray.astype(np.uint8).tobytes(), shown, 0),
+        "gray16.pgm": (b"P5\n" + size + b"65535\n" + (gray * 257).astype(">u2").tobytes(), shown, 0),
+        "words.pgm": (b"P2\n" + size + b"255\n# between\n" + words(gray), shown, 0),
+        "colour.ppm": (b"P6 " + size + b"255\n" + rgb.astype(np.uint8).tobytes(), corners, 0),
+        "deep.ppm": (b"P6 " + size + b"1023\n" + deep.astype(">u2").tobytes(), corners, 1),
+        "words.ppm": (b"P3\n" + size + b"1023 # ten bits\n" + words(deep), corners, 1),
+    }
+    return {name: Tricky(data, image.size, pixels, tolerance) for name, (data, pixels, tolerance) in made.items()}
+
+
+def _masked_icon(image: Image.Image) -> bytes:
+    """An ICO of 24 bits, the right half of which its mask takes away."""
+    width, height = image.size
+    rows = np.asarray(image)[::-1, :, ::-1].tobytes()  # BGR from below; the width is a multiple of four
+    mask = np.zeros((height, 32), np.uint8)
+    mask[:, width // 2 : width] = 1
+    bitmap = (
+        struct.pack("<IiiHHIIiiII", 40, width, 2 * height, 1, 24, 0, 0, 0, 0, 0, 0)
+        + rows
+        + np.packbits(mask, 1).tobytes()
+    )
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, width, height, 0, 0, 1, 24, len(bitmap), 22) + bitmap
+
+
+def _bmp_with_alpha(image: Image.Image) -> bytes:
+    """A BMP of 32 bits whose header (version 5) names a mask for alpha."""
+    pixels = np.asarray(image)[::-1, :, [2, 1, 0, 3]].tobytes()
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 124, *image.size, 1, 32, 3, len(pixels), 0, 0, 0, 0) + masks
+    header += b"BGRs" + bytes(124 - len(header) - 4)
+    return b"BM" + struct.pack("<IHHI", 14 + 124 + len(pixels), 0, 0, 14 + 124) + header + pixels
+
+
+def _png(width: int, height: int, idat: bytes, depth: int = 8, colour: int = 2, before: bytes = b"") -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", idat) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + before + png_chunk(b"IDAT", idat) + png_chunk(b"IEND", b"")
+    )
 
 
 def _png_with_before_data(png: bytes, chunk: bytes) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from clipfilter.errors import RefusedError
-from clipfilter.runs import Commit, Totals, ledger
+from clipfilter.runs import Commit, FailedShard, Totals, ledger
 from clipfilter.runs.plan import Plan, read_plan, settle_plan
+from clipfilter.sources import Shard
 from clipfilter.storage import Directory, file_sha256
 from tests.support.runs import commit_of, version_of
 
@@ -85,7 +85,10 @@ def test_versions_count_up_and_an_unchanged_dataset_makes_none(tmp_path: Path) -
 
 
 def test_totals_are_sums_and_name_failure_classes() -> None:
-    totals = Totals.of([commit("a"), commit("b", 5, damaged=True, bytes_unread=7)], 1)
+    totals = Totals.of(
+        [commit("a"), commit("b", 5, damaged=True, bytes_unread=7)],
+        [FailedShard(Shard("f" * 16, "f.tar", "tar"), "broken", 3)],
+    )
     assert (totals["rows"], totals["decided"], totals["failed"]) == (8, 6, 2)
     assert totals["failed_by_class"] == {"decode_error": 2}
     assert (totals["failed_shards"], totals["damaged_shards"], totals["bytes_unread"]) == (1, 1, 7)
@@ -96,29 +99,11 @@ def test_nothing_unfinished_is_ever_visible(tmp_path: Path) -> None:
     part = directory.scratch() / "part"
     part.write_bytes(b"x" * 1000)
     assert directory.names("annotated") == []
-    assert [p.name for p in (tmp_path / "out").iterdir()] == [".tmp"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [directory.scratch().name]
     directory.publish(part, "annotated/a-1.parquet")
     assert directory.names("annotated") == ["a-1.parquet"]
     directory.clean_scratch(stale_only=False)
-    assert not (tmp_path / "out" / ".tmp").exists()
-
-
-def test_scratch_of_dead_processes_is_removed_and_that_of_living_ones_kept(tmp_path: Path) -> None:
-    directory = Directory(str(tmp_path / "out"))
-    own = directory.scratch()
-    host = own.name.rsplit("-", 2)[0]
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    dead = own.parent / f"{host}-{child}-abcdefgh"
-    elsewhere = own.parent / "another-host-1-abcdefgh"
-    dead.mkdir()
-    elsewhere.mkdir()
-    directory.clean_scratch(stale_only=True)
-    assert own.exists()
-    assert elsewhere.exists()
-    assert not dead.exists()
+    assert directory.unfinished() == []
 
 
 def test_a_folder_is_published_whole_and_hashed_by_names_and_contents(tmp_path: Path) -> None:

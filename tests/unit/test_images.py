@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE, RowError
+from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE, UNSUPPORTED, RowError
 from clipfilter.images.decode import Mode, decode, jpeg_scale
 from clipfilter.images.header import read_header
 from clipfilter.images.sniff import sniff
@@ -26,6 +27,9 @@ PHOTOS = Path(__file__).parents[2] / "samples" / "photos"
 BROKEN = broken_images()
 TRICKY = tricky_images()
 MODES = ("fast", "exact")
+#: Our name of a format -> Pillow's.
+FORMATS = {name: name for name in ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "ico", "tga", "jpeg2000")}
+FORMATS["pnm"] = "ppm"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -53,35 +57,43 @@ def test_tricky_images_look_as_a_person_sees_them(name: str, mode: Mode) -> None
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "words", "error"),
     [
-        (b"", "0 bytes"),
-        (b"<html><body>no</body></html>", "HTML page"),
-        (b"\xef\xbb\xbf  <!DOCTYPE HTML>", "HTML page"),
-        (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
-        (b"%PDF-1.7 ...", "PDF"),
-        (b"PK\x03\x04....", "ZIP"),
-        (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x18ftypisom\0\0\0\0isommp42", "video"),
-        ("Bild fehlt: größer als erlaubt".encode(), "text file"),
+        (b"", "0 bytes", DECODE_ERROR),
+        (b"<html><body>no</body></html>", "HTML page", DECODE_ERROR),
+        (b"\xef\xbb\xbf  <!DOCTYPE HTML>", "HTML page", DECODE_ERROR),
+        (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "SVG", UNSUPPORTED),
+        (b"%PDF-1.7 ...", "PDF", UNSUPPORTED),
+        (b"8BPS\0\1", "Photoshop", UNSUPPORTED),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", UNSUPPORTED),
+        (b"\0\0\2\0\1\0", "cursor", UNSUPPORTED),
+        (b"P7\nWIDTH 2\n", "PAM", UNSUPPORTED),
+        (b"RIFF\0\0\0\0AVI LIST", "AVI", UNSUPPORTED),
+        (b"PK\x03\x04....", "ZIP", DECODE_ERROR),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS", DECODE_ERROR),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"clipfilter\[heic\]", UNSUPPORTED),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isommp42", "video", UNSUPPORTED),
+        ("P5 ist ein Bild: größer als erlaubt".encode(), "text file", DECODE_ERROR),
     ],
 )
-def test_what_is_no_image_is_named(data: bytes, words: str) -> None:
-    with pytest.raises(RowError, match=words):
+def test_what_is_not_read_is_named(data: bytes, words: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipfilter.images.sniff.has_heic", lambda: False)
+    with pytest.raises(RowError, match=words) as caught:
         sniff(data)
+    assert caught.value.error_class == error
+    assert "damaged" not in caught.value.message
 
 
 def test_formats_are_told_from_bytes_not_names() -> None:
-    for format in ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"):
-        data = encode(scene(), format)
+    for format, pillow in FORMATS.items():
+        data = encode(scene(), pillow)
         assert sniff(data) == format
         assert decode(memoryview(data), mode="exact").format == format
         header = read_header(data)
         assert (header.width, header.height) == (96, 64)
 
 
-@pytest.mark.parametrize("format", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
+@pytest.mark.parametrize("format", FORMATS.values())
 def test_pixel_limit_holds_for_every_format(format: str) -> None:
     data = encode(scene(), format)
     assert decode(data, max_pixels=96 * 64).width == 96
@@ -101,7 +113,7 @@ def test_a_jpeg_cut_anywhere_is_an_error(mode: Mode, progressive: bool) -> None:
         assert caught.value.error_class == DECODE_ERROR, cut
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP", "ICO", "TGA", "PPM", "JPEG2000"])
 def test_other_formats_cut_anywhere_are_errors(format: str) -> None:
     picture = scene(160, 120)
     options = {"compression": "tiff_deflate"} if format == "TIFF" else {}
@@ -155,11 +167,85 @@ def test_png_orientation_after_the_data_counts() -> None:
     assert decode(png_with(quadrants(), block)).rgb.shape == (64, 48, 3)
 
 
-def test_a_progressive_jpeg_with_thousands_of_scans_is_refused() -> None:
+def _scans(width: int, height: int, count: int) -> bytes:
+    """A baseline JPEG of three components with `count` scans of one component each, all empty: a few bytes a scan."""
+    data = encode(Image.new("RGB", (16, 16), (90, 120, 30)), "JPEG", subsampling=0)
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    head = data[: frame + 5] + struct.pack(">HH", height, width) + data[frame + 9 : scan]
+    one = b"".join(b"\xff\xda\0\x08\1%c\0\0\x3f\0\0" % component for component in (1, 2, 3))
+    return head + one * -(-count // 3) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
     data = encode(scene(), "JPEG", progressive=True)
     scan = data.index(b"\xff\xda")
-    with pytest.raises(RowError, match="scans"):
-        decode(data[:scan] + data[scan:-2] * 300 + b"\xff\xd9")
+    for hostile in (data[:scan] + data[scan:-2] * 300 + b"\xff\xd9", _scans(4000, 4000, 60_000), _scans(16, 16, 600)):
+        with pytest.raises(RowError, match="scans") as caught:
+            read_header(hostile)
+        assert caught.value.error_class == DECODE_ERROR
+    assert read_header(_scans(16, 16, 450)).width == 16
+    with pytest.raises(RowError, match="more than 64 scans"):
+        read_header(_scans(13_000, 13_000, 70))
+    # What stands behind the picture is none of it: the second picture of an MPO, a film.
+    assert decode(encode(scene(), "JPEG") + b"\xff\xda\0\x02" * 1000).width == 96
+
+
+def _tiff(entries: list[tuple[int, int, int, int]], big: bool = False) -> bytes:
+    """A little-endian TIFF with a directory of (tag, type, count, value) and ten kilobytes behind it."""
+    if big:
+        table = b"".join(struct.pack("<HHQQ", *entry) for entry in entries)
+        return b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, len(entries)) + table + bytes(10_000)
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(10_000)
+
+
+SIZE = [(0x100, 4, 1, 8), (0x101, 4, 1, 8)]
+HOSTILE = {
+    "directory_beyond_everything.tiff": b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(100),
+    "many_entries.tiff": b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 1 << 63) + bytes(100),
+    "shared_values.tiff": _tiff([*SIZE, *((0x8000 + tag, 7, 9000, 100) for tag in range(3000))]),
+    "many_strips.tiff": _tiff([*SIZE, (0x111, 4, 1_000_000, 100)]),
+    "many_tiles.tiff": _tiff([*SIZE, (0x142, 4, 1, 16), (0x143, 4, 1, 16), (0x144, 16, 1 << 40, 100)], big=True),
+    "many_icons.ico": b"\0\0\1\0\xff\xff" + struct.pack("<BBBBHHII", 9, 9, 0, 0, 1, 32, 1 << 31, 1 << 31) * 65_535,
+    "many_extensions.gif": b"GIF89a\1\0\1\0\0\0\0" + b"!\xfe\1x\0" * 30_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_work_is_bounded_by_the_header(name: str) -> None:
+    with pytest.raises(RowError) as caught:
+        decode(HOSTILE[name])
+    assert caught.value.error_class == DECODE_ERROR
+
+
+def test_a_tile_larger_than_its_picture_is_refused() -> None:
+    with pytest.raises(RowError, match="tiles") as caught:
+        decode(_tiff([*SIZE, (0x142, 4, 1, 60_000), (0x143, 4, 1, 60_000)]))
+    assert caught.value.error_class == IMAGE_TOO_LARGE
+
+
+def test_a_jpeg2000_of_millions_of_packets_is_refused() -> None:
+    data = encode(scene(), "JPEG2000", no_jp2=True, precinct_size=(64, 64))
+    style, layers = data.index(b"\xff\x52") + 4, data.index(b"\xff\x52") + 6
+    assert decode(data).width == 96
+    size = data[:8] + struct.pack(">II", 5000, 5000) + data[16:24] + struct.pack(">II", 5000, 5000) + data[32:]
+    for hostile in (
+        data[:layers] + b"\xff\xff" + data[layers + 2 : style + 10] + bytes(6) + data[style + 16 :],
+        size[: style + 10] + bytes(6) + size[style + 16 :],
+        size[:24] + struct.pack(">II", 1, 1) + size[32:],
+    ):
+        with pytest.raises(RowError) as caught:
+            decode(hostile)
+        assert caught.value.error_class == DECODE_ERROR
+
+
+def test_comments_and_later_frames_of_a_gif_cost_nothing() -> None:
+    """Pillow adds blocks of a comment to one another: without a guard this takes minutes."""
+    data = encode(quadrants().quantize(8), "GIF")
+    at = data.index(b",\0\0\0\0")
+    comment = b"!\xfe" + (b"\xff" + b"x" * 255) * 60_000 + b"\0"
+    assert np.array_equal(decode(data[:at] + comment + data[at:]).rgb, decode(data).rgb)
+    assert np.array_equal(decode(data[:-1] + data[at:-1] * 9000 + b"\xff\xff").rgb, decode(data).rgb)
 
 
 def test_hostile_headers_stay_small_in_memory(tmp_path: Path) -> None:
@@ -207,7 +293,7 @@ def test_threads_get_the_same_pixels() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]), st.randoms(use_true_random=False))
+@given(st.sampled_from([name.upper() for name in FORMATS.values()]), st.randoms(use_true_random=False))
 def test_damaged_bytes_never_raise_anything_else(format: str, random: object) -> None:
     data = bytearray(encode(scene(48, 32), format))
     for _ in range(random.randint(1, 12)):  # type: ignore[attr-defined]

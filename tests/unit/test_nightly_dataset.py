@@ -71,7 +71,7 @@ class Ledger:
         """The newest version: file state by path (all shards of it)."""
         run = Run.open(self.directory.url)
         shards = [commit.shard for commit in run.commits()]
-        assert run.version.totals == Totals.of(run.commits(), len(run.version.failed_shards))
+        assert run.version.totals == Totals.of(run.commits(), run.version.failed_shards, run.version.listing)
         ids = [shard.id for shard in shards]
         assert len(set(ids)) == len(ids)
         return {f"{shard.path}:{shard.id[-2:]}": shard.etag for shard in shards}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from clipfilter.errors import RefusedError
 from clipfilter.runs import Base, Commit, FailedShard, Run, RunVectors, Totals, Version, Work, WorkerDetails, ledger
 from clipfilter.runs.plan import Plan
-from clipfilter.sources import Shard
+from clipfilter.sources import Seen, Shard
 from clipfilter.storage import Directory
 from tests.support.runs import MACHINE, commit_of, version_of
 from tests.support.search import unit, write_run
@@ -24,6 +25,10 @@ WORKED = Work(1.5, 2.25, MACHINE, WorkerDetails({"decode": 0.1}, 1, False, 0, 0.
 COUNTS = {"rows": 3, "failed": 1, "embedded": 2}
 DECIDED = {**COUNTS, "keep": 1, "review": 0, "reject": 1, "decided": 2, "escalated": 1}
 SOURCE = {"not_downloaded": 1, "duplicate_keys": 0, "clashes": 0, "misfits": 0}
+
+SEEN = Seen(
+    3, 2, 0, Counter(hidden=2), {"hidden": ["ü/"]}, {"metadata.csv": 2}, {"notes.csv": "no column names a picture"}
+)
 
 COMMITS = {
     "run": commit_of(SHARD, "decided", counts=DECIDED | SOURCE, files={"annotated": FILE}, work=WORKED),
@@ -36,6 +41,7 @@ COMMITS = {
         SHARD, "decided", counts=DECIDED | SOURCE, base_generation=2, base=Base("/run", "commits/x"), work=WORKED
     ),
     "import": commit_of(SHARD, counts=COUNTS, files={"annotated": FILE}),
+    "seen": commit_of(SHARD, counts=COUNTS, seen=SEEN),
     "damaged": commit_of(SHARD, counts=COUNTS, damaged=True, bytes_unread=7, failed_by_class={"read_error": 1}),
 }
 
@@ -55,6 +61,7 @@ def test_a_commit_goes_back_to_the_same_bytes(kind: str, tmp_path: Path) -> None
 VERSIONS = {
     "job": version_of([COMMITS["run"]], thresholds={"r.reject": None}),
     "failed shards": version_of([COMMITS["run"]], failed_shards=[FailedShard(SHARD, "broken", 3)]),
+    "listed": version_of([COMMITS["seen"]], listing=Seen(0, 1, 1, Counter(empty=1))),
     "rolled back": version_of([COMMITS["embed"]], rolled_back_to=1, set_aside=[]),
     "set aside": version_of([COMMITS["embed"]], set_aside=["commits/x"]),
 }
@@ -123,11 +130,11 @@ def test_versions_and_plans_are_read_as_strictly(tmp_path: Path) -> None:
 
 
 def test_totals_add_up_and_absent_counts_are_none() -> None:
-    totals = Totals.of([COMMITS["run"], COMMITS["import"], COMMITS["damaged"]], 2)
+    totals = Totals.of([COMMITS["run"], COMMITS["import"], COMMITS["damaged"]], [FailedShard(SHARD, "broken", 3)] * 2)
     assert (totals.rows, totals.decided, totals.failed, totals.escalated) == (9, 2, 3, 1)
     assert (totals.failed_by_class, totals.damaged_shards, totals.bytes_unread) == ({"read_error": 1}, 1, 7)
     assert (totals.shards, totals.failed_shards) == (3, 2)
-    assert "escalated" not in Totals.of([COMMITS["import"]], 0)
+    assert "escalated" not in Totals.of([COMMITS["import"]], [])
     assert COMMITS["import"].counts.decided == 0
 
 
@@ -147,7 +154,7 @@ def test_a_run_knows_its_versions_shards_and_embeddings(tmp_path: Path) -> None:
         rows, embeddings = vectors.stored(1)
         assert rows["cf_uid"].to_pylist() == embeddings["cf_uid"].to_pylist() == ["uid-1-0", "uid-1-1"]
     assert Run.open(str(path), 1).version.name == "000001"
-    assert not (path / ".tmp").exists(), "reading writes nothing"
+    assert run.directory.unfinished() == [], "reading writes nothing"
     with pytest.raises(RefusedError, match="has no version 7; it has 1, 2"):
         Run(str(path), 7)
 

@@ -106,7 +106,7 @@ FAULTS = (
         "a second writer overwrites a commit",
         "clipfilter/storage.py",
         "            os.link(temporary, target)\n",
-        "            shutil.copyfile(temporary, target)\n",
+        "            os.replace(temporary, target)\n",
         ("tests/unit/test_engine_ledger.py",),
     ),
     Fault(

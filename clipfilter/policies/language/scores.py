@@ -16,7 +16,7 @@ from clipfilter.policies.kinds.head import Head
 from clipfilter.policies.kinds.registry import KINDS, measure_in
 from clipfilter.policies.language.load import sentence_of
 from clipfilter.policies.language.schema import Policy
-from clipfilter.policies.language.yaml_nodes import MAX_YAML_BYTES, Node, YamlRefusedError, read_yaml
+from clipfilter.policies.language.yaml_nodes import Node, read_yaml_file
 
 
 class ScorePolicy(Policy):
@@ -80,15 +80,7 @@ def _head_id(name: str) -> str:
 
 
 def _concepts(path: str) -> Node:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise RefusedError(f"--concepts {path} cannot be read: {error.strerror}.") from None
-    try:
-        root = read_yaml(raw)
-    except YamlRefusedError as error:
-        raise RefusedError(f"{path}:{error.line}:{error.column}: {error.message}") from None
+    root = read_yaml_file(path, f"--concepts {path}")
     if not isinstance(root.data, dict) or not (set(root.data) - {"templates"}):
         raise RefusedError(f"{path}: concepts are a map of names to phrases, for example `zebra: [a zebra, zebras]`.")
     if set(root.data) >= {"policy", "rules"}:

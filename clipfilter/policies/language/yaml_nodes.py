@@ -9,6 +9,7 @@ YAML library ever runs.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml import events as ev
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
+
+from clipfilter.errors import RefusedError
 
 MAX_YAML_BYTES = 256 * 1024
 MAX_DEPTH = 12
@@ -154,6 +157,19 @@ def read_yaml(raw: bytes, file: str = "") -> Node:
         raise YamlRefusedError(
             "this is not valid YAML: a control character that text may not contain", line, column
         ) from None
+
+
+def read_yaml_file(path: str | os.PathLike[str], called: str) -> Node:
+    """The document in a file. `called`: what a sentence calls the file. Raises RefusedError with file, line and column."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise RefusedError(f"{called} cannot be read: {error.strerror}.") from None
+    try:
+        return read_yaml(raw)
+    except YamlRefusedError as error:
+        raise RefusedError(f"{path}:{error.line}:{error.column}: {error.message}") from None
 
 
 def _place_of(text: str, position: int) -> tuple[int, int]:
