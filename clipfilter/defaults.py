@@ -12,6 +12,8 @@ from typing import Literal
 Decode = Literal["fast", "exact"]
 #: Which caption counts when a row has several; none ignores them.
 Captions = Literal["first", "max", "mean", "none"]
+#: Which pictures of a sample that has several are rows.
+Pictures = Literal["all", "first"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Engine = Literal["auto", "local", "ray"]
 #: How a page shows pictures that were not kept.
@@ -22,6 +24,7 @@ ENGINE: Engine = "auto"
 DEVICE = "auto"
 DECODE: Decode = "fast"
 CAPTIONS: Captions = "first"
+PICTURES: Pictures = "all"
 THUMBNAILS: Thumbnails = "blur"
 #: Pixels of an image above which its header is refused: Pillow's own limit for a decompression bomb.
 MAX_PIXELS = 178_956_970

@@ -48,7 +48,13 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward p
 Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
 ]
-ImageColumn = Annotated[str | None, typer.Option(help="Column with image bytes, paths or URLs.")]
+ImageColumn = Annotated[
+    str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")
+]
+Pictures = Annotated[
+    defaults.Pictures,
+    typer.Option(help="Of a key or row with several pictures: all are rows, or the first; the others are left out."),
+]
 CaptionColumn = Annotated[str | None, typer.Option(help="Column with captions.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")]
 Copy = Annotated[bool, typer.Option("--copy/--no-copy", help="Write kept and review images beside the decisions.")]
@@ -120,6 +126,7 @@ class Columns(Group):
     image_column: ImageColumn = None
     caption_column: CaptionColumn = None
     uid_column: Annotated[str | None, typer.Option(help="Column with the rows' own unique ids.")] = None
+    pictures: Pictures = defaults.PICTURES
 
     def request(self) -> dict[str, Any]:
         from clipfilter.sources import SourceOptions

@@ -87,6 +87,7 @@ class SourceConfig(Config):
     image_column: str | None = None
     caption_column: str | None = None
     uid_column: str | None = None
+    pictures: defaults.Pictures = defaults.PICTURES
     captions: defaults.Captions = defaults.CAPTIONS
 
 

@@ -8,6 +8,7 @@ from clipfilter.images.header import read_header
 from clipfilter.images.load import OVERSAMPLING, LoadedImage, load_image
 from clipfilter.images.preprocess import PreprocessConfig, prepare_fast
 from clipfilter.images.resize import resize
+from clipfilter.images.sniff import sniff
 
 __all__ = [
     "OVERSAMPLING",
@@ -20,4 +21,5 @@ __all__ = [
     "prepare_fast",
     "read_header",
     "resize",
+    "sniff",
 ]

@@ -95,7 +95,7 @@ def count_images(source: Source, shards: Sequence[Shard]) -> tuple[int, bool]:
 
 def _sample_tars(source: Source, tars: Sequence[Shard]) -> tuple[int, int]:
     """(rows, bytes that hold them) in the beginnings of some tars."""
-    from clipfilter.sources import Location, index_tar, read_prefix
+    from clipfilter.sources import Location, Wanted, index_tar, read_prefix
 
     plan = source.to_plan()
     location = Location(plan["root"], plan["pattern"])
@@ -105,7 +105,8 @@ def _sample_tars(source: Source, tars: Sequence[Shard]) -> tuple[int, int]:
             data = read_prefix(location.url(tar.path), _SAMPLE_BYTES)
         except OSError:
             continue
-        rows += len(index_tar(partial(_slice, data), len(data), plan["format"]["image_extension"]))
+        wanted = Wanted(plan["format"]["image_extension"], source.options.pictures)
+        rows += len(index_tar(partial(_slice, data), len(data), wanted))
         read += len(data)
     return rows, read
 

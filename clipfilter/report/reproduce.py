@@ -20,7 +20,7 @@ _FLAGS = (
     ("limit", "--limit", None),
     ("sample", "--sample", None),
 )
-_COLUMN_OPTIONS = ("image_column", "caption_column", "uid_column")
+_SOURCE_OPTIONS = ("image_column", "caption_column", "uid_column", "pictures")
 
 
 def commands(data: RunData) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ def _again(data: RunData) -> str:
         value = plan.options.get(name, default)
         if value != default:
             words += [flag, _quote(value)]
-    for name in _COLUMN_OPTIONS:
+    for name in _SOURCE_OPTIONS:
         value = (plan.source.get("options") or {}).get(name)
         words += ["--" + name.replace("_", "-"), _quote(value)] if value else []
     return " ".join([*words, "--out", "OUT"])

@@ -10,7 +10,7 @@ from clipfilter.sources.schema import COLUMN_PREFIX, freeze, is_binary, schema_f
 from clipfilter.sources.seen import REASONS, Reason, Seen
 from clipfilter.sources.source import Source, open_source
 from clipfilter.sources.spool import read_prefix
-from clipfilter.sources.tar import TarFile, index_tar
+from clipfilter.sources.tar import TarFile, Wanted, index_tar
 from clipfilter.sources.tar_shards import TarShards, row_members, safe_key
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "SourceOptions",
     "TarFile",
     "TarShards",
+    "Wanted",
     "fetch_images",
     "freeze",
     "holds",

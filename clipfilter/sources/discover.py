@@ -30,7 +30,7 @@ _UNSUPPORTED = frozenset({
     "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv",
 })
 # fmt: on
-_SPEAKING = frozenset({*CAPTION_EXTENSIONS, "json", "jsonl", "csv", "tsv"})
+_SPEAKING = frozenset({*CAPTION_EXTENSIONS, "json", "jsonl", "ndjson", "csv", "tsv", "token"})
 _WEB = ("http://", "https://")
 _LOOK_AT = 100_000  # files, before deciding what a folder without tars or Parquet holds
 

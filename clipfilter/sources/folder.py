@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +19,11 @@ from clipfilter.sources import img2dataset, tables
 from clipfilter.sources.discover import Entry, Folder, Found, Location, below, is_image_name, why_passed
 from clipfilter.sources.fetch import Fetched, fetch_in_order, fetch_url, read_url
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, shard_id
+from clipfilter.sources.names import PathIndex
 from clipfilter.sources.records import (
-    CAPTION_NAMES,
     Row,
     batches,
+    caption_fields,
     check_field,
     chosen_rows,
     clean_captions,
@@ -37,15 +41,23 @@ _SIDECAR_SUFFIXES = (*_TEXT_SUFFIXES, ".json")
 _SAMPLE_IMAGES = 200
 _SAMPLE_TABLE_ROWS = 1000
 _REMEMBERED_FOLDERS = 1000
+_REMEMBERED_TABLES = 100
 
 
 class _Job(NamedTuple):
-    """An image to read: its path below the root, its rows in caption tables, and the files of its stem."""
+    """An image to read: its path below the root, the files of its stem, and what caption tables say: by path, records."""
 
     number: int
     path: str
-    rows: list[dict[str, Any]]
     files: list[str]
+    said: dict[str, list[dict[str, Any]]]
+
+
+class _Listed(NamedTuple):
+    """The names in a folder that may speak of its images: files of an image's stem, and caption tables by their path."""
+
+    files: set[str]
+    tables: list[str]
 
 
 class _Loaded(NamedTuple):
@@ -61,8 +73,9 @@ class ImageFolder:
 
     def __init__(self, location: Location, options: SourceOptions, columns: pa.Schema, plan: dict[str, Any]) -> None:
         self.location, self.options, self.columns, self.plan = location, options, columns, plan
-        self._tables: dict[str, list[tables.Table]] = {}
-        self._beside: dict[str, set[str]] = {}
+        self._listed: OrderedDict[str, _Listed] = OrderedDict()
+        self._tables: OrderedDict[str, tables.Table] = OrderedDict()
+        self._pictures: OrderedDict[str, PathIndex] = OrderedDict()
 
     @classmethod
     def infer(cls, location: Location, options: SourceOptions, found: Found) -> ImageFolder:
@@ -80,20 +93,22 @@ class ImageFolder:
         source = cls(location, options, pa.schema([]), plan)
         records: list[dict[str, Any]] = []
         captioned = False
-        for folder in [] if downloaded else _sampled_folders(location, found.images):
-            for name in tables.tables_of(folder):
-                records += tables.sample(location.root, name, _SAMPLE_TABLE_ROWS)
+        sampled = found.images[:_SAMPLE_IMAGES]
+        for table in (
+            {} if downloaded else dict.fromkeys(table for image in sampled for _, table in source._tables_over(image))
+        ):
+            records += table.sample(_SAMPLE_TABLE_ROWS)
         source.columns = infer_record_schema(records)  # the csv columns' types, for what follows
-        for number, image in enumerate(found.images[:_SAMPLE_IMAGES]):
-            record, _, texts = source._read_beside(source._job(number, image))
-            records.append(record)
+        for number, image in enumerate(sampled):
+            job = source._job(number, image, Seen())
+            own, _, texts = source._read_beside(job)
+            records.append(_merged(job, own))
             captioned |= any(text.strip() for text in texts)
-        source._tables.clear()  # they were read before the column types were known
         stems = [path.rpartition(".")[0] for path, _ in found.parquets] if downloaded else []
         columns, fields = travelling(records, img2dataset.sidecar_schema(location, stems))
         check_field(options.caption_column, "--caption-column", fields, location.root)
         check_field(options.uid_column, "--uid-column", fields, location.root)
-        guesses = [name for name in CAPTION_NAMES if name in fields]
+        guesses = caption_fields(fields)
         source.plan["caption_guesses"] = guesses
         source.plan["has_captions"] = bool(
             captioned or options.caption_column or any(record_captions(record, [], None, guesses) for record in records)
@@ -114,7 +129,7 @@ class ImageFolder:
         tables_of: dict[str, dict[str, str]] = {}
         count = 0
         for folder in self.location.walk(listing):
-            own = _tables_with_etags(folder)
+            own = _tables_with_etags(self.location, folder)
             if own:
                 tables_of[folder.path] = own
             _count_others(folder, own, listing)
@@ -186,20 +201,20 @@ class ImageFolder:
             image = fetch_url(self.location.url(job.path)) if images else Fetched(None)
             return _Loaded(job, image, *self._read_beside(job))
 
-        jobs = (self._job(number, self._path(shard, number)) for number in numbers)
+        jobs = (self._job(number, self._path(shard, number), stats.seen) for number in numbers)
         size = self.options.max_batch_bytes
-        for job, image, record, unfit, texts in fetch_in_order(
-            jobs, load, size, lambda row: len(row.image.data or b"")
-        ):
+        for job, image, own, unfit, texts in fetch_in_order(jobs, load, size, lambda row: len(row.image.data or b"")):
             key = job.path
             if sidecar is not None:
                 key = _key(job.path)
-                if not record and unfit is None:
-                    record = sidecar.record(key)
-            captions = record_captions(record, texts, self.options.caption_column, self.plan["caption_guesses"])
-            for other in job.rows[1:]:  # a table may name an image several times, once per caption
-                more = record_captions(other, [], self.options.caption_column, self.plan["caption_guesses"])
-                captions = clean_captions([*(captions or []), *(more or [])])
+                if not own and unfit is None:
+                    own = sidecar.record(key)
+            record = _merged(job, own)
+            captions = self._captions(own, texts)
+            for table, records in job.said.items():
+                told = [self._captions(one, []) or [] for one in records]  # an image may be named once per caption
+                stats.seen.caption(table, int(captions is None and any(told)))
+                captions = captions or clean_captions(itertools.chain.from_iterable(told))
             uid = record_uid(record, self.options.uid_column, shard.path, key, occurrences.get(job.number, 1))
             key = key.encode("utf-8", "backslashreplace").decode("utf-8")
             yield Row(job.number, key, uid, image.data, captions, record, image.error_class, image.error, unfit)
@@ -208,69 +223,104 @@ class ImageFolder:
         member = shard.members[number]
         return member if shard.path == "." else below(shard.path, member)
 
-    def _job(self, number: int, path: str) -> _Job:
+    def _captions(self, record: dict[str, Any], texts: Sequence[str]) -> list[str] | None:
+        return record_captions(record, texts, self.options.caption_column, self.plan["caption_guesses"])
+
+    def _job(self, number: int, path: str, seen: Seen) -> _Job:
         """What is known of an image from listings and tables, before any of its files is opened."""
-        return _Job(number, path, self._table_rows(path), self._files_of(path))
+        return _Job(number, path, self._files_of(path), self._said(path, seen))
 
     def _files_of(self, path: str) -> list[str]:
         """The text and JSON files of an image's stem."""
         folder, _, base = path.rpartition("/")
         stem = base.rpartition(".")[0]
-        beside = self._names(folder)
+        beside = self._list(folder).files
         return [below(folder, stem + suffix) for suffix in _SIDECAR_SUFFIXES if stem + suffix in beside]
 
     def _read_beside(self, job: _Job) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
-        """(fields, what could not be parsed, caption texts) from the tables and the files of the image's stem."""
-        record: dict[str, Any] = dict(job.rows[0]) if job.rows else {}
+        """(fields, what could not be parsed, caption texts) from the files of the image's stem."""
+        record: dict[str, Any] = {}
         unfit: dict[str, Any] | None = None
         texts: list[str] = []
         for path in job.files:
             data = self._file(path)
             if path.endswith(".json"):
-                fields, unfit = parse_json(data)
-                record.update(fields)
+                record, unfit = parse_json(data)
             else:
                 texts.append(decode_text(data))
         return record, unfit, texts
 
-    def _table_rows(self, image: str) -> list[dict[str, Any]]:
-        if self.plan["img2dataset"]:
-            return []
-        for place in _upwards(image.rpartition("/")[0]):
-            for table in self._tables_in(place):
-                rows = table.find(image)
-                if rows:
-                    return rows
-        return []
+    def _said(self, image: str, seen: Seen) -> dict[str, list[dict[str, Any]]]:
+        """What tables say of an image: by the table's path, that in the nearest folder first, the records."""
+        said = {}
+        numeric = [
+            item.name for item in self.columns if pa.types.is_integer(item.type) or pa.types.is_floating(item.type)
+        ]
+        for reach, table in [] if self.plan["img2dataset"] else self._tables_over(image):
+            found = table.find(_inside(reach, image), partial(self._pictures_below, reach))
+            if found.records:
+                said[table.path] = table.records(found.records, numeric)
+            if found.doubt or table.note:
+                seen.leave(table.path, found.doubt or table.note)
+            elif not found.records:
+                seen.caption(table.path, 0)
+        return said
 
-    def _tables_in(self, folder: str) -> list[tables.Table]:
-        found = self._tables.get(folder)
+    def _tables_over(self, image: str) -> Iterator[tuple[str, tables.Table]]:
+        """The tables that may speak of an image, each with the folder in which it may: those of the image's folder and
+        the folders above it, and of the folders beside these whose name says so."""
+        for reach in _upwards(image.rpartition("/")[0]):
+            for path in self._list(reach).tables:
+                if not image.startswith(path.rpartition("/")[0] + "/") or path.rpartition("/")[0] == reach:
+                    yield reach, self._table(path)
+
+    def _table(self, path: str) -> tables.Table:
+        found = self._tables.get(path)
         if found is None:
-            listed = Folder(folder, [], [Entry(name, 0, "") for name in sorted(self._names(folder))])
-            found = [tables.load(self.location.root, path, self.columns) for path in tables.tables_of(listed)]
-            self._tables[folder] = found
+            found = self._tables[path] = tables.Table(self.location.root, path)
+        _keep(self._tables, path, _REMEMBERED_TABLES)
         return found
 
-    def _names(self, folder: str) -> set[str]:
-        """The names of the files that may speak of images in `folder`, listed once."""
-        found = self._beside.get(folder)
+    def _pictures_below(self, folder: str) -> PathIndex:
+        """All images below a folder, to see whether a name in a table could mean several."""
+        found = self._pictures.get(folder)
         if found is None:
-            if len(self._beside) > _REMEMBERED_FOLDERS:
-                self._beside.clear()
-                self._tables = {place: found for place, found in self._tables.items() if found}
-            try:
-                fs, path = storage.filesystem(self.location.url(folder))
-                entries = fs.ls(path, detail=False)
-            except Exception as error:  # every filesystem has exceptions of its own
-                raise ShardError(f"{self.location.url(folder)} cannot be listed: {error}") from error
-            names = (entry.rstrip("/").rpartition("/")[2] for entry in entries)
-            found = {
-                name
-                for name in names
-                if name.lower().endswith((*_SIDECAR_SUFFIXES, *tables.SUFFIXES)) and name[0] != "."
-            }
-            self._beside[folder] = found
+            found = self._pictures[folder] = PathIndex()
+            whole = self.location.pattern is not None
+            location = self.location if whole else Location(self.location.url(folder))
+            for place in location.walk():
+                for entry in place.files:
+                    path = below(place.path, entry.name)
+                    if is_image_name(entry.name) and (not whole or not folder or path.startswith(folder + "/")):
+                        found.add(_inside(folder, path) if whole else path)
+        _keep(self._pictures, folder, 2)
         return found
+
+    def _list(self, folder: str) -> _Listed:
+        """What may speak of the images in `folder`, listed once."""
+        found = self._listed.get(folder)
+        if found is None:
+            names = self._names(folder)
+            found = _Listed(
+                {name for name in names if name.lower().endswith(_SIDECAR_SUFFIXES)}, tables.tables_of(folder, names)
+            )
+            for place in tables.speaking_folders(folder, [name for name in names if not is_image_name(name)]):
+                found.tables.extend(tables.tables_of(place, self._names(place, optional=True)))
+            self._listed[folder] = found
+        _keep(self._listed, folder, _REMEMBERED_FOLDERS)
+        return found
+
+    def _names(self, folder: str, optional: bool = False) -> list[str]:
+        """The visible names in a folder, sorted; `optional`: none where it is no folder."""
+        fs, path = storage.filesystem(self.location.url(folder))
+        try:
+            entries = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
+        except Exception as error:  # every filesystem has exceptions of its own
+            if optional and not fs.isdir(path):
+                return []
+            raise ShardError(f"{self.location.url(folder)} cannot be listed: {error}") from error
+        names = {entry.rpartition("/")[2] for entry in entries if entry != path}  # a file lists itself
+        return sorted(name for name in names if name[:1] not in ("", "."))
 
     def _file(self, path: str) -> bytes:
         try:
@@ -288,10 +338,15 @@ class ImageFolder:
         chosen = [self._path(shard, number) for number in chosen_rows(rows, len(shard.members))]
         for name in dict.fromkeys(name for path in chosen for name in (path, *self._files_of(path))):
             self._copy(name, target / name)
-        if not self.plan["img2dataset"]:
-            folders = dict.fromkeys(place for path in chosen for place in _upwards(path.rpartition("/")[0]))
-            for table in [table for folder in folders for table in self._tables_in(folder)]:
-                self._copy_table(table.path, chosen, target / table.path)
+        lines: dict[str, dict[int, set[str]]] = {}
+        for path in [] if self.plan["img2dataset"] else chosen:
+            for reach, table in self._tables_over(path):
+                found = table.find(_inside(reach, path), partial(self._pictures_below, reach))
+                speaking = lines.setdefault(table.path, {})
+                for line, names in found.records.items():
+                    speaking.setdefault(line, set()).update(names)
+        for name, speaking in lines.items():
+            self._table(name).copy(speaking, target / name)
         return len(chosen)
 
     def _copy(self, name: str, target: Path) -> None:
@@ -305,15 +360,6 @@ class ImageFolder:
         except Exception as error:  # every filesystem has exceptions of its own
             raise ShardError(f"{self.location.url(name)} cannot be copied: {error}") from error
 
-    def _copy_table(self, name: str, images: Sequence[str], target: Path) -> None:
-        folder = name.rpartition("/")[0]
-        inside = [image for image in images if not folder or image.startswith(folder + "/")]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "w", encoding="utf-8", newline="") as output:
-            count = tables.copy(self.location.root, name, inside, output)
-        if not count:
-            target.unlink()
-
 
 def _upwards(folder: str) -> Iterator[str]:
     """`a/b`, `a`, "" (the root)."""
@@ -321,6 +367,26 @@ def _upwards(folder: str) -> Iterator[str]:
         yield folder
         folder = folder.rpartition("/")[0]
     yield ""
+
+
+def _merged(job: _Job, own: dict[str, Any]) -> dict[str, Any]:
+    """All that is known of an image: from its own JSON file, else from the nearest table that has the field."""
+    fields: dict[str, Any] = {}
+    for records in job.said.values():
+        fields = {**records[0], **fields}
+    return {**fields, **own}
+
+
+def _inside(folder: str, path: str) -> str:
+    """A path below the root as the path below a folder that it lies in."""
+    return path[len(folder) + 1 :] if folder else path
+
+
+def _keep(held: OrderedDict[str, Any], key: str, most: int) -> None:
+    """Note that `key` was used, and let go of what was not for longest where there are more than `most`."""
+    held.move_to_end(key)
+    while len(held) > most:
+        held.popitem(last=False)
 
 
 def _key(path: str) -> str:
@@ -376,9 +442,15 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _tables_with_etags(folder: Folder) -> dict[str, str]:
-    etags = {below(folder.path, entry.name): entry.etag for entry in folder.files}
-    return {path: etags[path] for path in tables.tables_of(folder)}
+def _tables_with_etags(location: Location, folder: Folder) -> dict[str, str]:
+    """The tables that may speak of images in a listed folder and below it, with etags."""
+    listed = [folder]
+    for path in tables.speaking_folders(folder.path, folder.folders):
+        beside = next(Location(location.url(path)).walk())
+        listed.append(beside._replace(path=path))
+    etags = {below(place.path, entry.name): entry.etag for place in listed for entry in place.files}
+    found = [tables.tables_of(place.path, [entry.name for entry in place.files]) for place in listed]
+    return {path: etags[path] for paths in found for path in paths}
 
 
 def _sidecar_etags(folder: Folder) -> dict[str, dict[str, str]]:
@@ -389,11 +461,3 @@ def _sidecar_etags(folder: Folder) -> dict[str, dict[str, str]]:
             path = below(folder.path, entry.name)
             found.setdefault(path.rpartition(".")[0], {})[path] = entry.etag
     return found
-
-
-def _sampled_folders(location: Location, images: Sequence[str]) -> Iterator[Folder]:
-    """The root and the folders of the sampled images, listed flat."""
-    for path in dict.fromkeys(["", *(image.rpartition("/")[0] for image in images)]):
-        fs, inside = storage.filesystem(location.url(path))
-        names = sorted(entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(inside, detail=False))
-        yield Folder(path, [], [Entry(name, 0, "") for name in names if not name.startswith(".")])

@@ -21,14 +21,15 @@ class SourceOptions:
     """What the user said about a source; None means: find out.
 
     `image_column`, `caption_column`, `uid_column` name a Parquet column, a JSON field or (tars) a member extension.
-    `captions` is carried for the engine; a source always delivers every caption it has.
-    `rows_per_shard` bounds Parquet and folder shards (a tar is one shard whatever its size); `max_batch_bytes` counts
-    image bytes, and one image larger than it makes a batch of its own.
+    `pictures`: of a sample with several pictures all are rows, or the first is. `captions` is carried for the engine; a
+    source always delivers every caption it has. `rows_per_shard` bounds Parquet and folder shards (a tar is one shard
+    whatever its size); `max_batch_bytes` counts image bytes, and one image larger than it makes a batch of its own.
     """
 
     image_column: str | None = None
     caption_column: str | None = None
     uid_column: str | None = None
+    pictures: defaults.Pictures = defaults.PICTURES
     captions: CaptionChoice = "first"
     rows_per_shard: int = defaults.ROWS_PER_SHARD
     max_batch_bytes: int = 64 << 20
@@ -40,7 +41,8 @@ class SourceOptions:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """`pictures` is left out where it is the default, as in the plans of runs that are older than it."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("pictures", defaults.PICTURES)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SourceOptions:
@@ -101,10 +103,10 @@ class ReadStats:
 
     `rows` delivered; `damaged` and `bytes_unread` of a tar that breaks off; `not_downloaded` sidecar rows without an
     image (not rows); `duplicate_keys` rows whose key an earlier row has; `clashes` members passed over because their
-    row already has an image (or such a sidecar); `misfits` rows with something in cf_source_json; `ignored` members
-    never looked at (links, devices, sparse files, pickles, hidden files); `unfinished`: an img2dataset shard without
-    the `_stats.json` that marks it as done. `seen`: what became of everything inside the shard; where that is known
-    beforehand its `rows` count all of the shard's, so that those that --limit or --sample leave out are counted too.
+    row already has an image (or such a sidecar); `misfits` rows with something in cf_source_json; `unfinished`: an
+    img2dataset shard without the `_stats.json` that marks it as done. `seen`: what became of everything inside the shard;
+    where that is known beforehand its `rows` count all of the shard's, so that those that --limit or --sample leave out
+    are counted too.
     """
 
     rows: int = 0
@@ -114,7 +116,6 @@ class ReadStats:
     duplicate_keys: int = 0
     clashes: int = 0
     misfits: int = 0
-    ignored: int = 0
     unfinished: bool = False
     seen: Seen = field(default_factory=Seen)
 

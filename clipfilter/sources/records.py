@@ -20,9 +20,13 @@ from clipfilter.sources.schema import COLUMN_PREFIX, fit_records, full_schema, i
 # fmt: off
 CAPTION_NAMES = (
     "captions", "caption", "text", "TEXT", "txt", "alt_text", "alt", "alttext", "Caption", "CAPTION", "Text", "prompt",
-    "description", "sentence", "sentences", "title",
+    "description", "sentence", "sentences", "title", "comment",
 )
 # fmt: on
+# Where a conversation about the picture is looked for (LLaVA's, chat messages); its answers are captions, if nothing is.
+_CONVERSATIONS = ("conversations", "messages")
+_ANSWERING = frozenset({"gpt", "assistant", "model", "bot"})
+_TEXTS = ("raw", "caption", "text", "sentence")  # of a caption that is an object
 UID_PATTERN = "^[0-9a-fA-F]{32}$"
 _UID = re.compile(UID_PATTERN)
 
@@ -53,23 +57,52 @@ def clean_captions(values: Iterable[Any]) -> list[str] | None:
     return kept or None
 
 
-def record_captions(record: dict[str, Any], texts: Sequence[str], column: str | None, guessed: Sequence[str]) -> Any:
+def caption_fields(fields: Iterable[str]) -> list[str]:
+    """The fields in which captions are looked for when nobody says, best first: as they are called, then in any case."""
+    known = list(fields)
+    lowered = {re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"): name for name in reversed(known)}
+    names = [name for name in (*CAPTION_NAMES, *_CONVERSATIONS) if name in known]
+    return list(dict.fromkeys([*names, *(lowered[name] for name in CAPTION_NAMES if name in lowered)]))
+
+
+def caption_texts(value: Any) -> list[str]:
+    """The captions in a field: a text, a list of texts or of objects that hold one, the answers of a conversation."""
+    if isinstance(value, str):
+        return [value]
+    texts: list[str] = []
+    for item in value if isinstance(value, list) else []:
+        if isinstance(item, dict):
+            speaker = item.get("from", item.get("role"))
+            if speaker is None:
+                item = next((item[name] for name in _TEXTS if isinstance(item.get(name), str)), None)
+            elif speaker in _ANSWERING:
+                said = item.get("value", item.get("content"))
+                said = "\n".join(caption_texts(said)) if isinstance(said, list) else said
+                item = said.replace("<image>", "").strip() if isinstance(said, str) else None
+        if isinstance(item, str):
+            texts.append(item)
+    return texts
+
+
+def record_captions(
+    record: dict[str, Any], texts: Sequence[str], column: str | None, guessed: Sequence[str]
+) -> list[str] | None:
     """All captions of one row: the named field's; else the caption members' and any list under a caption name;
-    else the first caption field that holds text."""
+    else the first caption field that holds text; else the answers of a conversation."""
     if column is not None:
-        value = record.get(column)
-        return clean_captions(value if isinstance(value, list) else [value])
-    found: list[Any] = list(texts)
-    for name in guessed:
-        value = record.get(name)
-        if isinstance(value, list) and any(isinstance(item, str) for item in value):
-            return clean_captions([*found, *value])
+        return clean_captions(caption_texts(record.get(column)))
+    plain = [name for name in guessed if name not in _CONVERSATIONS]
+    for name in plain:
+        if isinstance(record.get(name), list) and (listed := caption_texts(record[name])):
+            return clean_captions([*texts, *listed])
     if not any(text.strip() for text in texts):
-        for name in guessed:
-            value = record.get(name)
-            if isinstance(value, str) and value.strip():
-                return clean_captions([value])
-    return clean_captions(found)
+        for name in plain:
+            if isinstance(record.get(name), str) and record[name].strip():
+                return clean_captions([record[name]])
+        for name in _CONVERSATIONS:
+            if name in guessed and (answers := caption_texts(record.get(name))):
+                return clean_captions(answers)
+    return clean_captions(texts)
 
 
 def record_uid(record: dict[str, Any], column: str | None, path: str, key: str, occurrence: int = 1) -> str:

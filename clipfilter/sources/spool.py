@@ -13,7 +13,7 @@ from typing import Any
 from clipfilter import storage
 from clipfilter.errors import ShardError, one_line
 from clipfilter.retry import retry
-from clipfilter.sources.tar import TarFile
+from clipfilter.sources.tar import TarFile, Wanted
 
 _PIECE = 8 << 20
 _WAITS = (0.5, 1.0)  # seconds before a copy is tried again
@@ -27,8 +27,8 @@ class TarCache:
     Copies are unnamed temporary files: they vanish with the process, however it ends.
     """
 
-    def __init__(self, image_extension: str | None = None) -> None:
-        self._image_extension = image_extension
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
         self._lock = threading.Lock()
         self._open: OrderedDict[tuple[str, str], TarFile] = OrderedDict()
 
@@ -60,7 +60,7 @@ class TarCache:
         if storage.is_local(url):
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             if os.pread(descriptor, 2, 0) != _GZIP_MAGIC:
-                return TarFile(descriptor, os.fstat(descriptor).st_size, self._image_extension)
+                return TarFile(descriptor, os.fstat(descriptor).st_size, self._wanted)
             os.close(descriptor)
         return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, FileNotFoundError))
 
@@ -75,7 +75,7 @@ class TarCache:
                     piece = source.read(_PIECE)
             copy.flush()
             total = copy.tell()
-            return TarFile(os.dup(copy.fileno()), total, self._image_extension)
+            return TarFile(os.dup(copy.fileno()), total, self._wanted)
 
 
 def gunzip(piece: bytes, source: Any, target: Any, limit: int | None = None) -> None:

@@ -3,12 +3,14 @@
 It reads what real datasets hold: ustar, GNU and PAX names, members of one key that come apart, keys that occur twice,
 and files that break off anywhere. Row rules (webdataset's, made total):
 
-* the key is the path up to the first dot of the basename, the extension the lower-cased rest;
-* rows are numbered by the first appearance of their key;
-* a key whose image (or whole sample) is already complete and occurs again is a new row of the same key;
-* a second image of another extension under one key is a clash: the first is taken;
-* a key with a caption, json or cls member but no image is a row whose image is missing;
-* links, devices, sparse files and hidden files are ignored and counted; pickles are never opened.
+* the key is the path up to the first dot of the basename, the extension the lower-cased rest; members of one key are a
+  sample, and samples are numbered by the first appearance of their key;
+* a picture is what has the extension of one, or begins as one does;
+* a sample's picture is a row; of several pictures each is a row (or the first, or the one that was asked for), with the
+  members that belong to it: those of its own name, else of the shorter one, else all that no other picture claims;
+* a key whose image (or whole sample) is already complete and occurs again is another sample of the same key;
+* a sample with a caption, json or cls member but no picture is a row whose image is missing;
+* every member is a row's picture, a part of a row, or passed over and counted; pickles are never opened.
 """
 
 from __future__ import annotations
@@ -16,21 +18,30 @@ from __future__ import annotations
 import os
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+
+from clipfilter import defaults
+from clipfilter.sources.contents import HEAD_BYTES, told_by_content
+from clipfilter.sources.seen import Reason, Seen
 
 BLOCK = 512
 _ZERO = bytes(BLOCK)
 _PIECE = 4 << 20
 _SMALL = 1 << 20  # a name or PAX record larger than this is taken as damage, not allocated
 
-IMAGE_EXTENSIONS = frozenset(
-    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic", "heif", "jp2"}
-)
+# fmt: off
+IMAGE_EXTENSIONS = frozenset({
+    "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic",
+    "heif", "ico", "pbm", "pgm", "ppm", "pnm", "tga", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx",
+})
+# fmt: on
 CAPTION_EXTENSIONS = ("txt", "caption", "cap", "text")
+_IMAGE = "image"  # the kind of member that every sample should have
 PICKLE_EXTENSIONS = frozenset(["pkl", "pyd", "pickle", "pck", "pth", "pt", "dill", "joblib"])
 
 ReadAt = Callable[[int, int], bytes]  # (size, offset) -> at most size bytes
@@ -53,31 +64,51 @@ class _Raw(NamedTuple):
     regular: bool
 
 
+class Wanted(NamedTuple):
+    """Which pictures of a sample become rows: those of one extension, or of whatever it has all or the first."""
+
+    extension: str | None = None
+    pictures: defaults.Pictures = defaults.PICTURES
+
+
+_ALL = Wanted()
+
+
 @dataclass
 class TarIndex:
     """Rows of one tar in order of first appearance; a few dozen bytes per member, no image data.
 
-    Row r has key `keys[r]`, is that key's `occurrences[r]`-th row, and has the members `members(r)`, in tar order.
+    Row r has key `keys[r]`, is of that key's `occurrences[r]`-th sample, and has the members `members(r)`, in tar order.
+    `several[r]`: of a row that is one of several of its sample, the sample's key and what tells the row from the others.
     """
 
     keys: list[str] = field(default_factory=list)
     occurrences: array[int] = field(default_factory=lambda: array("q"))
     images: array[int] = field(default_factory=lambda: array("q"))  # member number of the image, -1 when there is none
     extensions: list[str] = field(default_factory=list)
+    several: dict[int, tuple[str, str]] = field(default_factory=dict)
     damaged: bool = False
     bytes_unread: int = 0
     duplicate_keys: int = 0
     clashes: int = 0
-    ignored: int = 0
+    seen: Seen = field(default_factory=Seen)
+    by_content: bool = False  # a picture was told by its content
     _first: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # row -> its first member number
+    _own: dict[int, list[int]] = field(default_factory=dict)  # row of several of a sample -> its member numbers
     _members: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))  # extension, start, offset, size
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def members(self, row: int) -> list[Member]:
-        part = self._members[self._first[row] : self._first[row + 1]].tolist()
-        return [Member(self.extensions[number], start, offset, size) for number, start, offset, size in part]
+        """The members of a row; what several pictures of one key have in their extensions to tell them apart is left out."""
+        own = self._own.get(row)
+        part = self._members[slice(self._first[row], self._first[row + 1]) if own is None else own].tolist()
+        found = [Member(self.extensions[number], start, offset, size) for number, start, offset, size in part]
+        if row not in self.several:
+            return found
+        picture = self.extensions[int(self._members[self.images[row], 0])]
+        return [member._replace(extension=_beside(member.extension, picture)) for member in found]
 
     def image(self, row: int) -> Member | None:
         number = self.images[row]
@@ -88,13 +119,13 @@ class TarIndex:
 
 
 def split_name(name: bytes) -> tuple[str, str] | None:
-    """(key, lower-cased extension) of a member name; None for names webdataset passes over and for hidden files.
+    """(key, lower-cased extension, "" for none) of a member name; None for hidden files and what Macs add.
 
     The key keeps the folder, less a leading "./". Bytes that are not UTF-8 are shown as \\xNN.
     """
     folder, _, base = name.rpartition(b"/")
-    stem, dot, extension = base.partition(b".")
-    if not stem or not dot or b"__MACOSX" in folder.split(b"/"):
+    stem, _, extension = base.partition(b".")
+    if not stem or b"__MACOSX" in folder.split(b"/"):
         return None
     key = (folder + b"/" + stem if folder else stem).removeprefix(b"./")
     return key.decode("utf-8", "backslashreplace"), extension.decode("utf-8", "backslashreplace").lower()
@@ -115,31 +146,40 @@ def role(extension: str) -> str:
     return last if last in ("json", "cls") else ""
 
 
-def index_tar(read_at: ReadAt, total: int, image_extension: str | None = None) -> TarIndex:
+def index_tar(read_at: ReadAt, total: int, wanted: Wanted = _ALL) -> TarIndex:
     """Index a tar of `total` bytes read through `read_at(size, offset)`; damage ends the index, never raises.
 
     Errors of `read_at` itself (OSError) pass through.
     """
     headers = _Headers(read_at, total)
-    rows = _Rows(image_extension)
+    samples = _Samples(wanted, read_at)
     for raw in headers:
-        rows.add(raw)
-    return rows.finish(headers, total)
+        samples.add(raw)
+    return samples.finish(headers, total)
 
 
-class _Rows:
-    """The rows of a tar while its members come by: every instance of a key, of which some become rows."""
+# What a member is to its sample.
+_PICTURE, _USEFUL, _PART, _PICKLE, _OTHER_PICTURE, _UNSUPPORTED = range(6)
+_WHY: dict[int, Reason] = {
+    _PICTURE: "other_picture", _USEFUL: "unclaimed", _PART: "unknown_type", _PICKLE: "pickle",
+    _OTHER_PICTURE: "other_picture", _UNSUPPORTED: "unsupported",
+}  # fmt: skip
 
-    def __init__(self, image_extension: str | None) -> None:
-        self._image_extension = image_extension
+
+class _Samples:
+    """The samples of a tar while its members come by, of which some become rows."""
+
+    def __init__(self, wanted: Wanted, read_at: ReadAt) -> None:
+        self._wanted = wanted
+        self._read_at = read_at
         self._index = TarIndex()
-        self._latest: dict[str, int] = {}  # key -> its newest instance
-        self._keys: list[str] = []  # of instances, a superset of the rows
+        self._latest: dict[str, int] = {}  # key -> its newest sample
+        self._keys: list[str] = []  # of samples
         self._occurrences = array("q")
-        self._seen: set[int] = set()  # instance << 32 | extension number
-        self._images = array("q")  # per instance the number of its image member
-        self._useful = bytearray()  # per instance: has a caption, json or cls member
-        self._owner = array("q")  # per member its instance
+        self._seen: set[int] = set()  # sample << 32 | extension number
+        self._pictures = array("q")  # per sample how many pictures it has that may be rows
+        self._kinds = bytearray()  # per member
+        self._owner = array("q")  # per member its sample
         self._flat = array("q")  # per member: extension number, start, offset, size
         self._numbers: dict[str, int] = {}  # of extensions
         self._interleaved = False  # members of one key come apart
@@ -148,116 +188,257 @@ class _Rows:
         index = self._index
         named = split_name(raw.name)
         if not raw.regular or named is None:
-            index.ignored += 1
+            index.seen.pass_over("hidden" if raw.regular else "not_a_file", raw.name.decode("utf-8", "replace"))
             return
         key, extension = named
-        if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
-            index.ignored += 1
+        kind = self._kind(extension, raw)
         number = self._numbers.setdefault(extension, len(index.extensions))
         if number == len(index.extensions):
             index.extensions.append(extension)
-        picture = is_image(extension, self._image_extension)
-        instance = self._latest.get(key, -1)
-        if instance >= 0 and instance << 32 | number in self._seen:
-            if self._images[instance] < 0 and not picture:
+        sample = self._latest.get(key, -1)
+        if sample >= 0 and sample << 32 | number in self._seen:
+            if not self._pictures[sample] and kind != _PICTURE:
                 index.clashes += 1  # a second sidecar before any image: the first is taken
+                index.seen.pass_over(_WHY[kind], member_key(key, extension))
                 return
-            instance = -1
-        if instance < 0:
-            instance = self._begin(key)
-        elif self._owner[-1] != instance:
+            sample = -1
+        if sample < 0:
+            sample = self._begin(key)
+        elif self._owner[-1] != sample:
             self._interleaved = True
-        self._seen.add(instance << 32 | number)
-        if picture:
-            if self._images[instance] < 0:
-                self._images[instance] = len(self._owner)
-            else:
-                index.clashes += 1
-        elif role(extension):
-            self._useful[instance] = 1
-        self._owner.append(instance)
+        self._seen.add(sample << 32 | number)
+        self._pictures[sample] += kind == _PICTURE
+        self._kinds.append(kind)
+        self._owner.append(sample)
         self._flat.extend((number, raw.start, raw.offset, raw.size))
 
+    def _kind(self, extension: str, raw: _Raw) -> int:
+        last = extension.rpartition(".")[2]
+        if self._wanted.extension is not None and extension == self._wanted.extension:
+            return _PICTURE
+        picture = _PICTURE if self._wanted.extension is None else _OTHER_PICTURE
+        if last in IMAGE_EXTENSIONS:
+            return picture
+        useful = bool(role(extension))
+        content = told_by_content(self._read_at(min(raw.size, HEAD_BYTES), raw.offset), text=useful)
+        if content == "picture":
+            self._index.by_content = True
+            return picture
+        if content == "unsupported":
+            return _UNSUPPORTED
+        return _USEFUL if useful else _PICKLE if last in PICKLE_EXTENSIONS else _PART
+
     def _begin(self, key: str) -> int:
-        """A new instance of a key."""
+        """A new sample of a key."""
         earlier = self._latest.get(key)
-        instance = self._latest[key] = len(self._keys)
+        sample = self._latest[key] = len(self._keys)
         self._occurrences.append(1 if earlier is None else self._occurrences[earlier] + 1)
         self._keys.append(key)
-        self._images.append(-1)
-        self._useful.append(0)
-        return instance
+        self._pictures.append(0)
+        return sample
 
     def finish(self, headers: _Headers, total: int) -> TarIndex:
         """The index, less the rows that a damaged tar cut short."""
-        index, occurrences = self._index, self._occurrences
-        rows = np.array(
-            [image >= 0 or (self._useful[i] and occurrences[i] == 1) for i, image in enumerate(self._images)],
-            dtype=bool,
-        )
-        index.clashes += sum(1 for i in np.flatnonzero(~rows).tolist() if occurrences[i] > 1)
+        index, count = self._index, len(self._keys)
+        owner, kinds = np.asarray(self._owner, np.int64), np.frombuffer(self._kinds, np.uint8)
+        pictures, first = np.asarray(self._pictures, np.int64), np.asarray(self._occurrences, np.int64) == 1
+        rows = (pictures > 0) | (first & (np.bincount(owner[kinds == _USEFUL], minlength=count) > 0))
+        index.clashes += int((~rows & ~first).sum())
+        others = np.bincount(owner[kinds == _OTHER_PICTURE], minlength=count)
+        order = np.argsort(owner, kind="stable")
+        bounds = np.searchsorted(owner[order], np.arange(count + 1))
+        several = {
+            sample: self._split(order[bounds[sample] : bounds[sample + 1]].tolist())
+            for sample in np.flatnonzero((pictures > 1) | ((pictures > 0) & (others > 0))).tolist()
+        }
         if headers.damage is not None:
             index.damaged = True
             unread_from = headers.damage
-            for instance in self._incomplete(rows) | self._cut(headers.cut_name):
-                rows[instance] = False
-                if self._owner[-1] == instance and not self._interleaved:
-                    unread_from = min(unread_from, self._flat[4 * self._owner.index(instance) + 1])
+            for sample in self._incomplete(rows) | self._cut(headers.cut_name):
+                if sample in several:
+                    unread_from = min(unread_from, self._drop_short(several[sample], headers.cut_name))
+                    continue
+                rows[sample] = False
+                if self._owner[-1] == sample and not self._interleaved:
+                    unread_from = min(unread_from, self._flat[4 * self._owner.index(sample) + 1])
             index.bytes_unread = max(0, total - unread_from)
-        self._number(rows)
+        used = rows[owner] & (kinds != _OTHER_PICTURE) & (kinds != _UNSUPPORTED)
+        for sample, parts in several.items():
+            used[order[bounds[sample] : bounds[sample + 1]]] = False
+            used[[number for part in parts for number in part.members]] = True
+        self._number(rows, several, order[used[order]])
+        self._account(rows, used, headers)
         return index
 
+    def _split(self, members: list[int]) -> list[_Part]:
+        """The rows of a sample with several pictures, or with others than the one that was asked for."""
+        extensions = {number: self._index.extensions[self._flat[4 * number]] for number in members}
+        pictures = [number for number in members if self._kinds[number] == _PICTURE]
+        plain = [number for number in pictures if "." not in extensions[number]]
+        if self._wanted.pictures == "first":
+            self._index.clashes += len(pictures) - 1
+            pictures = plain = (plain or pictures)[:1]
+        sidecars = [number for number in members if self._kinds[number] in (_USEFUL, _PART, _PICKLE)]
+        shared = _shared(pictures, sidecars, extensions)
+        alone = pictures if len(pictures) == 1 else plain if len(plain) == 1 else []
+        return [
+            _Part(number, "" if number in alone else extensions[number], sorted([number, *belonging]))
+            for number, belonging in zip(pictures, shared, strict=True)
+        ]
+
     def _cut(self, name: bytes | None) -> set[int]:
-        """The instance that the member whose data break off belongs to, unless it has that member already."""
+        """The sample that the member whose data break off belongs to, unless it has that member already."""
         named = split_name(name) if name is not None else None
         if named is None or named[0] not in self._latest:
             return set()
-        instance, number = self._latest[named[0]], self._numbers.get(named[1], -1)
-        return set() if number >= 0 and instance << 32 | number in self._seen else {instance}
+        sample, number = self._latest[named[0]], self._numbers.get(named[1], -1)
+        return set() if number >= 0 and sample << 32 | number in self._seen else {sample}
 
     def _incomplete(self, rows: np.ndarray) -> set[int]:
-        """The rows of a damaged tar that the damage cut short, as far as the others tell.
+        """The samples of a damaged tar that the damage cut short, as far as the others tell.
 
-        The last row is incomplete when it lacks a kind of member that every other row has. Where members of one key come
-        apart, the same is asked of every row, measured against the first.
+        The last one is incomplete when it lacks a kind of member that every other has. Where members of one key come
+        apart, the same is asked of every sample, measured against the first.
         """
         present = np.flatnonzero(rows).tolist()
         if not present:
             return set()
-        kind_of = [
-            "image" if is_image(name, self._image_extension) else name.rpartition(".")[2]
-            for name in self._index.extensions
-        ]
         kinds: dict[int, set[str]] = {}
-        for member, instance in enumerate(self._owner):
-            kinds.setdefault(instance, set()).add(kind_of[self._flat[4 * member]])
+        for member, sample in enumerate(self._owner):
+            kinds.setdefault(sample, set()).add(self._kind_of(member))
         if self._interleaved:
             expected = kinds[present[0]]
-            return {instance for instance in present if expected - kinds[instance]}
+            return {sample for sample in present if expected - kinds[sample]}
         last = self._owner[-1]
         if not rows[last]:
             return set()
-        others = [kinds[instance] for instance in present if instance != last]
+        if self._pictures[last] > 1:
+            return {last}  # which of its rows are is told by the rows
+        others = [kinds[sample] for sample in present if sample != last]
         expected = set.intersection(*others) if others else set()
-        return {last} if expected - kinds[last] or "image" not in kinds[last] else set()
+        return {last} if expected - kinds[last] or _IMAGE not in kinds[last] else set()
 
-    def _number(self, rows: np.ndarray) -> None:
-        """Renumber instances as rows and sort the members by row, keeping tar order inside a row."""
-        index, owner = self._index, np.asarray(self._owner, np.int64)
-        count = int(rows.sum())
-        row_of = np.full(len(rows), -1, np.int64)
-        row_of[rows] = np.arange(count)
-        member_rows = row_of[owner]
-        order = np.argsort(member_rows, kind="stable")
-        order = order[member_rows[order] >= 0]
-        place = np.full(len(owner) + 1, -1, np.int64)  # the last one for instances without an image
-        place[order] = np.arange(len(order))
-        index.keys = [key for key, wanted in zip(self._keys, rows.tolist(), strict=True) if wanted]
-        index.occurrences = array("q", np.asarray(self._occurrences, np.int64)[rows].tolist())
-        index.images = array("q", place[np.asarray(self._images, np.int64)[rows]].tolist())
+    def _kind_of(self, member: int) -> str:
+        if self._kinds[member] == _PICTURE:
+            return _IMAGE
+        return self._index.extensions[self._flat[4 * member]].rpartition(".")[2]
+
+    def _drop_short(self, parts: list[_Part], cut: bytes | None) -> int:
+        """Take out the row whose member breaks off or, of the last picture's, what lacks a kind that the others have.
+
+        Returns the byte from which on nothing was read then (a large number where nothing was taken out).
+        """
+        named = split_name(cut) if cut is not None else None
+        kinds = [{self._kind_of(number) for number in part.members} for part in parts]
+        expected = set.intersection(*kinds[:-1]) if len(kinds) > 1 else set()
+        short = [len(parts) - 1] if expected - kinds[-1] else []
+        if named is not None and not is_image(named[1], self._wanted.extension):
+            stem = named[1].rpartition(".")[0]
+            of = [self._index.extensions[self._flat[4 * part.picture]] for part in parts]
+            short = [number for number, extension in enumerate(of) if stem in _stems(extension)] or short
+        gone = [parts.pop(number) for number in reversed(short)]
+        return min((self._flat[4 * part.picture + 1] for part in gone), default=2**62)
+
+    def _number(self, rows: np.ndarray, several: dict[int, list[_Part]], used: np.ndarray) -> None:
+        """Number the rows, and sort the members by sample, keeping tar order inside a sample. used: member numbers."""
+        index = self._index
+        place = np.full(len(self._owner) + 1, -1, np.int64)  # the last one for rows without an image
+        place[used] = np.arange(len(used))
+        counts = rows.astype(np.int64)
+        counts[list(several)] = [len(parts) for parts in several.values()]
+        samples = np.repeat(np.arange(len(rows)), counts)
+        kinds, owner = np.frombuffer(self._kinds, np.uint8), np.asarray(self._owner, np.int64)
+        image = np.full(len(rows), -1, np.int64)
+        pictures = np.flatnonzero(kinds == _PICTURE)
+        image[owner[pictures]] = pictures
+        images = place[image[samples]]
+        index.keys = [self._keys[sample] for sample in samples.tolist()]
+        for sample, parts in several.items():
+            row = int(np.searchsorted(samples, sample))
+            for at, part in enumerate(parts, row):
+                images[at] = place[part.picture]
+                index._own[at] = place[part.members].tolist()
+                if part.suffix:
+                    index.several[at] = (self._keys[sample], part.suffix)
+                    index.keys[at] = member_key(self._keys[sample], part.suffix)
+        index.images = array("q", images.tolist())
+        index.occurrences = array("q", np.asarray(self._occurrences, np.int64)[samples].tolist())
         index.duplicate_keys = sum(1 for number in index.occurrences if number > 1)
-        index._members = np.asarray(self._flat, np.int64).reshape(-1, 4)[order]
-        index._first = np.searchsorted(member_rows[order], np.arange(count + 1))
+        index._members = np.asarray(self._flat, np.int64).reshape(-1, 4)[used]
+        index._first = np.append(np.searchsorted(owner[used], samples), len(used))
+
+    def _account(self, rows: np.ndarray, used: np.ndarray, headers: _Headers) -> None:
+        """What became of the members: of a row without a picture one of them stands for it."""
+        index, seen = self._index, self._index.seen
+        seen.rows = len(index)
+        pickles = 0
+        for number in np.flatnonzero(~used | (np.frombuffer(self._kinds, np.uint8) == _PICKLE)).tolist():
+            kind, sample = self._kinds[number], self._owner[number]
+            extension, _, _, size = self._flat[4 * number : 4 * number + 4]
+            why = _WHY[kind]
+            if kind == _PART:
+                why = "unclaimed" if rows[sample] else "unknown_type" if size else "empty"
+            elif (
+                index.damaged
+                and kind in (_PICTURE, _USEFUL)
+                and not (rows[sample] and self._wanted.pictures == "first")
+            ):
+                why = "unread"
+            pickles += bool(used[number])
+            seen.pass_over(why, member_key(self._keys[sample], index.extensions[extension]))
+        seen.parts = int(used.sum()) - pickles - seen.rows
+        if headers.cut_name is not None:
+            seen.pass_over("unread", headers.cut_name.decode("utf-8", "replace"))
+
+
+class _Part(NamedTuple):
+    """A row of a sample with several pictures: its picture, what tells it from the others, and its member numbers."""
+
+    picture: int
+    suffix: str
+    members: list[int]
+
+
+def member_key(key: str, extension: str) -> str:
+    return f"{key}.{extension}" if extension else key
+
+
+def _stems(extension: str) -> list[str]:
+    """The names under which sidecars of a picture may go, nearest first: `x.y.jpg`, `x.y`, `x`, ""."""
+    stems = [extension]
+    while stems[-1]:
+        stems.append(stems[-1].rpartition(".")[0])
+    return stems
+
+
+def _beside(extension: str, picture: str) -> str:
+    """`txt` of `5x_0.txt` beside `5x_0.jpg`."""
+    stem = next((f"{stem}." for stem in _stems(picture) if stem != extension and extension.startswith(f"{stem}.")), "")
+    return extension.removeprefix(stem)
+
+
+def _shared(pictures: Sequence[int], sidecars: Sequence[int], extensions: dict[int, str]) -> list[list[int]]:
+    """Which sidecars of a sample belong to each of its pictures (all are member numbers).
+
+    Of each kind (the last part of the extension) the one of the nearest name: `5x_0.txt` to `5x_0.jpg`, `txt` to all
+    that have none nearer. One that has another name than all pictures belongs to all when it is the only one of its kind.
+    """
+    by_stem: dict[str, dict[str, int]] = {}
+    named = {stem for number in pictures for stem in _stems(extensions[number])}
+    kinds = Counter(extensions[number].rpartition(".")[2] for number in sidecars)
+    for number in sidecars:
+        stem, _, last = extensions[number].rpartition(".")
+        if stem in named:
+            by_stem.setdefault(stem, {})[last] = number
+        elif kinds[last] == 1:
+            by_stem.setdefault("", {})[last] = number
+    found = []
+    for picture in pictures:
+        nearest: dict[str, int] = {}
+        for stem in _stems(extensions[picture]):
+            nearest = {**by_stem.get(stem, {}), **nearest}
+        found.append(list(nearest.values()))
+    return found
 
 
 def member_name(read_at: ReadAt, member: Member) -> bytes:
@@ -265,6 +446,13 @@ def member_name(read_at: ReadAt, member: Member) -> bytes:
     for raw in _Headers(read_at, member.offset + member.size, member.start):
         return raw.name
     raise OSError(f"the tar header at byte {member.start} is gone")
+
+
+def written_extension(name: bytes, member: Member) -> str:
+    """A member's extension as it is written in its name."""
+    extension = name.rpartition(b"/")[2].partition(b".")[2].decode("utf-8", "surrogateescape")
+    written = extension[max(0, len(extension) - len(member.extension)) :]
+    return written if written.lower() == member.extension else extension
 
 
 class _DamageError(Exception):
@@ -436,10 +624,10 @@ def write_end(output: BinaryIO) -> None:
 class TarFile:
     """An open tar on local disk with its index; closed when nobody holds it any more. Safe to share among threads."""
 
-    def __init__(self, descriptor: int, total: int, image_extension: str | None = None) -> None:
+    def __init__(self, descriptor: int, total: int, wanted: Wanted = _ALL) -> None:
         self._descriptor = descriptor
         self.total = total
-        self.index = index_tar(self.read_at, total, image_extension)
+        self.index = index_tar(self.read_at, total, wanted)
 
     def read_at(self, size: int, offset: int) -> bytes:
         """At most `size` bytes from `offset`; fewer only at the end of the file."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from clipfilter.sources.tar import TarFile, member_name, write_end, write_member
+from clipfilter.sources.tar import TarFile, member_name, write_end, write_member, written_extension
 from clipfilter.storage import Directory
 
 
@@ -62,11 +62,10 @@ class TarShards:
 
 def row_members(tar: TarFile, row: int) -> list[tuple[str, bytes]]:
     """(extension as it was written, bytes) of every member of a row."""
-    found = []
-    for member in tar.index.members(row):
-        name = member_name(tar.read_at, member).rpartition(b"/")[2]
-        found.append((name.partition(b".")[2].decode("utf-8", "surrogateescape"), tar.read(member)))
-    return found
+    return [
+        (written_extension(member_name(tar.read_at, member), member), tar.read(member))
+        for member in tar.index.members(row)
+    ]
 
 
 def safe_key(key: str) -> str:

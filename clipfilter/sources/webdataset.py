@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipfilter.errors import MISSING_IMAGE, READ_ERROR, RefusedError
+from clipfilter.errors import MISSING_IMAGE, READ_ERROR, RefusedError, ShardError
 from clipfilter.sources import img2dataset
 from clipfilter.sources.discover import TAR_SUFFIXES, Found, Location, refusing
-from clipfilter.sources.model import ReadStats, Shard, SourceOptions, shard_id
+from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
 from clipfilter.sources.records import (
-    CAPTION_NAMES,
     Row,
     batches,
+    caption_fields,
     check_field,
     chosen_rows,
     decode_text,
@@ -34,11 +34,13 @@ from clipfilter.sources.tar import (
     Member,
     TarFile,
     TarIndex,
+    Wanted,
     index_tar,
     is_image,
     member_name,
     write_end,
     write_member,
+    written_extension,
 )
 
 _SAMPLE_BYTES = 16 << 20  # of each sampled tar
@@ -52,13 +54,13 @@ class Webdataset:
 
     def __init__(self, location: Location, options: SourceOptions, columns: pa.Schema, plan: dict[str, Any]) -> None:
         self.location, self.options, self.columns, self.plan = location, options, columns, plan
-        self._tars = TarCache(plan["image_extension"])
+        self._tars = TarCache(Wanted(plan["image_extension"], options.pictures))
 
     @classmethod
     def infer(cls, location: Location, options: SourceOptions, found: Found) -> Webdataset:
         """Freeze columns from the first tars (at most 16 MiB of each); raises RefusedError."""
         wanted = options.image_column.lower().lstrip(".") if options.image_column else None
-        sample = _Sample.of(location, found, wanted)
+        sample = _Sample.of(location, found, Wanted(wanted, options.pictures))
         where = location.url(found.tars[0][0])
         sidecar = None
         if found.kind.startswith("img2dataset"):
@@ -70,11 +72,12 @@ class Webdataset:
             known = fields | (sample.extensions & set(CAPTION_EXTENSIONS))
             check_field(caption, "--caption-column", known, where)
         check_field(options.uid_column, "--uid-column", fields, where)
-        guessed = [name for name in CAPTION_NAMES if name in fields]
+        guessed = caption_fields(fields)
         captioned = sample.captioned or any(record_captions(record, [], None, guessed) for record in sample.records)
         plan = {
             "kind": found.kind if sidecar is not None or found.stats else "webdataset",
             "image_extension": wanted,
+            "each_picture": True,
             "text_extension": texts_named,
             "caption_field": caption if caption and not texts_named else None,
             "caption_guesses": [] if texts_named else guessed,
@@ -91,11 +94,11 @@ class Webdataset:
     def read(
         self, shard: Shard, rows: Sequence[int] | None, images: bool, stats: ReadStats
     ) -> Iterator[pa.RecordBatch]:
-        tar = self._tars.open(self.location.url(shard.path), shard.etag)
+        tar = self._open(shard)
         index = tar.index
         stats.damaged, stats.bytes_unread = index.damaged, index.bytes_unread
-        stats.seen.rows = len(index)
-        stats.duplicate_keys, stats.clashes, stats.ignored = index.duplicate_keys, index.clashes, index.ignored
+        stats.duplicate_keys, stats.clashes = index.duplicate_keys, index.clashes
+        stats.seen.add(index.seen)
         sidecar = None
         if self.plan["sidecar"] or self.plan["stats"]:
             sidecar = img2dataset.Sidecar.open(self.location, shard.path, self.plan["stats"])
@@ -103,6 +106,16 @@ class Webdataset:
         numbers: Iterable[int] = range(len(index)) if rows is None else chosen_rows(rows, len(index))
         found = (self._row(tar, index, number, images, shard.path, sidecar) for number in numbers)
         yield from batches(found, self.columns, self.options, stats)
+
+    def _open(self, shard: Shard) -> TarFile:
+        url = self.location.url(shard.path)
+        tar = self._tars.open(url, shard.etag)
+        if "each_picture" not in self.plan and (tar.index.several or tar.index.by_content):
+            raise ShardError(
+                f"{url} was read by an earlier clipfilter, which took one picture of each key; run it again in a new "
+                "directory, where every picture is a row."
+            )
+        return tar
 
     def _row(
         self, tar: TarFile, index: TarIndex, number: int, images: bool, path: str, sidecar: img2dataset.Sidecar | None
@@ -113,12 +126,9 @@ class Webdataset:
         texts: list[str] = []
         image, error_class, error = None, None, None
         try:
-            members = index.members(number)
-            record, unfit, texts = _sidecars(
-                members, tar.read, self.plan["image_extension"], self.plan["text_extension"]
-            )
+            member = index.image(number)
+            record, unfit, texts = _sidecars(index.members(number), member, tar.read, self.plan["text_extension"])
             if images:
-                member = index.image(number)
                 if member is None:
                     error_class, error = MISSING_IMAGE, "the tar has no image for this key"
                 else:
@@ -128,16 +138,20 @@ class Webdataset:
         if sidecar is not None and not record and unfit is None:
             record = sidecar.record(key.rpartition("/")[2])
         captions = record_captions(record, texts, self.plan["caption_field"], self.plan["caption_guesses"])
-        uid = record_uid(record, self.options.uid_column, path, key, occurrence)
+        sample, part = index.several.get(number, (key, ""))
+        uid = record_uid(record, self.options.uid_column, path, sample, occurrence)
+        if part:  # what it was made of belongs to the other pictures of the sample, too
+            uid = row_uid(uid, part)
         return Row(number, key, uid, image, captions, record, error_class, error, unfit)
 
     def copy_rows(self, shard: Shard, rows: Sequence[int], target: Path) -> int:
         """Write these rows as a tar: every member of a row, bytes and names as they are, members adjacent.
 
-        Times and owners are zero, so that two calls give the same bytes. A row that repeats an earlier key gets
-        `~2` (`~3`, ...) behind its key; leading slashes and `..` are taken out of names.
+        Times and owners are zero, so that two calls give the same bytes. Each row has a key of its own: one that repeats an
+        earlier key gets `~2` (`~3`, ...) behind it, and of several pictures under one key each what told it from the
+        others. Leading slashes and `..` are taken out of names.
         """
-        tar = self._tars.open(self.location.url(shard.path), shard.etag)
+        tar = self._open(shard)
         taken: set[bytes] = set()
         count = 0
         with open(target, "wb") as output:
@@ -157,7 +171,7 @@ class _Sample:
     captioned: bool = False
 
     @classmethod
-    def of(cls, location: Location, found: Found, wanted: str | None) -> _Sample:
+    def of(cls, location: Location, found: Found, wanted: Wanted) -> _Sample:
         """Raises RefusedError where none of the tars can be read, or none has an image."""
         sample = cls()
         refused: RefusedError | None = None
@@ -172,12 +186,16 @@ class _Sample:
                 continue
             index = index_tar(partial(_slice, data), len(data), wanted)
             pictured |= any(number >= 0 for number in index.images)
-            sample._add(index, data, wanted)
+            sample._add(index, data)
             if len(sample.records) >= _SAMPLE_ROWS // 2:
                 break
         if refused is not None and not sample.extensions:
             raise refused
-        if sample.extensions and not pictured and not any(is_image(name, wanted) for name in sample.extensions):
+        if (
+            sample.extensions
+            and not pictured
+            and not any(is_image(name, wanted.extension) for name in sample.extensions)
+        ):
             listed = ", ".join(sorted(sample.extensions)[:20])
             raise RefusedError(
                 f"{location.url(found.tars[0][0])} has no image members; its extensions are: {listed} (name the right one "
@@ -185,10 +203,12 @@ class _Sample:
             )
         return sample
 
-    def _add(self, index: TarIndex, data: bytes, wanted: str | None) -> None:
+    def _add(self, index: TarIndex, data: bytes) -> None:
         self.extensions.update(index.extensions)
         for row in range(min(len(index), _SAMPLE_ROWS - len(self.records))):
-            record, _, texts = _sidecars(index.members(row), partial(_member, data), wanted, None)
+            members = index.members(row)
+            self.extensions.update(member.extension for member in members)
+            record, _, texts = _sidecars(members, index.image(row), partial(_member, data), None)
             self.records.append(record)
             self.captioned |= any(text.strip() for text in texts)
 
@@ -202,7 +222,7 @@ def _member(data: bytes, member: Member) -> bytes:
 
 
 def _sidecars(
-    members: Sequence[Member], read: Any, image_extension: str | None, text_extension: str | None
+    members: Sequence[Member], image: Member | None, read: Any, text_extension: str | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
     """(JSON and cls fields, what could not be parsed, caption texts) of one row's members."""
     record: dict[str, Any] = {}
@@ -212,7 +232,7 @@ def _sidecars(
     for member in members:
         extension = member.extension
         last = extension.rpartition(".")[2]
-        if is_image(extension, image_extension) or member.size > _SIDECAR_LIMIT:
+        if (image is not None and member.start == image.start) or member.size > _SIDECAR_LIMIT:
             continue
         if extension == text_extension or (text_extension is None and last in CAPTION_EXTENSIONS):
             texts.append(decode_text(read(member)))
@@ -229,25 +249,22 @@ def _sidecars(
 
 def _copy_row(tar: TarFile, number: int, output: io.BufferedWriter, taken: set[bytes]) -> None:
     members = tar.index.members(number)
-    names = [_safe_name(member_name(tar.read_at, member)) for member in members]
-    suffix = tar.index.occurrences[number]
-    renamed = names if suffix == 1 else [_marked(name, suffix) for name in names]
-    while not taken.isdisjoint(renamed) or len(set(renamed)) < len(renamed):
-        suffix += 1
-        renamed = [_marked(name, suffix) for name in names]
-        if len(set(names)) < len(names):  # names that differed only by what was taken out
-            renamed = [_marked(name, suffix + place) for place, name in enumerate(names)]
-    taken.update(renamed)
-    for name, member in zip(renamed, members, strict=True):
-        write_member(output, name.decode("utf-8", "surrogateescape"), member.size, tar.pieces(member))
+    written = [member_name(tar.read_at, member) for member in members]
+    key, occurrence = _safe_key(written[0], tar.index.several.get(number)), tar.index.occurrences[number]
+    unique = key if occurrence == 1 else b"%s~%d" % (key, occurrence)
+    while unique in taken:
+        occurrence += 1
+        unique = b"%s~%d" % (key, occurrence)
+    taken.add(unique)
+    for name, member in zip(written, members, strict=True):
+        extension = written_extension(name, member)
+        whole = unique.decode("utf-8", "surrogateescape") + ("." + extension if extension else "")
+        write_member(output, whole, member.size, tar.pieces(member))
 
 
-def _safe_name(name: bytes) -> bytes:
-    parts = [part for part in name.split(b"/") if part not in (b"", b"..")]
-    return b"/".join(parts)
-
-
-def _marked(name: bytes, number: int) -> bytes:
-    folder, slash, base = name.rpartition(b"/")
-    stem, dot, extension = base.partition(b".")
-    return folder + slash + stem + b"~%d" % number + dot + extension
+def _safe_key(name: bytes, several: tuple[str, str] | None) -> bytes:
+    """The key of a row in a copy, from the name of one of its members."""
+    *folders, base = [part for part in name.split(b"/") if part not in (b"", b"..")]
+    stem = base.partition(b".")[0]
+    own = several[1].rpartition(".")[0].replace(".", "_") if several else ""
+    return b"/".join([*folders, stem + b"~" + own.encode() if own else stem])

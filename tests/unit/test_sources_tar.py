@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clipfilter.sources.tar import BLOCK, TarIndex, index_tar, member_name, split_name
+from clipfilter.sources.tar import BLOCK, TarIndex, Wanted, index_tar, is_image, member_name, split_name
 from tests.support import sources as make
 
 KINDS = ("jpg", "txt", "json")
@@ -26,8 +26,8 @@ def build(listed: list[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> 
     return buffer.getvalue()
 
 
-def index(data: bytes, image_extension: str | None = None) -> TarIndex:
-    return index_tar(lambda size, offset: data[offset : offset + size], len(data), image_extension)
+def index(data: bytes, wanted: Wanted = Wanted()) -> TarIndex:
+    return index_tar(lambda size, offset: data[offset : offset + size], len(data), wanted)
 
 
 def rows(data: bytes) -> list[tuple[str, dict[str, bytes]]]:
@@ -54,7 +54,9 @@ def test_members_in_any_order_make_the_same_rows(count: int, random: object) -> 
         assert held == {kind: payload(int(key[2:]), kind) for kind in KINDS}
     whole = index(build(listed))
     assert not whole.damaged
-    assert (whole.bytes_unread, whole.duplicate_keys, whole.clashes, whole.ignored) == (0, 0, 0, 0)
+    assert (whole.bytes_unread, whole.duplicate_keys, whole.clashes) == (0, 0, 0)
+    assert whole.seen.to_json()["passed"] == {}
+    assert (whole.seen.rows, whole.seen.parts) == (count, 2 * count)
 
 
 ADJACENT = [(f"{key:04d}.{kind}", payload(key, kind)) for key in range(6) for kind in KINDS]
@@ -128,9 +130,9 @@ def test_keys_and_extensions_are_webdatasets(names: list[tuple[str, str]], forma
         ours = split_name(name.encode())
         assert ours == (theirs[0].removeprefix("./"), theirs[1].lower())
     data = build([(f"{stem}.{extension}", b"x") for stem, extension in names], format)
-    assert {key for key, _ in rows(data)} <= {stem.removeprefix("./").partition(".")[0] for stem, _ in names} | {
-        "dir.x/a"
-    }
+    found = index(data)
+    keys = {found.several.get(row, (key, ""))[0] for row, key in enumerate(found.keys)}
+    assert keys <= {stem.removeprefix("./").partition(".")[0] for stem, _ in names} | {"dir.x/a"}
 
 
 def test_rows_are_those_of_the_webdataset_library(tmp_path: Path) -> None:
@@ -177,24 +179,158 @@ def test_a_key_that_occurs_again_is_another_row_and_nothing_is_overwritten() -> 
     assert found.clashes == 1  # the third text belongs to no image
 
 
-def test_two_images_under_one_key_clash_and_the_first_is_taken() -> None:
-    found = index(build([("k.png", b"png"), ("k.jpg", b"jpg"), ("k.txt", b"t")]))
+#: Members of one key (or of names with further dots), the rows they make, and what those have beside their picture.
+SEVERAL: dict[str, tuple[str, dict[str, str]]] = {
+    "two formats": ("k.png k.jpg k.txt", {"k.png": "txt", "k.jpg": "txt"}),
+    "upper case": ("k.PNG k.Jpg k.TXT", {"k.png": "txt", "k.jpg": "txt"}),
+    "dots in names": (
+        "i_1.5x_0.jpg i_1.5x_0.txt i_1.5x_1.jpg i_1.5x_1.txt i_1.5x_2.jpg i_1.5x_3.txt",
+        {"i_1.5x_0.jpg": "txt", "i_1.5x_1.jpg": "txt", "i_1.5x_2.jpg": ""},
+    ),
+    "dots, captions first": ("i_1.b.txt i_1.a.txt i_1.a.jpg i_1.b.jpg", {"i_1.a.jpg": "txt", "i_1.b.jpg": "txt"}),
+    "a depth map behind": ("k.jpg k.txt k.depth.png", {"k": "txt", "k.depth.png": "txt"}),
+    "a depth map before": ("k.depth.png k.json k.jpg", {"k.depth.png": "json", "k": "json"}),
+    "masks alone": ("k.mask.png k.seg.png k.cls", {"k.mask.png": "cls", "k.seg.png": "cls"}),
+    "only a depth map": ("k.depth.png k.txt", {"k": "txt"}),
+    "one text of another name": (
+        "k.left.jpg k.right.jpg k.about.json",
+        {"k.left.jpg": "about.json", "k.right.jpg": "about.json"},
+    ),
+    "nearer texts": ("k.jpg k.txt k.seg.png k.seg.txt k.json", {"k": "txt json", "k.seg.png": "txt json"}),
+    "texts of whole names": ("k.a.jpg k.a.jpg.json k.b.jpg k.b.jpg.json", {"k.a.jpg": "json", "k.b.jpg": "json"}),
+    "a folder with dots": ("./v1.0/k.jpg ./v1.0/k.png", {"v1.0/k.jpg": "", "v1.0/k.png": ""}),
+    "numbers of several": ("k.0.npy k.0.jpg k.1.npy k.1.jpg", {"k.0.jpg": "npy", "k.1.jpg": "npy"}),
+    "no extension": ("k k.txt", {"k": "txt"}),
+    "no extension and one": ("k k.png", {"k": "", "k.png": ""}),
+    "unknown extensions": ("k.img k.txt k.bin", {"k.img": "txt", "k.bin": "txt"}),
+    "the same twice": ("k.jpg k.png k.jpg k.txt", {"k.jpg": "", "k.png": "", "k": "txt"}),
+}
+PICTURES = ("jpg", "png", "img", "bin", "k")
+
+
+def listed_bytes(names: str) -> list[tuple[str, bytes]]:
+    """Members whose content is told by their name; what is a picture begins as one."""
+    begin = b"\xff\xd8\xff"
+    return [
+        (name, (begin if name.lower().endswith(PICTURES) else b"") + f"{place} {name}".encode())
+        for place, name in enumerate(names.split())
+    ]
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_of_several_pictures_under_one_key_each_is_a_row_with_what_belongs_to_it(case: str) -> None:
+    names, expected = SEVERAL[case]
+    listed = listed_bytes(names)
+    data = build(listed)
+    found = index(data)
+    assert (
+        dict(
+            zip(
+                found.keys,
+                [
+                    " ".join(m.extension for m in found.members(row) if m != beside(found, row))
+                    for row in range(len(found))
+                ],
+                strict=True,
+            )
+        )
+        == expected
+    )
+    pictures = {data[m.offset : m.offset + m.size] for row in range(len(found)) if (m := found.image(row))}
+    assert pictures == {content for _, content in listed if content[:1] == b"\xff"}
+    assert found.seen.things == len(listed)
+
+
+def beside(found: TarIndex, row: int) -> object:
+    image = found.image(row)
+    return next((m for m in found.members(row) if image is not None and m.start == image.start), None)
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        ("k.depth.png k.jpg k.txt", "1 k.jpg"),
+        ("k.png k.jpg", "0 k.png"),
+        ("k.a.jpg k.a.txt k.b.jpg k.b.txt", "0 k.a.jpg"),
+    ],
+)
+def test_the_first_picture_is_the_plain_one_and_the_others_are_passed_over(names: str, taken: str) -> None:
+    data = build(listed_bytes(names))
+    found = index(data, Wanted(pictures="first"))
     assert found.keys == ["k"]
     image = found.image(0)
     assert image is not None
-    assert image.extension == "png"
-    assert found.clashes == 1
-    assert found.duplicate_keys == 0
+    assert data[image.offset : image.offset + image.size].endswith(taken.encode())
+    assert sum(is_image(member.extension) for member in found.members(0)) == 1
+    assert found.clashes == found.seen.passed["other_picture"] == 1
+    assert found.seen.things == len(names.split())
+
+
+def test_a_named_extension_is_the_picture_and_no_other_goes_with_it() -> None:
+    found = index(build(listed_bytes("k.jpg k.mask.png k.txt k.raw")), Wanted("mask.png"))
+    assert found.keys == ["k"]
+    assert [member.extension for member in found.members(0)] == ["mask.png", "txt", "raw"]
+    assert found.seen.examples == {"other_picture": ["k.jpg"]}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", "d.x/a", "./a"]),
+            st.sampled_from(
+                [
+                    "",
+                    ".jpg",
+                    ".JPG",
+                    ".png",
+                    ".x.jpg",
+                    ".x.txt",
+                    ".y.png",
+                    ".txt",
+                    ".json",
+                    ".x.json",
+                    ".npy",
+                    ".pkl",
+                    ".svg",
+                    ".bin",
+                ]
+            ),
+        ),
+        max_size=14,
+    ),
+    st.sampled_from([Wanted(), Wanted(pictures="first"), Wanted("png"), Wanted("x.jpg")]),
+    st.integers(0, 20_000),
+)
+@settings(max_examples=300, deadline=None)
+def test_every_member_is_accounted_for_and_no_picture_is_in_two_rows(
+    names: list[tuple[str, str]], wanted: Wanted, keep: int
+) -> None:
+    listed = listed_bytes(" ".join(stem + extension for stem, extension in names))
+    data = build(listed)
+    found = index(data, wanted)
+    assert found.seen.things == len(listed)
+    assert found.seen.rows == len(found)
+    pictures = [m.start for row in range(len(found)) if (m := found.image(row))]
+    assert len(set(pictures)) == len(pictures)
+    for row in range(len(found)):  # beside its own picture a row has no other
+        others = [m for m in found.members(row) if m != beside(found, row)]
+        assert not any(data[m.offset : m.offset + 3] == b"\xff\xd8\xff" for m in others)
+    assert len(set(zip(found.keys, found.occurrences, strict=True))) == len(found)
+    if wanted == Wanted():
+        assert len(pictures) == sum(content[:1] == b"\xff" for _, content in listed)
+    cut = index(data[:keep], wanted)
+    assert cut.seen.rows == len(cut) <= len(found)
 
 
 def test_a_key_without_image_is_a_row_whose_image_is_missing() -> None:
     found = index(build([("a.jpg", b"x"), ("b.txt", b"caption"), ("c.npy", b"numbers"), ("noextension", b"x")]))
     assert found.keys == ["a", "b"]
     assert found.image(1) is None
-    assert found.ignored == 1
+    assert (found.seen.rows, found.seen.parts) == (2, 0)  # the row without a picture is its caption
+    assert found.seen.examples == {"unknown_type": ["c.npy", "noextension"]}
 
 
-def test_links_devices_folders_hidden_files_and_pickles_are_ignored_and_counted() -> None:
+def test_links_devices_hidden_files_and_pickles_are_passed_over_and_counted() -> None:
     def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
         info = tarfile.TarInfo(name)
         info.type, info.linkname = kind, link
@@ -213,7 +349,7 @@ def test_links_devices_folders_hidden_files_and_pickles_are_ignored_and_counted(
             tar.addfile(info, io.BytesIO(b"abc"))
     found = index(buffer.getvalue())
     assert found.keys == ["../../up", "abs", "a"]
-    assert found.ignored == 7
+    assert found.seen.passed == {"not_a_file": 4, "hidden": 2, "pickle": 1}
     assert not found.damaged
 
 
@@ -228,7 +364,7 @@ def test_sparse_members_are_skipped_in_step() -> None:
     data = bytes(header) + bytes(512) + b"d" * 600 + bytes(424) + build([("a.jpg", b"x")])
     found = index(data)
     assert found.keys == ["a"]
-    assert found.ignored == 1
+    assert found.seen.passed == {"not_a_file": 1}
 
 
 def test_archives_put_end_to_end_are_read_through() -> None:

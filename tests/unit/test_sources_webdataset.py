@@ -205,11 +205,12 @@ def test_counts_of_trouble(tmp_path: Path) -> None:
     (shard,) = source.iter_shards()
     rows, stats = read_shard(source, shard)
     assert [(row["cf_key"], row["cf_image"], row["cf_error_class"]) for row in rows] == [
-        ("a", b"1", None), ("b", None, "missing_image"), ("c", b"3", None), ("a", b"4", None),
+        ("a.jpg", b"1", None), ("a.png", b"2", None), ("b", None, "missing_image"), ("c", b"3", None), ("a", b"4", None),
     ]  # fmt: skip
-    assert rows[1]["cf_error"]
-    assert rows[2]["cls"] == 12
-    assert (stats.duplicate_keys, stats.clashes, stats.ignored) == (1, 1, 2)
+    assert rows[2]["cf_error"]
+    assert rows[3]["cls"] == 12
+    assert (stats.duplicate_keys, stats.clashes) == (1, 0)
+    assert (stats.seen.rows, stats.seen.parts, stats.seen.passed) == (5, 1, {"pickle": 2})
     assert not os.path.exists("/tmp/clipfilter-pwned")
     without, _ = read_shard(source, shard, images=False)
     assert all(row["cf_error_class"] is None for row in without)
@@ -306,6 +307,82 @@ def test_copied_duplicates_get_names_of_their_own_and_paths_are_made_safe(tmp_pa
     }  # fmt: skip
     with pytest.raises(IndexError):
         source.copy_rows(shard, [8], tmp_path / "out.tar")
+
+
+DOTTED = [
+    (f"img_1.5x_{n}.{kind}", data) for n in range(3) for kind, data in (("jpg", make.jpeg(n)), ("txt", b"text %d" % n))
+]
+
+
+def test_pictures_with_dots_in_their_names_are_rows_of_their_own_also_in_copies(tmp_path: Path) -> None:
+    make.write_members(tmp_path / "a.tar", [*DOTTED, ("img_1.json", b'{"uid": "%s", "lens": "50 mm"}' % (b"a" * 32))])
+    source = open_source(str(tmp_path))
+    (shard,) = source.iter_shards()
+    rows, stats = read_shard(source, shard)
+    assert [(row["cf_key"], row["cf_captions"], row["lens"]) for row in rows] == [
+        (f"img_1.5x_{n}.jpg", [f"text {n}"], "50 mm") for n in range(3)
+    ]
+    assert [row["cf_image"] for row in rows] == [make.jpeg(n) for n in range(3)]
+    assert len({row["cf_uid"] for row in rows}) == 3  # though the sample has one uid
+    assert (stats.seen.rows, stats.seen.parts, stats.seen.passed) == (3, 4, {})
+    assert source.copy_rows(shard, [0, 2], tmp_path / "out.tar") == 2
+    assert dict(tar_members(tmp_path / "out.tar")) == {
+        "img_1~5x_0.jpg": make.jpeg(0), "img_1~5x_0.txt": b"text 0", "img_1~5x_0.json": listed_json(tmp_path),
+        "img_1~5x_2.jpg": make.jpeg(2), "img_1~5x_2.txt": b"text 2", "img_1~5x_2.json": listed_json(tmp_path),
+    }  # fmt: skip
+    again = read_rows(open_source(str(tmp_path / "out.tar")))
+    assert [(row["cf_image"], row["cf_captions"]) for row in again] == [(make.jpeg(n), [f"text {n}"]) for n in (0, 2)]
+
+
+def listed_json(folder: Path) -> bytes:
+    return dict(tar_members(folder / "a.tar"))["img_1.json"]
+
+
+def test_a_copy_holds_no_picture_that_was_not_a_row(tmp_path: Path) -> None:
+    listed = [
+        ("k.depth.png", make.jpeg(1)), ("k.jpg", make.jpeg(2)), ("k.txt", b"t"), ("k.npy", b"\x93NUMPY"),
+        ("k.psd", b"8BPS" + bytes(60)), ("l.jpg", make.jpeg(3)), ("l.png", make.jpeg(4)), ("m", make.jpeg(5)),
+        ("m.txt", b"of m"),
+    ]  # fmt: skip
+    make.write_members(tmp_path / "a.tar", listed)
+    source = open_source(str(tmp_path / "a.tar"))
+    (shard,) = source.iter_shards()
+    rows, stats = read_shard(source, shard)
+    assert [row["cf_key"] for row in rows] == ["k.depth.png", "k", "l.jpg", "l.png", "m"]
+    assert [row["cf_captions"] for row in rows] == [["t"], ["t"], None, None, ["of m"]]
+    assert stats.seen.examples == {"unsupported": ["k.psd"]}
+    for row, names in enumerate(
+        (
+            ["k~depth.png", "k~depth.txt", "k~depth.npy"],
+            ["k.jpg", "k.txt", "k.npy"],
+            ["l.jpg"],
+            ["l.png"],
+            ["m", "m.txt"],
+        )
+    ):
+        assert source.copy_rows(shard, [row], tmp_path / "out.tar") == 1
+        assert sorted(name for name, _ in tar_members(tmp_path / "out.tar")) == sorted(names)
+    source.copy_rows(shard, range(5), tmp_path / "out.tar")
+    assert len({name.partition(".")[0] for name, _ in tar_members(tmp_path / "out.tar")}) == 5
+    plain = open_source(str(tmp_path / "a.tar"), SourceOptions(pictures="first"))
+    (shard,) = plain.iter_shards()
+    rows, stats = read_shard(plain, shard)
+    assert [(row["cf_key"], row["cf_image"]) for row in rows] == [
+        ("k", make.jpeg(2)), ("l", make.jpeg(3)), ("m", make.jpeg(5)),
+    ]  # fmt: skip
+    assert [row["cf_uid"] for row in rows] == [row_uid("a.tar", key) for key in "klm"]
+    assert stats.seen.examples["other_picture"] == ["k.depth.png", "l.png"]
+    plain.copy_rows(shard, range(3), tmp_path / "out.tar")
+    assert [name for name, _ in tar_members(tmp_path / "out.tar")] == ["k.jpg", "k.txt", "k.npy", "l.jpg", "m", "m.txt"]
+
+
+def test_a_plan_says_which_pictures_only_where_somebody_did(tmp_path: Path) -> None:
+    make.write_members(tmp_path / "a.tar", DOTTED)
+    plan = open_source(str(tmp_path)).to_plan()
+    assert "pictures" not in plan["options"]
+    assert Source.from_plan(plan).options.pictures == "all"
+    first = open_source(str(tmp_path), SourceOptions(pictures="first")).to_plan()
+    assert Source.from_plan(first).options.pictures == "first"
 
 
 # --- img2dataset ------------------------------------------------------------------------------------------------------
