@@ -299,7 +299,9 @@ def refuse_foreign_directory(directory: Directory) -> None:
             Path(directory.root).mkdir(parents=True, exist_ok=True)
             directory.scratch()
         harmless = ("run.log", "nights", attachments.ATTACHMENTS_FOLDER)
-        found = [] if directory.exists(PLAN_FILE) else [n for n in directory.names("") if n not in harmless]
+        found = [n for n in directory.names("") if n not in harmless]
+        if directory.exists(PLAN_FILE):  # asked last: another process may have begun the same run meanwhile
+            found = []
     except (OSError, ImportError) as error:
         raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
     if found:

@@ -22,7 +22,8 @@ from tests.support.commands import REPO, ForkServer
 SOURCE = Path(__file__).with_name("faults.c")
 #: What a child of the fork server runs: the library takes its orders, then the command begins.
 _PROGRAM = """
-import ctypes, resource, sys
+import ctypes, resource, sys, tempfile
+tempfile.tempdir = None
 ctypes.CDLL(None).fault_arm()
 files = int({files!r})
 if files:
