@@ -10,6 +10,10 @@ from typing import Literal
 
 #: How images are decoded: fast uses JPEG's scaled decoding, exact is open_clip's own transform.
 Decode = Literal["fast", "exact"]
+#: Embedded ICC profiles: ignored, as in the models' training, or applied, so that colours are what a browser shows.
+Color = Literal["ignore", "managed"]
+#: Where images are decoded: in threads of the workers, or in child processes with limits of memory and time.
+DecodeIn = Literal["threads", "processes"]
 #: Which caption counts when a row has several; none ignores them.
 Captions = Literal["first", "max", "mean", "none"]
 #: Which pictures of a sample that has several are rows.
@@ -23,6 +27,10 @@ MODEL = "nano"
 ENGINE: Engine = "auto"
 DEVICE = "auto"
 DECODE: Decode = "fast"
+COLOR: Color = "ignore"
+DECODE_IN: DecodeIn = "threads"
+#: Seconds that decoding one image may take.
+DECODE_TIMEOUT = 60.0
 CAPTIONS: Captions = "first"
 PICTURES: Pictures = "all"
 THUMBNAILS: Thumbnails = "blur"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from clipfilter.errors import RefusedError
@@ -23,6 +24,11 @@ from clipfilter.scratch import STALE_SECONDS, Scratch, one_after_another, remove
 
 SCRATCH = ".tmp-"  # how the names of folders for unfinished files begin
 _LOCAL_SCHEME = re.compile(r"(?:file|local):(?://)?(?:localhost(?=/))?(?=.)", re.IGNORECASE)
+
+#: Seconds that a server may say nothing, and how often botocore asks; s3fs asks five times around that, so that a server
+#: which accepts and never answers is given up after four minutes.
+_S3_REQUESTS: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 3}}
+_S3_PROTOCOLS = frozenset({"s3", "s3a"})
 
 
 def is_local(url: str) -> bool:
@@ -68,7 +74,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if is_local(url):
         return fsspec.filesystem("file"), str(local_path(url))
     try:
-        fs, path = url_to_fs(url, use_listings_cache=False)
+        fs, path = url_to_fs(url, use_listings_cache=False, **_deadlines(url))
     except ImportError as error:
         scheme = url.split("://", 1)[0]
         raise RefusedError(
@@ -79,6 +85,12 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if hasattr(fs, "call_s3"):
         fs.retries = 2  # botocore tries five times itself; five times five would be six minutes for one silent request
     return fs, path.rstrip("/")
+
+
+def _deadlines(url: str) -> dict[str, Any]:
+    """What bounds the requests of a URL's file systems, but for what the user's configuration of fsspec says."""
+    protocols = {part.partition("://")[0] for part in url.split("::")} & _S3_PROTOCOLS
+    return {name: {"config_kwargs": _S3_REQUESTS | conf.get(name, {}).get("config_kwargs", {})} for name in protocols}
 
 
 def join(url: str, *parts: str) -> str:

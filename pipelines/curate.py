@@ -17,7 +17,8 @@ from pydantic import Field
 from clipfilter.cli.display import progress
 from clipfilter.cli.pipeline_config import Config, JobConfig, arguments, job_request, load_config, show_plan, start
 from clipfilter.curation.dedup import DedupOptions, find_duplicates
-from clipfilter.engine.job import plan_overview, run_job
+from clipfilter.engine.job import run_job
+from clipfilter.engine.overview import plan_overview
 from clipfilter.operations.estimate import estimate_job
 from clipfilter.operations.export import export_run
 from clipfilter.policies import load_policy

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from clipfilter.cli.nightly import run_and_show
 from clipfilter.cli.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
-from clipfilter.engine.job import plan_overview
+from clipfilter.engine.overview import plan_overview
 from clipfilter.nightly import NightRequest
 from clipfilter.nightly.night import arrivals_overview
 from clipfilter.operations.estimate import estimate_job

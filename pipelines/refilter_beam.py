@@ -19,7 +19,8 @@ from clipfilter.beam.executor import BeamExecutor
 from clipfilter.beam.options import DIRECT, BeamOptions, Value
 from clipfilter.beam.statistics import QUANTILES, StatisticsRequest, dataset_statistics
 from clipfilter.cli.pipeline_config import Config, arguments, load_config, show_plan, start
-from clipfilter.engine.job import JobRequest, plan_overview, run_job
+from clipfilter.engine.job import JobRequest, run_job
+from clipfilter.engine.overview import plan_overview
 
 
 class BeamConfig(Config):

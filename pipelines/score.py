@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from clipfilter.cli.display import print_json, print_result, progress
 from clipfilter.cli.pipeline_config import JobConfig, arguments, job_request, load_config, show_plan, start
-from clipfilter.engine.job import plan_overview, run_job
+from clipfilter.engine.job import run_job
+from clipfilter.engine.overview import plan_overview
 from clipfilter.operations.estimate import estimate_job
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from clipfilter.images import apart
 from tests.support import quick
 
 _all_cores = _own_cores = os.sched_getaffinity(0)
@@ -56,3 +57,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _encoders_stay_as_they_are() -> Iterator[None]:
     yield
     assert quick.changed_encoders() == []
+
+
+@pytest.fixture
+def own_nursery(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process that forks children is started afresh, and ended with the test."""
+    monkeypatch.setattr(apart, "_nursery", None)
+    yield
+    if apart._nursery is not None:
+        apart._nursery.close()

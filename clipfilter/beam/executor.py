@@ -97,6 +97,9 @@ class BeamExecutor:
     def workers_alive(self) -> int:
         return 1
 
+    def waits_for(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         """Nothing outlives a pipeline."""
 

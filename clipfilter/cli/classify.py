@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from clipfilter.policies import LabelScorer, LabelSet
+    from clipfilter.sources import SourceOptions
 
 _BAR = 24
 _IN_FULL = 12  # images with all their labels and a bar each; more get a line
@@ -59,11 +60,13 @@ def classify(
     placing: o.Placing,
     batches: o.Batches,
     image_column: o.ImageColumn = None,
+    private: o.Private = False,
     max_failures: o.MaxFailures = defaults.MAX_FAILURES,
     quiet: o.Quiet = False,
 ) -> None:
     """Say which of some labels fits each image best, without training (zero-shot classification)."""
     from clipfilter.errors import RefusedError
+    from clipfilter.sources import SourceOptions
 
     wanted = _label_set(labels, labels_file, templates, independent, top)
     if out is not None:
@@ -72,14 +75,25 @@ def classify(
                 "--out takes one dataset or run, and writes Parquet itself; leave out --csv and --parquet."
             )
         telling = o.Telling(max_failures, as_json=as_json, quiet=quiet)
-        groups = (placing, batches, o.Columns("none", image_column), telling)
+        groups = (placing, batches, o.Columns("none", image_column, private=private), telling)
         request = job_request("score", images[0], out, *groups, labels=wanted, model=model)
         run_command(request, telling, after=_print_counts)
         return
     if placing.address is not None or placing.workers is not None:
         raise RefusedError("--address and --workers are for whole datasets; name a run directory with --out.")
     options = {**vars(batches), "threads": placing.threads, "device": placing.device}
-    _classify(images, wanted, model, image_column, options, csv_file, parquet, as_json, quiet, max_failures)
+    _classify(
+        images,
+        wanted,
+        model,
+        SourceOptions(image_column, private=private),
+        options,
+        csv_file,
+        parquet,
+        as_json,
+        quiet,
+        max_failures,
+    )
 
 
 def _label_set(labels: str | None, labels_file: str | None, templates: str, independent: bool, top: int) -> LabelSet:
@@ -101,7 +115,7 @@ def _classify(
     images: list[str],
     labels: LabelSet,
     model: str | None,
-    image_column: str | None,
+    source_options: SourceOptions,
     options: dict[str, Any],
     csv_file: str | None,
     parquet: str | None,
@@ -114,9 +128,8 @@ def _classify(
     from clipfilter.operations import classify_stream
     from clipfilter.policies import LabelScorer
     from clipfilter.runs import Run
-    from clipfilter.sources import SourceOptions
 
-    inputs = open_inputs(images, SourceOptions(image_column=image_column))
+    inputs = open_inputs(images, source_options)
     encoder, streaming = stream_options(inputs, model, **options)
     scorer = LabelScorer(labels, encoder)
     lost: list[dict[str, str]] = []

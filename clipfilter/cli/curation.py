@@ -10,6 +10,7 @@ import typer
 from clipfilter import defaults
 from clipfilter.cli.options import Json, Run, Seed
 from clipfilter.cli.printing import print_json
+from clipfilter.errors import RefusedError
 
 if TYPE_CHECKING:
     from clipfilter.runs import Totals
@@ -187,22 +188,58 @@ def import_(
 
 def forget(
     run: Run,
-    uids: Annotated[str, typer.Option(help="Rows to remove: a .txt with one cf_uid per line, or a .npy of u8,u8.")],
+    uids: Annotated[
+        str | None, typer.Option(help="Rows to remove: a .txt with one cf_uid per line, or a .npy of u8,u8.")
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="File or folder elsewhere (labels, exports, pages) to search too; repeatable."),
+    ] = None,
+    receipt: Annotated[
+        str | None, typer.Option(help="File to write the receipt to, besides the one in RUN/receipts.")
+    ] = None,
+    check: Annotated[str | None, typer.Option(help="Forget nothing: check that this receipt holds of the run.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove rows from every file of a run for good; the source itself and other runs are left alone."""
-    from clipfilter.operations import forget_rows
+    """Remove rows from every file of a run for good, search all bytes for them, write a receipt; the source and other runs
+    are left alone."""
+    from clipfilter.engine import EXIT_DONE, EXIT_FAILURES
+    from clipfilter.operations import check_receipt, forget_rows, read_receipt
+    from clipfilter.report import jpeg_of
+    from clipfilter.runs import Run as OpenRun
 
-    done = forget_rows(run, uids)
+    if (uids is None) == (check is None):
+        raise RefusedError("forget wants --uids FILE (rows to forget) or --check RECEIPT (what to prove), one of them.")
+    if check is not None:
+        problems = check_receipt(OpenRun.open(run), read_receipt(check), check)
+        if as_json:
+            print_json({"ok": not problems, "problems": problems})
+        for problem in () if as_json else problems:
+            typer.echo(f"FAIL {problem}")
+        if not problems and not as_json:
+            typer.echo(f"ok   {check} holds: nothing of it has come back, and nothing it names was changed")
+        raise typer.Exit(1 if problems else 0)
+    assert uids is not None
+
+    def thumbnails(picture: bytes) -> list[bytes]:
+        return [made for blurred in (False, True) if (made := jpeg_of(picture, blurred=blurred)) is not None]
+
+    done = forget_rows(run, uids, also=also or (), receipt=receipt, thumbnails=thumbnails)
     if as_json:
         print_json(done.to_json())
-        return
-    typer.echo(
-        f"{done.rows:,} rows forgotten ({done.unknown:,} uids are not in the run), {done.shards:,} shards written anew, "
-        f"{len(done.deleted):,} files deleted; version {done.version}"
-    )
-    for note in done.notes:
-        typer.echo(f"note: {note}", err=True)
+    else:
+        typer.echo(
+            f"{done.rows:,} rows forgotten ({done.unknown:,} uids are not in the run), {done.shards:,} shards written anew, "
+            f"{len(done.deleted):,} files deleted; version {done.version}"
+        )
+        typer.echo(f"{done.files:,} files ({done.bytes:,} bytes) searched for what is left of them")
+        if done.receipt:
+            typer.echo(f"receipt {done.receipt}")
+        for note in done.notes:
+            typer.echo(f"note: {note}", err=True)
+        for place in done.left:
+            typer.echo(f"left: {place}", err=True)
+    raise typer.Exit(EXIT_FAILURES if done.left else EXIT_DONE)
 
 
 def _print(summary: dict[str, Any], as_json: bool) -> None:
@@ -212,3 +249,8 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
         totals: Totals = summary["totals"]
         typer.echo(f"{totals.embedded:,} rows in {totals.shards:,} shards, {totals.failed:,} failed")
         typer.echo(f"run          {summary['out']}")
+    if not summary["totals"].rows:
+        from clipfilter.engine import EXIT_FAILURES
+
+        typer.echo(summary["totals"].without_rows, err=True)
+        raise typer.Exit(EXIT_FAILURES)

@@ -107,6 +107,8 @@ def _line(p: Progress) -> Text:
         line.append(f"  about {_duration(seconds / done * left)} left", "dim")
     if p.shards_reused:
         line.append(f"  ({p.shards_reused} shards were done before)", "dim")
+    if p.waits_for:
+        line.append(f"  waiting: {'; '.join(p.waits_for)}", "yellow")
     return line
 
 
@@ -129,6 +131,8 @@ def print_result(result: JobResult, report: str | None) -> None:
     console.print()
     console.print(found)
     _print_details(console, totals)
+    for told in totals.seen.told() if totals.seen is not None else ():
+        say(console, told, style="dim")
     if result.rows_processed:
         working = max(result.seconds - result.startup_seconds, 1e-9)
         say(
@@ -137,7 +141,7 @@ def print_result(result: JobResult, report: str | None) -> None:
             f"after {result.startup_seconds:.1f} s of start-up, {result.engine} engine, model {result.plan.model['model']}",
             style="dim",
         )
-    else:
+    elif totals.rows:
         console.print("everything was already done; nothing was computed again", style="dim")
     say(console, f"dataset  {result.out} (version {int(result.version)})")
     if report:

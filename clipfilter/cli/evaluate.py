@@ -64,6 +64,7 @@ class Measuring(o.Group):
     ] = None
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N of the selected rows.")] = None
     image_column: o.ImageColumn = None
+    private: o.Private = False
     device: o.Device = defaults.DEVICE
     dtype: o.Dtype = None
     batch_size: o.BatchSize = None
@@ -79,7 +80,7 @@ class Measuring(o.Group):
         at = on_device(self.device, self.dtype, self.batch_size)
         data = DataRequest(
             source=self.source,
-            options=SourceOptions(image_column=self.image_column, caption_column=self.caption_column),
+            options=SourceOptions(self.image_column, self.caption_column, private=self.private),
             label_column=self.label_column,
             where=tuple(_condition(text) for text in self.where or ()),
             captions=self.captions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -29,7 +30,9 @@ def guard(call: Callable[[], object]) -> None:
     try:
         call()
     except Interrupted as stop:
-        _stop("stopped; what is committed stays, run the same command again to resume.", 128 + stop.signum)
+        _say("stopped; what is committed stays, run the same command again to resume.")
+        sys.stdout.flush()
+        os._exit(128 + stop.signum)  # at once: a thread that hangs, or a library's own farewell, is not waited for
     except RefusedError as error:
         _stop(str(error), 2)
     except ClipfilterError as error:
@@ -48,5 +51,9 @@ def guard(call: Callable[[], object]) -> None:
 
 
 def _stop(sentence: str, code: int) -> None:
-    print(f"clipfilter: {sentence}", file=sys.stderr)
+    _say(sentence)
     sys.exit(code)
+
+
+def _say(sentence: str) -> None:
+    print(f"clipfilter: {sentence}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from clipfilter import defaults
-from clipfilter.cli.options import DryRun, Json, Quiet
+from clipfilter.cli import options as o
 from clipfilter.cli.printing import new_table, print_json, say, stdout
 
 if TYPE_CHECKING:
@@ -37,16 +37,13 @@ def ingest(
         Literal["failed", "transient", "none"],
         typer.Option(help="Which rows of earlier runs to fetch again: failed, those that may pass, or none."),
     ] = "failed",
-    private: Annotated[
-        bool,
-        typer.Option("--private", help="Also fetch from private addresses, and through the environment's proxies."),
-    ] = False,
+    private: o.Private = False,
     max_failures: Annotated[
         float, typer.Option(min=0, max=1, help="Share of all rows that may have failed before the exit code is 3.")
     ] = 0.9,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Fetch a list of URLs into webdataset shards; run again, it fetches only what failed. Opt-outs are respected."""
     from clipfilter.ingest import IngestRequest, plan_ingest

@@ -97,6 +97,8 @@ def _print(result: NightResult) -> None:
         )
     held = f"{totals.rows:,} rows in {text.plural(totals.shards, 'shard')}"
     say(console, f"dataset  {result.out} (version {int(result.version)}, {held})")
+    for told in totals.seen.told() if totals.seen is not None and result.outcome != "unchanged" else ():
+        say(console, told, style="dim")
     for alert in result.alerts:
         say(console, f"ALERT    {alert.kind}: {alert.message}", style="red")
     for message in result.messages:

@@ -48,8 +48,15 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward p
 Decode = Annotated[
     defaults.Decode, typer.Option(help="fast (scaled JPEG decoding) or exact (open_clip's own transform).")
 ]
+Color = Annotated[
+    defaults.Color, typer.Option(help="Embedded colour profiles: ignore (as models are trained) or managed (to sRGB).")
+]
 ImageColumn = Annotated[
     str | None, typer.Option(help="Column with image bytes, base64, paths or URLs; of tars a member's extension.")
+]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Also fetch from private addresses, and through the environment's proxies."),
 ]
 Pictures = Annotated[
     defaults.Pictures,
@@ -111,9 +118,19 @@ class Encoding(Group):
     ] = False
     batch_size: BatchSize = None
     decode: Decode = defaults.DECODE
+    decode_in: Annotated[
+        defaults.DecodeIn,
+        typer.Option(
+            help="threads, or processes: children with limits of memory and time, for images nobody vouches for."
+        ),
+    ] = defaults.DECODE_IN
+    decode_timeout: Annotated[float, typer.Option(min=1, help="Seconds that decoding one image may take.")] = (
+        defaults.DECODE_TIMEOUT
+    )
     max_pixels: Annotated[int, typer.Option(min=1, help="Images with more pixels are refused from their header.")] = (
         defaults.MAX_PIXELS
     )
+    color: Color = defaults.COLOR
 
 
 @dataclass(frozen=True)
@@ -127,6 +144,7 @@ class Columns(Group):
     caption_column: CaptionColumn = None
     uid_column: Annotated[str | None, typer.Option(help="Column with the rows' own unique ids.")] = None
     pictures: Pictures = defaults.PICTURES
+    private: Private = False
 
     def request(self) -> dict[str, Any]:
         from clipfilter.sources import SourceOptions

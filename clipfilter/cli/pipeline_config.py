@@ -88,6 +88,7 @@ class SourceConfig(Config):
     caption_column: str | None = None
     uid_column: str | None = None
     pictures: defaults.Pictures = defaults.PICTURES
+    private: bool = False
     captions: defaults.Captions = defaults.CAPTIONS
 
 
@@ -98,6 +99,7 @@ class ModelConfig(Config):
     dtype: defaults.Dtype | None = None
     batch_size: int | None = Field(default=None, ge=1)
     decode: defaults.Decode = defaults.DECODE
+    color: defaults.Color = defaults.COLOR
 
 
 class EngineConfig(Config):

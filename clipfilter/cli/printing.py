@@ -41,13 +41,37 @@ def print_overview(overview: dict[str, Any], more: Iterable[str] = ()) -> None:
     """Print what `--dry-run` shows people: what would be done by name, warnings, and `more` lines."""
     console = stdout()
     for name, value in overview.items():
-        if name != "warnings":
+        if name not in ("warnings", "account", "uncounted", "first_rows"):
             say(console, f"{name:<14} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    if "account" in overview:
+        _print_what_is_there(console, overview)
     for warning in overview.get("warnings", ()):
         say(console, f"warning: {warning}", style="yellow")
     for line in more:
         say(console, line)
     say(console, "nothing was done (--dry-run)", style="dim")
+
+
+def _print_what_is_there(console: Console, overview: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    from clipfilter import text
+    from clipfilter.sources import Seen
+
+    for line in Seen.from_json(overview["account"]).told():
+        say(console, line)
+    if overview["uncounted"]:
+        say(
+            console,
+            f"and the rows of {text.plural(overview['uncounted'], 'shard')}, which are counted when they are read",
+        )
+    found = new_table("key", ">size", "caption", fold=True)
+    for row in overview["first_rows"]:
+        pixels = f"{row['width']} x {row['height']}" if row.get("width") else ""
+        size = ", ".join(filter(None, (pixels, text.size(row["bytes"]) if "bytes" in row else "")))
+        said = text.clean(row.get("error") or row.get("caption") or "", 80)
+        found.add_row(Text(text.clean(row["key"], 60)), size, Text(said))
+    console.print(found)
 
 
 def bar(share: float, width: int) -> str:

@@ -64,6 +64,7 @@ class Training(o.Group):
     limit: o.Limit = None
     image_column: o.ImageColumn = None
     caption_column: o.CaptionColumn = None
+    private: o.Private = False
     dev: Annotated[str | None, typer.Option(help="Pairs to measure on [default: held out of the pairs].")] = None
     dev_where: Annotated[
         list[str] | None, typer.Option(help="column=value of the dev rows, of --dev or of SOURCE.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from clipfilter.engine.decoding import (
     DecodedBatch,
-    DecodeSettings,
     StageTimes,
     ThreadDecoder,
     decode_batches,
@@ -24,7 +23,6 @@ from clipfilter.engine.job import (
     JobPlan,
     JobRequest,
     JobResult,
-    plan_overview,
     refuse_foreign_directory,
     refuse_other_weights,
     resolve,
@@ -33,6 +31,7 @@ from clipfilter.engine.job import (
     stored_model,
 )
 from clipfilter.engine.metrics import MetricsOptions, published, together
+from clipfilter.engine.overview import plan_overview
 from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import EmbeddedShard, embed_rows, shard_report
 from clipfilter.engine.stream import (
@@ -52,7 +51,6 @@ __all__ = [
     "EXIT_FAILURES",
     "MAX_ATTEMPTS",
     "MAX_THREADS",
-    "DecodeSettings",
     "DecodedBatch",
     "Display",
     "Done",

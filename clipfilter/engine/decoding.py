@@ -7,31 +7,23 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 
 from clipfilter import columns as cf
-from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, RowError, unexpected
-from clipfilter.images import LoadedImage, Mode, PreprocessConfig, load_image
+from clipfilter import defaults
+from clipfilter.errors import DECODE_TIMEOUT, MISSING_IMAGE, RowError
+from clipfilter.images import DecodeSettings, Image, apart, load_guarded
 
 log = logging.getLogger("clipfilter.engine")
-
-Image = LoadedImage | RowError
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How images are decoded: the model's preprocessing, "fast" or "exact", and the pixel limit of the guard."""
-
-    preprocess: PreprocessConfig
-    mode: Mode
-    max_pixels: int
+_CLOSING_SECONDS = 5.0
 
 
 @dataclass
@@ -50,47 +42,112 @@ class DecodedBatch:
 
 @dataclass
 class StageTimes:
-    """Seconds of wall time a shard spent per step, for the commit and the report."""
+    """Seconds of wall time a shard spent per step, for the commit and the report; and what is under way, for heartbeats.
+
+    under_way: the step, since when (monotonic seconds), and the key of the first row that it is about.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    under_way: dict[str, tuple[float, str]] = field(default_factory=dict)
 
-    def add(self, step: str, since: float) -> None:
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - since
+    @contextlib.contextmanager
+    def step(self, name: str, key: str = "", *, counted: bool = True) -> Iterator[None]:
+        """Time what is done in a `with` block; steps of two threads may overlap."""
+        began = time.monotonic()
+        self.under_way[name] = began, key
+        try:
+            yield
+        finally:
+            self.under_way.pop(name, None)
+            if counted:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
 
 class Decoder(Protocol):
-    """Decodes many images at once; `threads` and `isolated` are the two ways."""
+    """Decodes many images at once; `threads` and `processes` are the two ways."""
 
     def load_many(self, data: Sequence[memoryview | None]) -> list[Image]: ...
 
+    def close(self) -> None: ...
+
+
+class _Job:
+    """One image to decode. waited: seconds of waiting for it since a thread began with it."""
+
+    def __init__(self, data: memoryview | None) -> None:
+        self.data = data
+        self.begun = False
+        self.waited = 0.0
+        self.done = threading.Event()
+        self.image: Image | None = None
+
 
 class ThreadDecoder:
-    """Decodes in threads of this process: the fast way, since all heavy parts release the interpreter lock."""
+    """Decodes in threads of this process: the fast way, since all heavy parts release the interpreter lock.
 
-    def __init__(self, settings: DecodeSettings, threads: int) -> None:
-        self._settings = settings
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    What takes too long is given up: its row fails, and another thread takes the place of the one that is still at it.
+    """
+
+    def __init__(self, settings: DecodeSettings, threads: int, timeout: float = defaults.DECODE_TIMEOUT) -> None:
+        self._settings, self._timeout = settings, timeout
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._settling = threading.Lock()
+        for _ in range(threads):
+            self._add_thread()
+        self._end = weakref.finalize(self, _end_threads, self._jobs, threads)
 
     def load_many(self, data: Sequence[memoryview | None]) -> list[Image]:
-        return list(self._pool.map(self._load, data))
+        jobs = [_Job(item) for item in data]
+        for job in jobs:
+            self._jobs.put(job)
+        for index, job in enumerate(jobs):
+            while not job.done.wait(apart.TICK):
+                for other in jobs[index:]:
+                    other.waited += apart.TICK * other.begun
+                    if other.waited >= self._timeout and self._settle(other, timed_out(self._timeout)):
+                        log.warning("an image is given up after %.0f s; its thread goes on", self._timeout)
+                        self._add_thread()
+        return [cast("Image", job.image) for job in jobs]
 
-    def _load(self, data: memoryview | None) -> Image:
-        if data is None:
-            return RowError(MISSING_IMAGE, "no image bytes")
-        return load_guarded(data, self._settings)
+    def close(self) -> None:
+        self._end()
+
+    def _add_thread(self) -> None:
+        # Daemons: nothing waits at the end of the process for one that an image keeps.
+        work = partial(_decode_jobs, self._jobs, self._settings, self._settling)
+        threading.Thread(target=work, name="decode", daemon=True).start()
+
+    def _settle(self, job: _Job, image: Image) -> bool:
+        return _settle(job, image, self._settling)
 
 
-def load_guarded(data: memoryview | bytes, settings: DecodeSettings) -> Image:
-    """`load_image` with whatever it raises turned into a value, so that one bad image costs one row."""
-    try:
-        return load_image(data, settings.preprocess, settings.mode, settings.max_pixels)
-    except RowError as error:
-        return error
-    except MemoryError:
-        return RowError(IMAGE_TOO_LARGE, "not enough memory")
-    except BaseException as error:  # not only Exception: a library may raise SystemExit, or a panic of its own
-        log.warning("an image raised what nobody foresaw", exc_info=True)
-        return unexpected(error)
+def _decode_jobs(jobs: queue.SimpleQueue[_Job | None], settings: DecodeSettings, settling: threading.Lock) -> None:
+    """What a thread does: no reference to its decoder, which ends with the last of those."""
+    while (job := jobs.get()) is not None:
+        job.begun = True
+        missing = RowError(MISSING_IMAGE, "no image bytes")
+        if not _settle(job, missing if job.data is None else load_guarded(job.data, settings), settling):
+            return  # it was given up, and another thread has this one's place
+
+
+def _end_threads(jobs: queue.SimpleQueue[_Job | None], threads: int) -> None:
+    for _ in range(threads):
+        jobs.put(None)
+
+
+def _settle(job: _Job, image: Image, settling: threading.Lock) -> bool:
+    """Whether this is what became of the image; False where that was settled before."""
+    with settling:
+        if job.done.is_set():
+            return False
+        job.image = image
+        job.done.set()
+        return True
+
+
+def timed_out(seconds: float) -> RowError:
+    """The error of an image that takes too long to decode."""
+    return RowError(DECODE_TIMEOUT, f"decoding took longer than {seconds:g} s (--decode-timeout)")
 
 
 def decode_batches(
@@ -110,7 +167,7 @@ def decode_batches(
     """
     waiting: list[tuple[pa.RecordBatch, list[Image]]] = []
     count = 0
-    for batch in batches:
+    for batch in _told(batches, times):
         if keep_row is not None:
             batch = batch.filter(pa.array([keep_row(uid) for uid in batch.column(cf.UID).to_pylist()], pa.bool_()))
         if max_rows is not None:
@@ -118,9 +175,8 @@ def decode_batches(
             max_rows -= batch.num_rows
         if batch.num_rows == 0:
             continue
-        started = time.perf_counter()
-        images = _load_rows(batch, decoder)
-        times.add("decode", started)
+        with times.step("decode", batch.column(cf.KEY)[0].as_py()):
+            images = _load_rows(batch, decoder)
         rows = batch.select([name for name in batch.schema.names if name != cf.IMAGE])
         del batch
         waiting.append((rows, images))
@@ -133,6 +189,19 @@ def decode_batches(
             break
     if count:
         yield _assemble(waiting, image_size, batch_size)
+
+
+def _told(batches: Iterable[pa.RecordBatch], times: StageTimes) -> Iterator[pa.RecordBatch]:
+    """The batches; waiting for one is a step of its own."""
+    key = ""
+    rest = iter(batches)
+    while True:
+        with times.step("read", key, counted=False):
+            batch = next(rest, None)
+        if batch is None:
+            return
+        key = batch.column(cf.KEY)[-1].as_py() if batch.num_rows else key
+        yield batch
 
 
 def _load_rows(batch: pa.RecordBatch, decoder: Decoder) -> list[Image]:
@@ -201,7 +270,7 @@ class prefetch(Generic[T]):
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_CLOSING_SECONDS)  # a daemon: one that hangs is left behind
 
     def _work(self) -> None:
         try:

@@ -26,6 +26,8 @@ log = logging.getLogger("clipfilter.engine")
 
 #: How often a shard may be tried before it is recorded as failed.
 MAX_ATTEMPTS = 3
+#: How often a shard may lose its machine without that being counted as an attempt.
+MAX_LOST = 10
 _RETRY_SECONDS = 2.0
 
 
@@ -43,6 +45,7 @@ class Progress:
 
     waiting, running: shards planned and not given out yet, and shards that workers hold. counts and failed_by_class are
     rows, seconds (by step) and encoder_waited wall time of workers; all four of shards that were done now, not before.
+    waits_for: what takes unusually long, as sentences.
     """
 
     stage: str = ""
@@ -61,6 +64,7 @@ class Progress:
     running: int = 0
     shards_failed: int = 0
     attempts_failed: int = 0
+    waits_for: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     failed_by_class: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
@@ -86,6 +90,7 @@ class _Pending:
     order: int
     generation: int
     attempts: int = 0
+    lost: int = 0
     isolated: bool = False
     not_before: float = 0.0
     row_cap: int | None = None
@@ -210,6 +215,11 @@ class StageRun:
             if not outcome.result.created:
                 log.info("%s: another attempt committed first; its result stands", path)
             return
+        if outcome.kind == "lost" and item.lost < MAX_LOST:
+            item.lost += 1
+            log.warning("%s: %s; it is given to another worker", path, outcome.message)
+            self._queue[:0] = [item]
+            return
         item.attempts += 1
         self.progress.attempts_failed += 1
         log.warning("%s: attempt %d failed: %s", path, item.attempts, outcome.message)
@@ -246,6 +256,7 @@ class StageRun:
         progress = self.progress
         progress.shards_known = exhausted
         progress.workers = self.executor.workers_alive()
+        progress.waits_for = self.executor.waits_for()
         progress.rows = max(progress.rows, self._rows() - progress.rows_reused, self.executor.rows_done())
         if self.display is not None:
             self.display.update(progress)

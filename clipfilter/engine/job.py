@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from clipfilter import defaults
 from clipfilter.engine.driver import Display, StageResult, StageRun, Unit, fix_thresholds, run_units, source_units
 from clipfilter.engine.executors.interface import Executor, Resources
 from clipfilter.engine.hardware import gpu_count
-from clipfilter.engine.worker import JobSpec, compile_for
+from clipfilter.engine.worker import JobSpec
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, attachments, load_policy
 from clipfilter.runs import (
@@ -78,6 +79,9 @@ class JobRequest:
     compile_model: bool = False
     batch_size: int | None = None
     decode: str = defaults.DECODE
+    color: str = defaults.COLOR
+    decode_in: defaults.DecodeIn = defaults.DECODE_IN
+    decode_timeout: float = defaults.DECODE_TIMEOUT
     max_pixels: int = defaults.MAX_PIXELS
     captions: str = defaults.CAPTIONS
     source_options: SourceOptions = field(default_factory=SourceOptions)
@@ -168,6 +172,8 @@ class JobPlan:
         old = self.existing.options if self.existing else {}
         return {
             "decode": request.decode,
+            # Plans of before this choice have no such key, and mean the same.
+            **({"color": request.color} if request.color != "ignore" else {}),
             "batch_size": request.batch_size or old.get("batch_size") or DEFAULT_BATCH_SIZE[device],
             "captions": request.captions,
             "max_pixels": request.max_pixels,
@@ -198,6 +204,8 @@ class JobPlan:
             threads=resources.threads,
             options=self.options(resources.device),
             text=self.text,
+            decode_in=self.request.decode_in,
+            decode_timeout=self.request.decode_timeout,
         )
 
     def settled(self, device: str, fingerprint: dict[str, Any]) -> Plan:
@@ -212,6 +220,15 @@ class JobPlan:
             options=self.options(device),
             text_column=self.text,
         )
+
+    def checked(self, device: str, fingerprint: dict[str, Any]) -> Plan:
+        """The same. Raises RefusedError where the model is not the one that embedded the images, or OUT holds another plan."""
+        plan = self.settled(device, fingerprint)
+        if self.base is not None:
+            refuse_other_weights(self.base.plan, plan.model)
+        if self.existing is not None:
+            refuse_if_different(self.directory.url, self.existing.identity(), plan.identity())
+        return plan
 
     def refuse_other(self) -> None:
         """Raise RefusedError where OUT holds another plan, as far as that can be told without loading the model."""
@@ -292,10 +309,12 @@ def stored_model(plan: Plan) -> str:
     )
 
 
-def refuse_foreign_directory(directory: Directory) -> None:
-    """OUT must be new, empty, or a run; and writable. Raises RefusedError."""
+def refuse_foreign_directory(directory: Directory, *, make: bool = True) -> None:
+    """OUT must be new, empty, or a run; and writable. Raises RefusedError. make: or only look whether it could be made."""
     try:
-        if directory.local:
+        if directory.local and not make:
+            _look_for_a_place(Path(directory.root))
+        elif directory.local:
             Path(directory.root).mkdir(parents=True, exist_ok=True)
             directory.scratch()
         harmless = ("run.log", "nights", attachments.ATTACHMENTS_FOLDER)
@@ -310,6 +329,16 @@ def refuse_foreign_directory(directory: Directory) -> None:
         )
 
 
+def _look_for_a_place(folder: Path) -> None:
+    """Raise OSError where a folder cannot be made, or not be written into."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} may not be written")
+
+
 def _open_source(request: JobRequest, existing: Plan | None) -> Source:
     """The source; with the schema that the plan froze when this is a rerun of the same job."""
     if existing is not None and not of_run(existing.source):
@@ -319,12 +348,16 @@ def _open_source(request: JobRequest, existing: Plan | None) -> Source:
     return open_source(request.source, request.source_options)
 
 
-def choose_executor(request: JobRequest) -> Executor:
+def engine_of(request: JobRequest) -> str:
     """`auto` takes Ray when there is an address or more than one GPU, else worker processes on this machine."""
-    engine = request.engine
-    if engine == "auto":
-        engine = "ray" if request.address or (request.device != "cpu" and gpu_count() > 1) else "local"
-    if engine == "local":
+    if request.engine != "auto":
+        return request.engine
+    return "ray" if request.address or (request.device != "cpu" and gpu_count() > 1) else "local"
+
+
+def choose_executor(request: JobRequest) -> Executor:
+    """The executor of the request's engine (`engine_of`). Raises RefusedError where it cannot be had."""
+    if engine_of(request) == "local":
         if request.address:
             raise RefusedError("--address needs a Ray cluster; leave out --engine local.")
         from clipfilter.engine.executors.local import LocalExecutor
@@ -419,11 +452,11 @@ def _begin(job: JobPlan, executor: Executor) -> tuple[Plan, list[str]]:
     directory, resources = job.directory, executor.resources()
     log.info("%s %s -> %s with %s on %s", job.request.job, job.request.source, directory.url, job.model, executor.name)
     description = executor.start(job.spec(resources))
-    plan = job.settled(resources.device, description["fingerprint"])
-    if job.base is not None:
-        refuse_other_weights(job.base.plan, plan.model)
+    plan = job.checked(resources.device, description["fingerprint"])
     try:
         plan = settle_plan(directory, plan)
+        if job.base is not None:
+            job.base.record(directory.url)
     except OSError as error:
         raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
     directory.abort_stale_uploads()
@@ -477,6 +510,9 @@ def _judge(version: Version, max_failures: float) -> tuple[int, list[str]]:
     """Exit code and sentences for the person: failures above the limit, failed or damaged shards."""
     totals, failed_shards = version.totals, version.failed_shards
     messages, exit_code = [], EXIT_DONE
+    if not totals.rows and not failed_shards:
+        messages.append(totals.without_rows)
+        exit_code = EXIT_FAILURES
     if failed_shards:
         first = failed_shards[0]
         messages.append(
@@ -496,6 +532,10 @@ def _judge(version: Version, max_failures: float) -> tuple[int, list[str]]:
             "before the damage were decided. Replace the files and repeat the command."
         )
         exit_code = EXIT_FAILURES
+    if totals.profiles_ignored:
+        messages.append(
+            f"{totals.profiles_ignored:,} images have a colour profile that cannot be used; it was ignored."
+        )
     if totals.captions_truncated:
         messages.append(f"{totals.captions_truncated:,} captions are longer than the model reads and were cut.")
     return exit_code, messages
@@ -536,30 +576,3 @@ def _log_file(directory: Directory) -> Iterator[None]:
             with contextlib.suppress(Exception):
                 directory.replace("run.log", path.read_bytes())
             path.unlink(missing_ok=True)
-
-
-def plan_overview(request: JobRequest) -> dict[str, Any]:
-    """What `--dry-run` shows: the request checked, the model loaded, the shards listed; nothing started or written."""
-    from clipfilter.models import load_encoder
-
-    plan = resolve(request)
-    source, policy = plan.dataset, plan.policy
-    shards = list(source.iter_shards()) if plan.base is None else [commit.shard for commit in plan.base.commits()]
-    encoder = load_encoder(plan.model, device="cpu" if request.device == "auto" else request.device)
-    warnings = [] if policy is None else list(compile_for(source, policy, encoder, plan.decode).warnings)
-    sizes = {shard.path: shard.size for shard in shards}
-    return {
-        "job": request.job,
-        "source": request.source,
-        "kind": source.kind if plan.base is None else "run",
-        "shards": len(shards),
-        "bytes": sum(sizes.values()),
-        "out": plan.directory.url,
-        "resumes": plan.existing is not None,
-        "policy": f"{policy.name} version {policy.version}" if policy else None,
-        "rules": [rule.id for rule in policy.rules] if policy else [],
-        "model": plan.model,
-        "weights": encoder.fingerprint["weights_sha256"],
-        "captions": plan.text,
-        "warnings": warnings,
-    }

@@ -59,6 +59,7 @@ class EmbeddedShard:
     captions_truncated: int
     batch_halvings: int
     encoder_waited: float = 0.0
+    profiles_ignored: int = 0
 
     def with_captions(
         self, captions: list[str | None], text: np.ndarray, has: np.ndarray | None = None
@@ -102,19 +103,20 @@ def process_shard(
             batches, encoder, shard=shard, source_schema=source_schema, text=text, captions=captions, times=times,
             on_batch=on_batch,
         )  # fmt: skip
-    started = time.perf_counter()
-    final = policy is None or not policy.dataset_rules
-    decides = final and policy is not None and policy.policy.decides
-    embedded, table = _annotated(embedded, encoder, policy, {} if decides else None, labels)
-    sink.embeddings(embedded.embeddings)
-    sink.failed(embedded.failed)
-    sink.annotated(table, final=final)
-    report = shard_report(table, embedded.failed, decides)
-    if decides:
-        copy_decided(table, sink)
-    times.add("decide_and_write", started)
+    with times.step("decide_and_write"):
+        final = policy is None or not policy.dataset_rules
+        decides = final and policy is not None and policy.policy.decides
+        embedded, table = _annotated(embedded, encoder, policy, {} if decides else None, labels)
+        sink.embeddings(embedded.embeddings)
+        sink.failed(embedded.failed)
+        sink.annotated(table, final=final)
+        report = shard_report(table, embedded.failed, decides)
+        if decides:
+            copy_decided(table, sink)
+    ignored = embedded.profiles_ignored
     return replace(
         report,
+        counts=Counts({**report.counts, "profiles_ignored": ignored}) if ignored else report.counts,
         captions_truncated=embedded.captions_truncated,
         batch_halvings=embedded.batch_halvings,
         encoder_waited=embedded.encoder_waited,
@@ -190,13 +192,14 @@ def embed_rows(
     rows_schema = pa.schema([*source_schema, *IDENTITY])
     store = embeddings_schema(encoder.dim, text)
     rows, stored, failed = [rows_schema.empty_table()], [store.empty_table()], [FAILED.empty_table()]
-    truncated = 0
+    truncated = ignored = 0
     runner = _BatchRunner(encoder)
     waited, idle = 0.0, time.perf_counter()
     for batch in batches:
         waited += time.perf_counter() - idle
         columns, errors, cut = _embed_batch(batch, runner, shard, captions if text else None, times)
         truncated += cut
+        ignored += sum(not isinstance(image, RowError) and image.profile_ignored for image in batch.images)
         rows.append(pa.table({name: columns[name] for name in rows_schema.names}, schema=rows_schema))
         stored.append(pa.table({name: columns[name] for name in store.names}, schema=store))
         failed.append(errors)
@@ -204,7 +207,7 @@ def embed_rows(
             on_batch(batch.rows.num_rows)
         idle = time.perf_counter()
     good, vectors, bad = (pa.concat_tables(parts).combine_chunks() for parts in (rows, stored, failed))
-    return EmbeddedShard(good, vectors, bad, truncated, runner.halvings, waited)
+    return EmbeddedShard(good, vectors, bad, truncated, runner.halvings, waited, ignored)
 
 
 def _embed_batch(
@@ -214,17 +217,16 @@ def _embed_batch(
 
     captions: None embeds none.
     """
-    started = time.perf_counter()
-    image_emb, broken = runner.images(batch.pixels)
+    key = batch.rows[cf.KEY][0].as_py()
+    with times.step("encode_images", key):
+        image_emb, broken = runner.images(batch.pixels)
     image_emb = image_emb[: batch.rows.num_rows]
-    times.add("encode_images", started)
     lists = [_usable(own) for own in batch.rows[cf.CAPTIONS].to_pylist()]
     text_emb, has_text, truncated = None, np.empty(0, bool), 0
     if captions is not None:
-        started = time.perf_counter()
-        (text_emb, has_text, truncated), unread = runner.captions(lists, image_emb, captions)
+        with times.step("encode_texts", key):
+            (text_emb, has_text, truncated), unread = runner.captions(lists, image_emb, captions)
         broken |= unread
-        times.add("encode_texts", started)
     for row in np.flatnonzero(~np.isfinite(image_emb).all(axis=1)).tolist():
         broken.setdefault(row, RowError(ENCODE_ERROR, "the model gave no finite embedding"))
     images = [

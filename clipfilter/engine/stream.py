@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from clipfilter import columns as cf
 from clipfilter import defaults, storage
-from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decoded_ahead
+from clipfilter.engine.decoding import StageTimes, ThreadDecoder, decoded_ahead
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, gpu_count
 from clipfilter.engine.job import (
     DEFAULT_BATCH_SIZE,
@@ -26,7 +26,7 @@ from clipfilter.engine.job import (
 from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import EmbeddedShard, embed_rows
 from clipfilter.errors import RefusedError, ShardError
-from clipfilter.images import Mode
+from clipfilter.images import DecodeSettings, Mode
 from clipfilter.models import load_encoder
 from clipfilter.runs import IDENTITY, Run, embeddings_schema, is_run
 from clipfilter.sources import (
@@ -61,6 +61,7 @@ class StreamOptions:
 
     batch_size: int = 64
     decode: Mode = defaults.DECODE
+    color: defaults.Color = defaults.COLOR
     max_pixels: int = defaults.MAX_PIXELS
     threads: int | None = None
     decode_ahead: int = 0
@@ -187,7 +188,7 @@ def embed_stream(
     """
     options = options or StreamOptions()
     told = on_rows or (lambda rows: None)
-    settings = DecodeSettings(encoder.preprocess, options.decode, options.max_pixels)
+    settings = DecodeSettings(encoder.preprocess, options.decode, options.max_pixels, options.color)
     decoder = ThreadDecoder(settings, options.threads or min(MAX_THREADS, cpu_count()))
     lost: list[dict[str, str]] = [] if failed_shards is None else failed_shards
     for item in inputs:
@@ -272,7 +273,7 @@ def _is_image(name: str) -> bool:
 def _named(items: Sequence[Any], first: int) -> Iterator[pa.RecordBatch]:
     """Single images as the batches of a source; `first` is the row number of the first."""
     given = (item if isinstance(item, str | bytes) else encode_image(item) for item in items)
-    with contextlib.closing(fetch_images(given, Fetcher(["."]), _FETCHED_BYTES)) as fetched:  # type: ignore[type-var]
+    with contextlib.closing(fetch_images(given, Fetcher(["."], own=True), _FETCHED_BYTES)) as fetched:  # type: ignore[type-var]
         for start in range(0, len(items), _READ_AT_ONCE):
             part = items[start : start + _READ_AT_ONCE]
             found = list(itertools.islice(fetched, len(part)))

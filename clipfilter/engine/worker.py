@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
 from clipfilter import defaults
 from clipfilter.decisions import DECISIONS
-from clipfilter.engine.decoding import DecodeSettings, StageTimes, ThreadDecoder, decoded_ahead
-from clipfilter.engine.isolation import IsolatedDecoder
+from clipfilter.engine.decoding import Decoder, StageTimes, ThreadDecoder, decoded_ahead
+from clipfilter.engine.isolation import ProcessDecoder
 from clipfilter.engine.reading import PatientReader
 from clipfilter.engine.shard import ShardReport, decide_shard, process_shard
+from clipfilter.images import DecodeSettings, apart
 from clipfilter.runs import (
     FAILED,
     FINAL_STAGE,
@@ -59,6 +61,8 @@ class JobSpec:
     threads: int
     options: dict[str, Any]
     text: bool
+    decode_in: defaults.DecodeIn = defaults.DECODE_IN
+    decode_timeout: float = defaults.DECODE_TIMEOUT
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,6 +122,30 @@ class Done:
         return cls(Commit.from_json(value["commit"], "a worker's answer"), value["created"])
 
 
+class Step(NamedTuple):
+    """What a worker does for a shard, from which key on, and for how many seconds already."""
+
+    shard: str
+    name: str
+    key: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Sent by a worker twice a second. rows: processed so far."""
+
+    rows: int
+    steps: list[Step]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rows": self.rows, "steps": [list(step) for step in self.steps]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Heartbeat:
+        return cls(value["rows"], [Step(*step) for step in value["steps"]])
+
+
 class Worker:
     """Loads everything once, then answers tasks with commits. `process` may be called from two threads: one shard
     is decided and written while the encoder works on the next."""
@@ -128,6 +156,8 @@ class Worker:
 
         self.spec = spec
         self.directory = Directory(spec.out)
+        if not of_run(spec.source) and spec.decode_in == "processes":
+            apart.prepare()  # it imports while the model is loaded
         # Arrow's own pool would compete with the encoder for the same cores.
         pa.set_cpu_count(max(1, spec.threads))
         # libgomp stops spinning between parallel regions once a process has more OpenMP threads than cores, and every
@@ -162,9 +192,10 @@ class Worker:
         self.rows_done = 0
         self._encoder_turn = threading.Lock()
         self._progress = threading.Lock()
+        self._under_way: dict[int, tuple[str, StageTimes]] = {}
+        self._decoders: dict[defaults.DecodeIn, Decoder] = {}
         if self.source is not None:
-            self._settings = DecodeSettings(self.encoder.preprocess, spec.options["decode"], spec.options["max_pixels"])
-            self._threads = ThreadDecoder(self._settings, spec.threads)
+            self._decoder(spec.decode_in)
 
     def describe(self) -> dict[str, Any]:
         """What the driver needs to know of the model and the policy before it writes the plan."""
@@ -173,11 +204,33 @@ class Worker:
             warnings.append(f"{self.labels.truncated} prompts are longer than {self.encoder.name} reads and were cut")
         return {"fingerprint": self.encoder.fingerprint, "warnings": warnings}
 
+    def heartbeat(self) -> Heartbeat:
+        """What this worker does at the moment."""
+        now = time.monotonic()
+        steps = [
+            Step(path, name, key, round(now - since, 1))
+            for path, times in list(self._under_way.values())
+            for name, (since, key) in list(times.under_way.items())
+        ]
+        return Heartbeat(self.rows_done, steps)
+
     def process(self, task: Task) -> Done:
         """Do the task and commit it; the commit of an earlier attempt wins and is returned in its place."""
+        times = StageTimes()
+        self._under_way[id(times)] = task.shard.path, times
+        try:
+            return self._process(task, times)
+        finally:
+            del self._under_way[id(times)]
+
+    def _process(self, task: Task, times: StageTimes) -> Done:
         copies = self.source if self.spec.options["copy"] else None
         with ShardWriter(self.directory, task.shard, copies, score_columns_only=self.source is None) as writer:
-            report, more = self._embed(task, writer) if task.op == "embed" else self._decide(task, writer)
+            if task.op == "embed":
+                report, more = self._embed(task, writer, times)
+            else:
+                with times.step("decide", counted=False):
+                    report, more = self._decide(task, writer)
             of_worker = WorkerDetails(
                 seconds={name: round(value, 4) for name, value in report.seconds.items()},
                 attempt=task.attempt,
@@ -193,7 +246,21 @@ class Worker:
         return Done(commit, created)
 
     def close(self) -> None:
+        for decoder in self._decoders.values():
+            decoder.close()
         self.directory.clean_scratch(stale_only=False)
+
+    def _decoder(self, how: defaults.DecodeIn) -> Decoder:
+        """One for all tasks, made when it is first needed."""
+        with self._progress:
+            if how not in self._decoders:
+                options = self.spec.options
+                settings = DecodeSettings(
+                    self.encoder.preprocess, options["decode"], options["max_pixels"], options.get("color", "ignore")
+                )
+                kind = ThreadDecoder if how == "threads" else ProcessDecoder
+                self._decoders[how] = kind(settings, self.spec.threads, self.spec.decode_timeout)
+            return self._decoders[how]
 
     def _on_torch_thread(self, target: Any, *methods: str) -> Any:
         return _OnThread(target, methods, self._torch_thread)
@@ -203,19 +270,15 @@ class Worker:
             return "scored"
         return FINAL_STAGE[self.spec.job]
 
-    def _embed(self, task: Task, writer: ShardWriter) -> tuple[ShardReport, dict[str, Any]]:
+    def _embed(self, task: Task, writer: ShardWriter, times: StageTimes) -> tuple[ShardReport, dict[str, Any]]:
         """The report, and what else the commit says: nothing."""
         assert self.source is not None
         options = self.spec.options
-        times = StageTimes()
         # What a server or a network raises may pass: only a second failure is a row's.
         patient = task.attempt > 1 or is_local(self.source.url)
         reader = PatientReader(self.source, task.shard) if patient else self.source.read(task.shard)
         with contextlib.ExitStack() as stack:
-            decoder: Any = self._threads
-            if task.isolated:
-                decoder = IsolatedDecoder(self._settings)
-                stack.callback(decoder.close)
+            decoder = self._decoder("processes" if task.isolated else self.spec.decode_in)
             # On a GPU decoding runs two batches ahead, and begins while an earlier shard still has the encoder. On a
             # CPU the cores are the encoder's too, and taking turns is faster than competing (docs/decisions/0003): only
             # reading runs ahead.

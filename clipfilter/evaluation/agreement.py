@@ -14,7 +14,6 @@ from clipfilter import defaults
 from clipfilter.engine import (
     MAX_THREADS,
     DecodedBatch,
-    DecodeSettings,
     EmbeddedShard,
     StageTimes,
     ThreadDecoder,
@@ -23,7 +22,7 @@ from clipfilter.engine import (
     embed_rows,
 )
 from clipfilter.errors import RefusedError, RowError
-from clipfilter.images import Mode, PreprocessConfig
+from clipfilter.images import DecodeSettings, Mode, PreprocessConfig
 from clipfilter.policies import Policy, compile_policy, fraction_thresholds
 from clipfilter.runs import annotate, as_matrix
 from clipfilter.sources import Source

@@ -20,7 +20,6 @@ from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.engine import (
     MAX_THREADS,
-    DecodeSettings,
     PatientReader,
     StageTimes,
     ThreadDecoder,
@@ -29,7 +28,7 @@ from clipfilter.engine import (
     embed_rows,
 )
 from clipfilter.errors import ClipfilterError, RefusedError, ShardError
-from clipfilter.images import Mode
+from clipfilter.images import DecodeSettings, Mode
 from clipfilter.runs import Run, as_matrix, is_run, read_table
 from clipfilter.sources import COLUMN_PREFIX, Shard, Source, SourceOptions, is_binary, open_source
 

@@ -26,7 +26,7 @@ from PIL import (
 
 from clipfilter import defaults
 from clipfilter.errors import DECODE_ERROR, IMAGE_TOO_LARGE, UNSUPPORTED, RowError
-from clipfilter.images.header import Header, gif_first_frame, largest_icon, png_chunks, read_header
+from clipfilter.images.header import Header, exif_orientation, gif_first_frame, largest_icon, png_chunks, read_header
 from clipfilter.images.sniff import PNM
 
 Mode = defaults.Decode
@@ -50,7 +50,6 @@ _UNKNOWN_KIND = re.compile(
     r"unsupported|not supported|unknown (pixel|tga|tiff|data|planar)|no decoder|cannot handle", re.IGNORECASE
 )
 _UNUSED_ALPHA = ("bmp", "tga", "ico")  # formats whose writers leave zeros where alpha would be
-_ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _WHITE = (255, 255, 255)
 
@@ -156,8 +155,11 @@ def _pillow(data: bytes, header: Header, max_pixels: int) -> tuple[np.ndarray, i
     image: Image.Image = _heic(data) if kind == "heic" else _PLUGINS[kind](io.BytesIO(data))
     if image.width * image.height > max_pixels:  # where Pillow reads the header differently from us
         raise RowError(IMAGE_TOO_LARGE, f"{image.width} x {image.height} pixels is above the limit of {max_pixels}")
-    if kind in ("avif", "heic"):  # the plugins express the format's own rotation and mirror boxes as an EXIF tag
-        orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+    if kind in (
+        "avif",
+        "heic",
+    ):  # the plugins express the format's own rotation and mirror boxes as EXIF (or have done it)
+        orientation = exif_orientation((image.info.get("exif") or b"").removeprefix(b"Exif\0\0"))
     frame = image.tile[0].extents if isinstance(image, GifImagePlugin.GifImageFile) else None
     image.load()
     if kind == "tiff":  # Pillow has applied it while loading

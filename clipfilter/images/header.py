@@ -307,7 +307,7 @@ def _bmp(data: bytes) -> Header:
 def _dib(data: bytes, at: int) -> tuple[int, int]:
     """(width, height) of the bitmap header at `at`."""
     (size,) = struct.unpack_from("<I", data, at)
-    if size in (12, 16):
+    if size == 12:
         width, height = struct.unpack_from("<HH", data, at + 4)
     else:
         width, height = struct.unpack_from("<ii", data, at + 4)  # a negative height means top-down

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter import defaults
+from clipfilter.egress import Limits
 from clipfilter.errors import RefusedError
 from clipfilter.ingest import states
-from clipfilter.ingest.fetching import Limits
 from clipfilter.ingest.shards import Settings, ShardTask, Workers, require_img2dataset
 from clipfilter.ingest.urls import UrlList, open_list, row_ids
 from clipfilter.scratch import only_one

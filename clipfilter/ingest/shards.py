@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter.egress import Limits
 from clipfilter.errors import ClipfilterError, RefusedError, RowError
-from clipfilter.ingest.fetching import LARGEST, OPT_OUTS, Fetch, Limits
+from clipfilter.ingest.fetching import OPT_OUTS, Fetch
 from clipfilter.ingest.states import DIGITS, OUTCOMES, SUCCESS, Outcome, shard_name, state_of
 from clipfilter.ingest.urls import row_ids
 
@@ -179,7 +180,7 @@ class _Whole:
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
         from clipfilter.images import decode
 
-        data = stream.read(LARGEST + 1)
+        data = stream.read()
         try:
             found = decode(data, mode="fast", min_side=64)
         except RowError as error:

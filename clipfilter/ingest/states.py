@@ -42,7 +42,8 @@ OUTCOMES = pa.schema(
 )
 #: Failures that may pass: no answer, too slow, broken off, server trouble.
 _PASSING = re.compile(
-    r"HTTP (408|421|425|429|5\d\d)|TimeoutError|URLError|RemoteDisconnected|Connection|breaks off|Incomplete|Name or service|lost"
+    r"HTTP (408|421|425|429|5\d\d)|not whole after|no answer for|no connection|breaks off|lost"
+    r"|TimeoutError|URLError|RemoteDisconnected|Connection|Incomplete|Name or service"  # in the words of earlier versions
 )
 
 

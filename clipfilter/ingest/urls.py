@@ -29,6 +29,7 @@ RESERVED = frozenset(
     | {"exif", "md5", "sha256", "sha512", "uid"}
 )
 _ROWS = 10_000
+_LONGEST_LINE = 16 << 20  # bytes; a zipped line without an end would fill the memory
 _SUFFIXES = ("txt", "csv", "tsv", "jsonl", "parquet")
 
 
@@ -148,7 +149,7 @@ def _tables(url: str, kind: str, zipped: bool) -> Iterator[pa.Table]:
 
 def _csv_tables(lines: Any, delimiter: str) -> Iterator[pa.Table]:
     """All columns as text: a number here and a word there must not depend on where a block ends."""
-    header = next(csv.reader([lines.readline().decode("utf-8-sig")], delimiter=delimiter), [])
+    header = next(csv.reader([lines.readline(_LONGEST_LINE).decode("utf-8-sig")], delimiter=delimiter), [])
     if not header:
         return
     options = pa_csv.ReadOptions(column_names=header, block_size=4 << 20)
@@ -170,7 +171,8 @@ def _csv_tables(lines: Any, delimiter: str) -> Iterator[pa.Table]:
 
 def _line_tables(lines: Any, kind: str) -> Iterator[pa.Table]:
     fields: list[str] | None = None
-    while piece := list(itertools.islice(lines, _ROWS)):
+    whole = _whole_lines(lines)
+    while piece := list(itertools.islice(whole, _ROWS)):
         texts = [line.decode("utf-8").strip().removeprefix("\ufeff") for line in piece]
         texts = [text for text in texts if text]
         if kind == "txt":
@@ -181,6 +183,13 @@ def _line_tables(lines: Any, kind: str) -> Iterator[pa.Table]:
             raise ValueError("a line is not an object")
         fields = fields or list(dict.fromkeys(name for row in rows for name in row))
         yield pa.table({name: pa.array([_plain(row.get(name)) for row in rows], pa.string()) for name in fields})
+
+
+def _whole_lines(lines: Any) -> Iterator[bytes]:
+    while line := lines.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise ValueError(f"a line is longer than {_LONGEST_LINE >> 20} MiB")
+        yield line
 
 
 def _plain(value: Any) -> str | None:

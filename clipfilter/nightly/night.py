@@ -82,9 +82,7 @@ def run_night(request: NightRequest, display: Display | None = None) -> NightRes
     Raises RefusedError before any work when the request cannot be done. Whatever else goes wrong is recorded and alerted,
     then raised again.
     """
-    check_webhook(request.webhook)
-    if request.silence_nights < 1 or request.window < 1:
-        raise RefusedError("silence and window are numbers of nights, 1 or more.")
+    _check(request)
     began = time.time()
     try:
         job = _resolve(request)
@@ -107,6 +105,12 @@ def run_night(request: NightRequest, display: Display | None = None) -> NightRes
         raise
     finally:
         directory.clean_scratch(stale_only=False)
+
+
+def _check(request: NightRequest) -> None:
+    check_webhook(request.webhook)
+    if request.silence_nights < 1 or request.window < 1:
+        raise RefusedError("silence and window are numbers of nights, 1 or more.")
 
 
 def _tell_of_failure(request: NightRequest, run: str, number: int | None, error: BaseException) -> None:
@@ -142,7 +146,7 @@ def night_overview(request: NightRequest) -> dict[str, Any]:
 
 def arrivals_overview(request: NightRequest) -> tuple[dict[str, Any], Arrivals]:
     """How the source differs from the newest version: shards by kind, and the version they would be added to."""
-    check_webhook(request.webhook)
+    _check(request)
     base, arrivals = find_tonight(request, _resolve(request))
     shown = {name: getattr(arrivals, name) for name in ("new", "changed", "again", "set_aside")}
     shown["vanished"] = len(arrivals.vanished)
@@ -168,6 +172,8 @@ def _night(
     counts, files = _tonight(directory, growth.added)
     mine = {"counts": counts, "scores": distributions(directory, files)}
     alerts = _oddities(request, killed, arrivals) + _failures(request, base, growth, counts)
+    if not totals.rows:
+        alerts.append(Alert("failure", totals.without_rows))
     drift = compare_nights(_reference(directory, number, request.window), mine)
     alerts += _drifted(drift)
     alerts += _silence(directory, request, number, arrivals)

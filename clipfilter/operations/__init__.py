@@ -10,6 +10,7 @@ from clipfilter.operations.export import export_run
 from clipfilter.operations.forget import forget_rows
 from clipfilter.operations.import_run import ImportOptions, import_embeddings
 from clipfilter.operations.rank import Best, Ranker, best_of, rank
+from clipfilter.operations.receipt import check_receipt, read_receipt
 from clipfilter.operations.reshard import reshard
 from clipfilter.operations.verify import verify_run
 
@@ -25,6 +26,7 @@ __all__ = [
     "Side",
     "TestReport",
     "best_of",
+    "check_receipt",
     "classify_stream",
     "compare_policies",
     "escalated_rows",
@@ -33,6 +35,7 @@ __all__ = [
     "forget_rows",
     "import_embeddings",
     "rank",
+    "read_receipt",
     "reshard",
     "run_tests",
     "verify_run",

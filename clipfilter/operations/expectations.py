@@ -15,7 +15,6 @@ from clipfilter import columns as cf
 from clipfilter import defaults
 from clipfilter.engine import (
     MAX_THREADS,
-    DecodeSettings,
     StageTimes,
     ThreadDecoder,
     cpu_count,
@@ -28,7 +27,7 @@ from clipfilter.runs import annotate, decision_inputs
 from clipfilter.sources import COLUMN_PREFIX, row_uid
 
 if TYPE_CHECKING:
-    from clipfilter.images import Mode
+    from clipfilter.images import DecodeSettings, Mode
     from clipfilter.models import Encoder
 
 _BATCH = 32

@@ -70,6 +70,7 @@ def export_run(
     elif target.walk("") != ["/" + MARKER]:
         target.fs.rm(target.path(MARKER))
         raise RefusedError(f"{to} is not empty; choose an empty directory.")
+    opened.record(to)
     with target:
         writer = {"source": _source_shards, "clip-retrieval": _clip_retrieval, "datacomp": _datacomp}[form]
         rows, files = writer(opened, target, what, rows_per_shard)

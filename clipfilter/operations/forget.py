@@ -1,20 +1,19 @@
-"""`forget`: rows removed from every file of a run, as a new version and then the deletion of all that held them.
+"""`forget`: rows removed from every file of a run, as a new version and then the deletion of all that held them, and proof.
 
 The order makes a crash harmless: shards are written anew and committed as the next generation, the new version is
 created, and only then the old files go, data before the commits that name them. Repeating the command goes on from
 wherever it stopped, because what is to be done is found in the files themselves: a commit whose files hold a uid is
-replaced if it is the newest of its shard and stage, and deleted in any case.
+replaced if it is the newest of its shard and stage, and deleted in any case. What the rows were recognised by is kept
+in a hidden file until the last step, which searches every byte of the run for it and writes the receipt.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import contextlib
+import hashlib
 import re
 import shutil
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,13 @@ import pyarrow.parquet as pq
 from clipfilter import columns as cf
 from clipfilter.engine import shard_report
 from clipfilter.errors import RefusedError
+from clipfilter.operations.export import MARKER as EXPORT
+from clipfilter.operations.receipt import Pending, Place, Receipt, places_with, read_pending, sha256_of, write_pending
 from clipfilter.operations.reshard import load_subset
+from clipfilter.operations.traces import Search, Traces, shared_with
 from clipfilter.policies import ATTACHMENTS_FOLDER as ATTACHMENTS
 from clipfilter.runs import (
+    DERIVED,
     FAILED,
     FILE_KINDS,
     Account,
@@ -38,15 +41,17 @@ from clipfilter.runs import (
     Counts,
     DataFile,
     FileKind,
+    Pictures,
     Run,
     ShardWriter,
     Totals,
     Version,
+    is_run,
     ledger,
     read_table,
 )
-from clipfilter.sources import Shard
-from clipfilter.storage import Directory
+from clipfilter.sources import Shard, Source, only_used
+from clipfilter.storage import Directory, join, same_place
 
 _TABLES = ("annotated", "failed", "scored", "embeddings")
 #: Where rows are looked for; embeddings are those of the annotated (or scored) rows of the same commit.
@@ -56,10 +61,17 @@ _COPIES: dict[FileKind, str] = {"kept": "keep", "review": "review"}
 _DERIVED = ("report.html", "run.json", "run.log")
 _INDEX = "index"
 
+#: Pictures that pages show of an encoded picture (`report`, contact sheets), so that they are found, too.
+MakeThumbnails = Callable[[bytes], Iterable[bytes]]
+
 
 @dataclass
 class Forgotten:
-    """What was done. rows: removed by this call; unknown: uids that no file holds; deleted: files that are gone."""
+    """What was done. rows: removed by this call; unknown: uids that no file holds; deleted: files that are gone.
+
+    files, bytes: what was searched afterwards. left: where something of the rows was found all the same, and what to do;
+    empty when they are forgotten. receipt: the file that says all this, "" where there was nothing to do.
+    """
 
     run: str
     version: str = ""
@@ -67,6 +79,10 @@ class Forgotten:
     unknown: int = 0
     shards: int = 0
     deleted: list[str] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+    left: list[str] = field(default_factory=list)
+    receipt: str = ""
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -87,35 +103,111 @@ def read_uids(path: str) -> set[str]:
     return uids
 
 
-def forget_rows(run: str, uids_file: str) -> Forgotten:
-    """Remove the rows with these uids from every file below `run`, and prove it with `verify` afterwards.
+def forget_rows(
+    run: str,
+    uids_file: str,
+    *,
+    also: Sequence[str] = (),
+    receipt: str | None = None,
+    thumbnails: MakeThumbnails | None = None,
+) -> Forgotten:
+    """Remove the rows with these uids from every file below `run`, search every byte for what is left, write a receipt.
 
     All generations and stages are looked at, kept and review images too; older versions that name a file that held a row
-    are deleted, and so are the search index in the run, the report and the log. The source and other runs (filters, runs
-    with curation columns) are not touched: forget there too. Memory: the uids and one shard. Raises RefusedError when
-    there is no finished run, or the uids cannot be read.
+    are deleted, and so are the search index in the run, the report and the log. also: files and folders elsewhere (labels,
+    exports, pages) that are searched too, and not changed. The source and other runs (filters, runs with curation columns)
+    are not touched: forget there too. Memory: the uids and one shard. Raises RefusedError when there is no finished run,
+    or the uids or a place in `also` cannot be read.
     """
     opened = Run.open(run)
     directory = opened.directory
     uids = read_uids(uids_file)
+    for place in also:
+        if not Directory(place).exists(""):
+            raise RefusedError(f"--also {place}: nothing is there; name a file or folder to search.")
     values = pa.array(sorted(uids), pa.string())
     result = Forgotten(directory.url)
+    pending = read_pending(directory)
     found: set[str] = set()
-    try:
+    with directory:
         touched = _touched(directory, values, found)
+        pending.traces.update(Traces({"uid": uids, "key": set(), "caption": set()}))
+        pending.thumbnails |= _recognise(opened, touched, values, pending.traces, thumbnails, result)
+        write_pending(directory, pending)
         newest = {name.path for name in ledger.list_commits(directory).values()}
         for name in sorted(touched, key=lambda name: ".scored." not in name):
             if name in newest:
-                result.rows += _rewrite(directory, name, touched[name])
+                result.rows += _rewrite(opened, name, touched[name], values)
                 result.shards += 1
         result.unknown = len(uids - found)
         result.version = _new_version(directory)
-        _delete(directory, set(touched), result)
-    finally:
-        directory.clean_scratch(stale_only=False)
-        directory.clean_scratch(stale_only=True)
-    _note_what_is_left(opened, uids, result)
+        doomed = _doomed(directory, set(touched))
+        pending.removed |= {name: sha256_of(directory, name) for name in doomed}
+        write_pending(directory, pending)
+        for name in doomed:
+            _remove(directory, name, result)
+        for stale_only in (False, True):
+            directory.clean_scratch(stale_only=stale_only)
+        _prove(opened, pending, also, receipt, result)
+        _note_others(opened, values, result)
+        write_pending(directory, None)
     return result
+
+
+def _prove(run: Run, pending: Pending, also: Sequence[str], receipt: str | None, result: Forgotten) -> None:
+    """Search all bytes for the rows, and write the receipt."""
+    directory = run.directory
+    shared = shared_with(pending.traces, _remaining(directory))
+    search = Search(pending.traces, shared, pending.thumbnails)
+    places = list(places_with(directory, search))
+    elsewhere = [place for url in also for place in places_with(Directory(url), search)]
+    _say_what_is_left(places, elsewhere, result)
+    made = Receipt.of(run, result.version, pending, places, elsewhere, search, len(shared))
+    if pending.removed:
+        result.receipt = made.keep(directory)
+    if receipt is not None:
+        Path(receipt).write_bytes(made.to_bytes())
+        result.receipt = receipt
+
+
+def _recognise(
+    run: Run,
+    touched: dict[str, set[int]],
+    values: pa.Array,
+    traces: Traces,
+    thumbnails: MakeThumbnails | None,
+    result: Forgotten,
+) -> set[str]:
+    """Take up what the rows are recognised by; the sha256 of the pictures that pages make of theirs."""
+    made: set[str] = set()
+    pictures = Pictures(run.dataset) if thumbnails is not None else None
+    for commit in ledger.commits(run.directory, sorted(touched)):
+        wanted: dict[int, str | None] = {}
+        for kind, file in commit.files.items():
+            with contextlib.suppress(FileNotFoundError):  # deleted by an interrupted call
+                if kind in _SEARCHED and cf.UID in (table := read_table(run.directory, file)).column_names:
+                    rows = table.filter(pc.is_in(table[cf.UID], value_set=values))
+                    traces.add(rows)
+                    if cf.SHA256 in rows.column_names:
+                        wanted |= dict(zip(rows[cf.ROW].to_pylist(), rows[cf.SHA256].to_pylist(), strict=True))
+        if wanted and pictures is not None and thumbnails is not None:
+            try:
+                for _, picture in pictures.read(commit.shard, wanted):
+                    made |= {hashlib.sha256(data).hexdigest() for data in thumbnails(picture)}
+            except Exception as error:  # whatever reading a source that has gone raises
+                result.notes.append(f"thumbnails of the rows could not be made again to look for them ({error}).")
+                pictures = None
+    return made
+
+
+def _remaining(directory: Directory) -> Iterator[pa.Table]:
+    """The rows that stay: all text that is their own."""
+    for commit in ledger.commits(directory):
+        for kind, file in commit.files.items():
+            if kind in _SEARCHED:
+                table = read_table(directory, file)
+                own = (cf.KEY, cf.CAPTION, cf.SHA256, cf.SOURCE_JSON)
+                yield table.select([n for n in table.column_names if n in own or not n.startswith(cf.PREFIX)])
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -123,27 +215,35 @@ def forget_rows(run: str, uids_file: str) -> Forgotten:
 
 def _touched(directory: Directory, values: pa.Array, found: set[str]) -> dict[str, set[int]]:
     """Every commit by name, of any stage and generation, whose files hold one of the uids, with the numbers of those rows."""
-    rows_of: dict[str, set[int]] = {}
+    rows_of: dict[tuple[str, str], set[int]] = {}  # by shard and its listing: another listing numbers other rows
+    referring: set[str] = set()
     for commit in ledger.commits(directory):
         for folder, file in commit.files.items():
             if folder in _SEARCHED:
+                if _refers(directory, file, values):
+                    referring.add(commit.name)
                 for uid, row in _matches(directory, file, values):
                     found.add(uid)
-                    rows_of.setdefault(commit.shard.id, set()).add(row)
+                    rows_of.setdefault((commit.shard.id, commit.shard.etag), set()).add(row)
     # The scores of a filter carry no uid: their rows are known from the other files of the shard.
-    again = ((commit, rows_of.get(commit.shard.id, set())) for commit in ledger.commits(directory))
-    return {commit.name: rows for commit, rows in again if _holds(directory, commit, rows)}
+    again = ((c, rows_of.get((c.shard.id, c.shard.etag), set())) for c in ledger.commits(directory))
+    return {c.name: rows for c, rows in again if c.name in referring or _holds(directory, c, rows)}
 
 
 def _matches(directory: Directory, file: DataFile, values: pa.Array) -> Iterator[tuple[str, int]]:
-    try:
+    with contextlib.suppress(FileNotFoundError):  # deleted by an interrupted call
         table = _read(directory, file, [cf.UID, cf.ROW])
-    except FileNotFoundError:  # deleted by an interrupted call
-        return
-    if table is None:
-        return
-    chosen = table.filter(pc.is_in(table[cf.UID], value_set=values))
-    yield from zip(chosen[cf.UID].to_pylist(), chosen[cf.ROW].to_pylist(), strict=True)
+        if table is not None:
+            chosen = table.filter(pc.is_in(table[cf.UID], value_set=values))
+            yield from zip(chosen[cf.UID].to_pylist(), chosen[cf.ROW].to_pylist(), strict=True)
+
+
+def _refers(directory: Directory, file: DataFile, values: pa.Array) -> bool:
+    """Whether other rows name one of the uids as that of which they are a duplicate."""
+    with contextlib.suppress(FileNotFoundError):
+        table = _read(directory, file, [cf.DUPLICATE_OF])
+        return table is not None and bool(pc.any(pc.is_in(table[cf.DUPLICATE_OF], value_set=values)).as_py())
+    return False
 
 
 def _holds(directory: Directory, commit: Commit, rows: set[int]) -> bool:
@@ -173,8 +273,9 @@ def _read(directory: Directory, file: DataFile, columns: list[str]) -> pa.Table 
 # --- writing anew ----------------------------------------------------------------------------------------------------
 
 
-def _rewrite(directory: Directory, name: str, rows: set[int]) -> int:
+def _rewrite(run: Run, name: str, rows: set[int], uids: pa.Array) -> int:
     """Write the next generation of a commit without these rows; how many rows it had of them."""
+    directory = run.directory
     commit = ledger.read_commit(directory, name)
     drop = pa.array(sorted(rows), pa.int64())
     tables = {folder: read_table(directory, file) for folder, file in commit.files.items() if folder in _TABLES}
@@ -186,7 +287,7 @@ def _rewrite(directory: Directory, name: str, rows: set[int]) -> int:
             writer.failed(left["failed"])
         for folder in ("annotated", "scored"):
             if folder in left and left[folder].num_rows:
-                writer.annotated(left[folder], final=folder == "annotated")
+                writer.annotated(_own_words(left[folder], uids), final=folder == "annotated")
         for copies, decision in _COPIES.items():
             file = commit.files.get(copies)
             if file is not None:
@@ -195,7 +296,7 @@ def _rewrite(directory: Directory, name: str, rows: set[int]) -> int:
                 if keep.all():
                     writer.files[copies] = file
                 else:
-                    _copy(directory, file.name, old, keep, commit.shard, writer, copies)
+                    _copy(run, file, keep, commit.shard, writer, copies)
         account = _account_after(commit, left)
         writer.commit(
             account,
@@ -240,84 +341,45 @@ def _without_names(shard: Shard, rows: set[int]) -> Shard:
     return Shard.from_json({**shard.to_json(), "members": members})
 
 
-def _copy(
-    directory: Directory,
-    name: str,
-    old: pa.Table,
-    keep: np.ndarray,
-    shard: Shard,
-    writer: ShardWriter,
-    folder: FileKind,
-) -> None:
-    """The kept or review images without the forgotten rows; `old` are the rows of the file, in its order."""
+def _own_words(table: pa.Table, uids: pa.Array) -> pa.Table:
+    """The table with dictionaries that hold only words its rows use, and rows that are a duplicate of none of the uids."""
+    if cf.DUPLICATE_OF in table.column_names:
+        place, column = table.schema.get_field_index(cf.DUPLICATE_OF), table[cf.DUPLICATE_OF]
+        gone = pc.is_in(column, value_set=uids)
+        table = table.set_column(
+            place, table.schema.field(place), pc.if_else(gone, pa.scalar(None, column.type), column)
+        )
+    return only_used(table)
+
+
+def _copy(run: Run, file: DataFile, keep: np.ndarray, shard: Shard, writer: ShardWriter, kind: FileKind) -> None:
+    """The kept or review images without the forgotten rows: the old copy, read as the source it came from."""
     if not keep.any():
         return
+    directory = run.directory
     scratch = directory.scratch() / "copies"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    fetched = Path(directory.path(name))
-    if not directory.local:
-        fetched = scratch / "old"
-        directory.fs.get(directory.path(name), str(fetched), recursive=directory.fs.isdir(directory.path(name)))
-    target = scratch / Path(name).name
-    if name.endswith(".tar"):
-        _copy_tar(fetched, target, keep)
-    elif name.endswith(".parquet"):
-        table = pq.read_table(fetched)
-        pq.write_table(table.filter(pa.array(keep)), target, compression="zstd")
+    old = scratch / "old" / Path(file.name).name
+    old.parent.mkdir(parents=True)
+    if directory.local:
+        old.symlink_to(Path(directory.path(file.name)).absolute())
     else:
-        _copy_folder(fetched, target, shard, np.asarray(old[cf.ROW])[~keep].tolist())
-    stem = re.sub(rf"{shard.id}-[0-9a-f]+(\..*)?$", "", Path(name).name)
-    writer.publish(target, folder, "".join(Path(name).suffixes[-1:]), int(keep.sum()), stem)
-
-
-def _copy_tar(old: Path, target: Path, keep: np.ndarray) -> None:
-    """Members of a row are adjacent, and rows in the order of the annotated ones."""
-    position, key = -1, None
-    with tarfile.open(old, "r:") as source, tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as output:
-        for member in source:
-            folder, _, base = member.name.rpartition("/")
-            if (folder, base.split(".", 1)[0]) != key:
-                key = (folder, base.split(".", 1)[0])
-                position += 1
-            if keep[position]:
-                output.addfile(member, source.extractfile(member))
-
-
-def _copy_folder(old: Path, target: Path, shard: Shard, rows: list[int]) -> None:
-    """Without the images, their sidecars and the lines of caption tables that name them."""
-    shutil.copytree(old, target)
-    prefix = "" if shard.path in (".", "") else shard.path + "/"
-    for row in rows:
-        image = target / (prefix + shard.members[row])
-        for path in [image, *(image.with_suffix(suffix) for suffix in (".txt", ".json", ".caption"))]:
-            path.unlink(missing_ok=True)
-    names = {prefix + shard.members[row] for row in rows}
-    for path in [p for p in target.rglob("*") if p.suffix.lower() in (".csv", ".tsv", ".jsonl")]:
-        base = path.parent.relative_to(target).as_posix()
-        local = {name.removeprefix("" if base == "." else base + "/") for name in names}
-        _drop_lines(path, local)
-
-
-def _drop_lines(path: Path, names: set[str]) -> None:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix.lower() == ".jsonl":
-        lines = [line for line in text.splitlines(keepends=True) if not names & _strings(line)]
-        path.write_text("".join(lines), encoding="utf-8")
-        return
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter=delimiter, lineterminator="\n")
-    writer.writerows(row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if not names & set(row))
-    path.write_text(buffer.getvalue(), encoding="utf-8")
-
-
-def _strings(line: str) -> set[str]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return set()
-    return {item for item in value.values() if isinstance(item, str)} if isinstance(value, dict) else set()
+        directory.fs.get(directory.path(file.name), str(old), recursive=directory.fs.isdir(directory.path(file.name)))
+    plan = run.dataset
+    root = old if old.is_dir() else old.parent
+    options = plan["options"] | {"rows_per_shard": file.rows + 1}
+    source = Source.from_plan({**plan, "root": str(root), "pattern": None, "options": options})
+    pieces = [piece for piece in source.iter_shards() if piece.format != "folder" or piece.members]
+    rows = np.flatnonzero(keep).tolist()
+    if len(pieces) != 1 or sum(batch.num_rows for batch in source.read(pieces[0], images=False)) != len(keep):
+        raise RefusedError(
+            f"{file.name} does not hold its {len(keep)} rows any more; run `clipfilter verify {run.url}`."
+        )
+    target = scratch / Path(file.name).name
+    copied = source.copy_rows(pieces[0], rows, target)
+    assert copied == len(rows)
+    stem = re.sub(rf"{shard.id}-[0-9a-f]+(\..*)?$", "", Path(file.name).name)
+    writer.publish(target, kind, "".join(Path(file.name).suffixes[-1:]), copied, stem)
 
 
 # --- version and deletion --------------------------------------------------------------------------------------------
@@ -340,46 +402,93 @@ def _new_version(directory: Directory) -> str:
     return ledger.update_version(directory, change).name
 
 
-def _delete(directory: Directory, touched: set[str], result: Forgotten) -> None:
-    for name in (*_DERIVED, _INDEX) if touched else ():
-        if directory.exists(name):
-            _remove(directory, name, result)
-            if name == _INDEX:
-                result.notes.append("the search index was deleted; make it anew with `clipfilter index`.")
+def _doomed(directory: Directory, touched: set[str]) -> list[str]:
+    """What is to be deleted, in that order."""
+    doomed = [name for name in (*_DERIVED, _INDEX) if touched and directory.exists(name)]
     for version in ledger.version_names(directory)[:-1]:
         if touched & set(ledger.read_version(directory, version).commits):
-            _remove(directory, f"versions/{version}.json", result)
+            doomed.append(f"versions/{version}.json")
     needed = {file.name for c in ledger.commits(directory) if c.name not in touched for file in c.files.values()}
     # Files that no commit names are leftovers of killed attempts, and may hold anything.
     for folder in FILE_KINDS:
-        for file in directory.names(folder):
-            if f"{folder}/{file}" not in needed:
-                _remove(directory, f"{folder}/{file}", result)
-    for path in sorted(touched):
-        _remove(directory, path, result)
+        doomed += [f"{folder}/{file}" for file in directory.names(folder) if f"{folder}/{file}" not in needed]
+    return doomed + sorted(touched)
 
 
 def _remove(directory: Directory, name: str, result: Forgotten) -> None:
     directory.fs.rm(directory.path(name), recursive=directory.fs.isdir(directory.path(name)))
     result.deleted.append(name)
+    if name == _INDEX:
+        result.notes.append("the search index was deleted; make it anew with `clipfilter index`.")
 
 
-def _note_what_is_left(run: Run, uids: set[str], result: Forgotten) -> None:
-    directory = run.directory
-    wanted = re.compile(rb"[^\s,;\"']+")
-    names = {uid.encode() for uid in uids}
-    for file in directory.names(ATTACHMENTS):
-        # A list of overrides is part of the policy: without it the run could not be explained, so it is not cut.
-        if names & set(wanted.findall(directory.read_bytes(f"{ATTACHMENTS}/{file}"))):
-            result.notes.append(
-                f"{ATTACHMENTS}/{file[:12]}... is a list of the policy that names such a uid; take it out of the list, decide "
-                "into another directory and delete this run."
-            )
+# --- what is left ----------------------------------------------------------------------------------------------------
+
+
+def _say_what_is_left(places: list[Place], elsewhere: list[Place], result: Forgotten) -> None:
+    searched = places + elsewhere
+    result.files, result.bytes = len(searched), sum(place.bytes for place in searched)
+    for place in searched:
+        if place.problem is not None:
+            result.left.append(f"{place.url} cannot be searched whole ({place.problem}); delete it, or look into it.")
+        if not place.found:
+            continue
+        what = f"{place.url} still holds a {' and a '.join(sorted(place.found))} of a forgotten row"
+        if f"/{ATTACHMENTS}/" in place.url and place in places:
+            # A list of overrides is part of the policy: without it the run could not be explained, so it is not cut.
+            cure = "it is a list of the policy: take it out of the list, decide into another directory and delete this run."
+        elif "/.tmp/" in place.url:
+            cure = "it is an unfinished file of a running process: end that and repeat the command."
+        else:
+            cure = "take it out of the file, or delete the file."
+        result.left.append(f"{what}; {cure}")
+
+
+def _note_others(run: Run, values: pa.Array, result: Forgotten) -> None:
+    """Name what was made from this run or this run from, as far as that is recorded, and the source."""
+    for url, what in _relatives(run):
+        holds: set[str] = set()
+        with contextlib.suppress(Exception):  # whatever is wrong with another run is for its own commands to say
+            if is_run(url) and not _touched(Directory(url), values, holds) and not holds:
+                continue
+        cure = (
+            f"forget there too: `clipfilter forget {url}`" if is_run(url) else "make it anew, or search it with --also"
+        )
+        result.notes.append(f"{url} {what} and may hold the rows: {cure}.")
     result.notes.append(
         f"the source {run.dataset['url']} was not touched: remove the rows there too, or processing a changed shard brings "
         "them back."
     )
-    if unfinished := directory.unfinished():
-        result.notes.append(
-            f"unfinished files of running processes or other machines remain in {', '.join(unfinished)}."
-        )
+
+
+def _relatives(run: Run) -> Iterator[tuple[str, str]]:
+    """(where, how it is related) of runs this one was made from, and of runs and exports made from it: those that lie
+    beside it, or that this run has on record."""
+    for url in _bases_of(run.plan.source, run.plan.options):
+        yield url, "is a run that this one was made from"
+    parent = run.url.rpartition("/")[0]
+    recorded = [run.directory.read_json(f"{DERIVED}/{name}")["url"] for name in run.directory.names(DERIVED)]
+    beside = [join(parent, name) for name in Directory(parent).names("")] if parent else []
+    for url in dict.fromkeys([*recorded, *beside]):
+        with contextlib.suppress(Exception):  # not a directory of ours, or gone
+            place = Directory(url)
+            if same_place(url, run.url):
+                continue
+            if place.exists(EXPORT):
+                made_from = [str(place.read_json(EXPORT).get("run"))]
+            elif is_run(url):
+                other = Run(url).plan
+                made_from = _bases_of(other.source, other.options)
+            else:
+                made_from = [run.url] if url in recorded and place.exists("") else []
+            if any(same_place(base, run.url) for base in made_from):
+                yield url, "was made from this run"
+
+
+def _bases_of(source: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """The runs that a plan names as what it was made from."""
+    found = [str(step["run"]) for step in options.get("curation", [])]
+    while "run" in source:
+        found.append(str(source["run"]))
+        source = source["source"]
+    return list(dict.fromkeys(found))

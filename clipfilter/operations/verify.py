@@ -16,7 +16,10 @@ import pyarrow.parquet as pq
 from clipfilter import columns as cf
 from clipfilter import text
 from clipfilter.decisions import DECISIONS
+from clipfilter.errors import reason
+from clipfilter.operations.receipt import RECEIPTS, check_receipt
 from clipfilter.runs import FILE_KINDS, PLAN_FILE, Commit, DataFile, Run, Totals, Version, as_matrix, ledger
+from clipfilter.sources import IMPORTED_KIND, Source
 from clipfilter.storage import Directory, read_chunks
 
 _THREADS = 8
@@ -54,7 +57,9 @@ def verify_run(url: str) -> Proof:
         for problems in pool.map(lambda commit: list(_check_shard(run, commit)), commits):
             proof.problems += problems
     _check_totals(version, commits, proof)
+    _check_listing(run, commits, proof)
     _note_strangers(directory, proof)
+    _check_receipts(run, proof)
     if not proof.problems:
         _say_what_holds(version, commits, proof)
     return proof
@@ -122,6 +127,8 @@ def _check_shard(run: Run, commit: Commit) -> Iterator[str]:
             f"{path}: the commit counts {counts.rows} rows and {counts.failed} failed, "
             f"the files hold {rows} and {failed.num_rows}"
         )
+    if commit.seen is not None and commit.seen.rows != counts.rows:
+        yield f"{path}: {commit.seen.rows} rows were seen, but {counts.rows} judged"
     numbers = np.concatenate([np.asarray(annotated[cf.ROW]), np.asarray(failed[cf.ROW])])
     if len(np.unique(numbers)) != len(numbers):
         yield f"{path}: a row is in the result twice"
@@ -196,6 +203,42 @@ def _check_totals(version: Version, commits: list[Commit], proof: Proof) -> None
         proof.problems.append("a shard is in the version twice")
 
 
+def _check_listing(run: Run, commits: list[Commit], proof: Proof) -> None:
+    """The account is that of what the source lists, as far as it can still be listed and is what it was."""
+    then, seen = run.version.listing, run.version.totals.seen
+    if then is None or seen is None or run.dataset["kind"] == IMPORTED_KIND:
+        return
+    source = Source.from_plan(run.dataset)
+    processed = [*(commit.shard for commit in commits), *(item.shard for item in run.version.failed_shards)]
+    missing = {(shard.id, shard.size, shard.etag) for shard in processed}
+    new = pictures = 0
+    try:
+        for shard in source.iter_shards():
+            pictures += len(shard.members)
+            key = (shard.id, shard.size, shard.etag)
+            new += key not in missing
+            missing.discard(key)
+        found = source.count_files()
+    except Exception as error:  # every filesystem has exceptions of its own
+        proof.notes.append(f"the source cannot be listed now, so the account was not compared with it: {reason(error)}")
+        return
+    now = source.listing
+    assert now is not None
+    if found is not None and found != now.things + pictures:
+        proof.problems.append(f"the source has {found:,} files, but {now.things + pictures:,} are accounted for")
+    elif new or missing or now.counts() != then.counts():
+        proof.notes.append("the source is not what it was when it was read; the account is of what was there then")
+    else:
+        row, part, container = (
+            text.plural(count, name)
+            for count, name in ((seen.rows, "row"), (seen.parts, "part"), (seen.containers, "container"))
+        )
+        proof.proved.append(
+            f"{seen.things:,} things seen = {row} + {part} + {container} + {seen.passed.total():,} passed over, and the source "
+            f"lists the same {text.plural(now.things + pictures, 'file')} today"
+        )
+
+
 def _note_strangers(directory: Directory, proof: Proof) -> None:
     """Data files no commit names: attempts that were killed or came late. Harmless, since readers trust commits."""
     named = {file.name for commit in ledger.commits(directory) for file in commit.files.values()}
@@ -208,6 +251,15 @@ def _note_strangers(directory: Directory, proof: Proof) -> None:
     if strangers:
         shown = ", ".join(strangers[:3]) + (" ..." if len(strangers) > 3 else "")
         proof.notes.append(f"{len(strangers)} data files belong to no commit (left by a killed attempt): {shown}")
+
+
+def _check_receipts(run: Run, proof: Proof) -> None:
+    """What `forget` removed has not come back, and what it left is unchanged."""
+    receipts = [f"{RECEIPTS}/{name}" for name in run.directory.names(RECEIPTS)]
+    problems = [problem for name in receipts for problem in check_receipt(run, run.directory.read_json(name), name)]
+    proof.problems += problems
+    if receipts and not problems:
+        proof.proved.append(f"nothing has come back of what {text.plural(len(receipts), 'receipt')} of `forget` name")
 
 
 def _say_what_holds(version: Version, commits: list[Commit], proof: Proof) -> None:

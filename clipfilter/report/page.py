@@ -20,6 +20,7 @@ FAILURES = {
     "missing_image": "The row names an image that is not there.",
     "read_error": "The image could not be fetched; the next run with --retry-failed tries again.",
     "decoder_crash": "The image brought its decoder down; it was isolated and only this row was lost.",
+    "decode_timeout": "Decoding took longer than --decode-timeout; the next run with --retry-failed tries again.",
     "encode_error": "The model could not embed this image.",
     "unexpected_error": "Something nobody foresaw happened with this row; it alone was lost. Please report it.",
 }
@@ -120,6 +121,10 @@ def _failures(data: RunData) -> dict[str, Any]:
         (data.extra["clashes"], "files were passed over because their sample already had an image"),
         (data.extra["misfits"], "rows have metadata of another type than the rest; it is kept as JSON beside them"),
         (totals.captions_truncated, "captions are longer than the model reads; it saw their beginning"),
+        (
+            totals.profiles_ignored,
+            "images have a colour profile that cannot be used; their colours were taken as they are",
+        ),
         (data.speed.halvings, "times the batch was halved because memory ran out"),
         (data.speed.retries, "shards needed another attempt"),
     ]

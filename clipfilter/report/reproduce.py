@@ -15,6 +15,7 @@ _RESERVED = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 #: Options whose default needs no mention, as (option of the plan, flag, default).
 _FLAGS = (
     ("decode", "--decode", defaults.DECODE),
+    ("color", "--color", defaults.COLOR),
     ("captions", "--captions", defaults.CAPTIONS),
     ("max_pixels", "--max-pixels", defaults.MAX_PIXELS),
     ("limit", "--limit", None),
@@ -58,6 +59,7 @@ def _again(data: RunData) -> str:
     for name in _SOURCE_OPTIONS:
         value = (plan.source.get("options") or {}).get(name)
         words += ["--" + name.replace("_", "-"), _quote(value)] if value else []
+    words += ["--private"] if (plan.source.get("options") or {}).get("private") else []
     return " ".join([*words, "--out", "OUT"])
 
 

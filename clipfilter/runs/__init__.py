@@ -35,13 +35,15 @@ from clipfilter.runs.records import (
     Version,
     Work,
     WorkerDetails,
+    check_keys,
 )
-from clipfilter.runs.run import Run, RunShard, embeddings_of, is_run, read_table, read_tables
+from clipfilter.runs.run import DERIVED, Run, RunShard, embeddings_of, is_run, read_table, read_tables
 from clipfilter.runs.vectors import RunVectors, VectorShard
 from clipfilter.runs.writer import HASH_LENGTH, ShardWriter
 
 __all__ = [
     "COUNTS",
+    "DERIVED",
     "FACTS",
     "FAILED",
     "FILE_KINDS",
@@ -72,6 +74,7 @@ __all__ = [
     "WorkerDetails",
     "annotate",
     "as_matrix",
+    "check_keys",
     "decision_inputs",
     "derive",
     "embeddings_of",

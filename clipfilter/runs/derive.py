@@ -69,6 +69,7 @@ def derive(run: Run, out: str, added: pa.Schema, options: dict[str, Any], comput
     refuse_existing(run, out, added)
     directory = Directory(out)
     plan = settle_plan(directory, derived_plan(run, added, options))
+    run.record(out)
     done = ledger.list_commits(directory)
     names: list[str] = []
     with directory, run.directory:

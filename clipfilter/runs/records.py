@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from clipfilter import text
 from clipfilter.decisions import DECISIONS
 from clipfilter.errors import RefusedError
 from clipfilter.sources import Seen, Shard
@@ -61,6 +62,7 @@ class _Rows(dict[str, Any]):
     review = _Number()
     reject = _Number()
     escalated = _Number()
+    profiles_ignored = _Number()
     not_downloaded = _Number()
     duplicate_keys = _Number()
 
@@ -69,6 +71,7 @@ class Counts(_Rows):
     """Rows of a shard by what became of them, in the order in which they were counted; an absent count is 0.
 
     rows = embedded + failed, and where decided: decided = keep + review + reject; escalated ones are among the rejected.
+    profiles_ignored: of the embedded, those whose colour profile could not be used.
     The last four are of the source: rows without an image, repeated keys, members passed over, rows with leftovers.
     """
 
@@ -77,7 +80,8 @@ class Counts(_Rows):
 
     def of_source(self) -> dict[str, int]:
         """What reading the source counted, which every later stage repeats."""
-        return {name: self.get(name, 0) for name in ("not_downloaded", "duplicate_keys", "clashes", "misfits")}
+        found = {name: self.get(name, 0) for name in ("not_downloaded", "duplicate_keys", "clashes", "misfits")}
+        return found | ({"profiles_ignored": self.profiles_ignored} if self.profiles_ignored else {})
 
 
 _COUNTS = {name for kind in (_Rows, Counts) for name, value in vars(kind).items() if isinstance(value, _Number)}
@@ -296,6 +300,10 @@ class FailedShard:
 COUNTS = ("rows", "decided", *DECISIONS, "failed", "embedded", "not_downloaded", "duplicate_keys")
 
 
+#: Counts of embedded rows that most datasets have none of, and that stand in the totals only where they are not 0.
+_RARE = ("escalated", "profiles_ignored")
+
+
 class Totals(_Rows):
     """The sums over the commits of a version, as JSON and as attributes; all derived, so `verify` can repeat it."""
 
@@ -320,6 +328,14 @@ class Totals(_Rows):
         """The account of everything in the source; None for runs of earlier versions."""
         return _seen(self.get("seen"), "totals")
 
+    @property
+    def without_rows(self) -> str:
+        """The sentence for a run that has no row: what its source holds instead."""
+        seen = self.seen or Seen()
+        instead = f": {seen.passed_in_words()}" if seen.passed.total() else ""
+        holds = f"{text.plural(seen.containers, 'container')} and {text.plural(seen.things - seen.containers, 'other thing')}"
+        return f"The source has no row, so nothing was judged; it holds {holds}{instead}."
+
     @staticmethod
     def of(commits: Iterable[Commit], failed_shards: Sequence[FailedShard], listing: Seen | None = None) -> Totals:
         """Add up commits, which are gone through once. listing: what the source's listing passed over (see `Version`)."""
@@ -339,14 +355,15 @@ class Totals(_Rows):
                 told = True
             sums.update(
                 escalated=commit.counts.escalated,
+                profiles_ignored=commit.counts.profiles_ignored,
                 shards=1,
                 damaged_shards=commit.damaged,
                 bytes_unread=commit.bytes_unread,
                 captions_truncated=commit.captions_truncated,
             )
-        escalated = sums.pop("escalated", 0)
-        if escalated:  # among the rejected; most datasets have none
-            totals["escalated"] = escalated
+        for name in _RARE:
+            if count := sums.pop(name, 0):
+                totals[name] = count
         totals["failed_by_class"] = dict(sorted(classes.items()))
         totals["rules"] = {rule: dict(sorted(bands.items())) for rule, bands in rules.items()}
         totals |= {**sums, "failed_shards": len(failed_shards)}
@@ -422,7 +439,7 @@ class Version:
     def from_json(value: Any, where: str) -> Version:
         """Raises RefusedError for keys that a version has not; `where` names its file."""
         found = check_keys(value, where, ("version", *_VERSION_KEYS), _VERSION_OPTIONS)
-        totals = check_keys(found["totals"], f"{where} (totals)", _TOTALS, ("escalated", "seen"))
+        totals = check_keys(found["totals"], f"{where} (totals)", _TOTALS, (*_RARE, "seen"))
         return Version(
             **{name: item for name, item in found.items() if name != "version"}
             | {

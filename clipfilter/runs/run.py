@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +19,10 @@ from clipfilter.runs import ledger
 from clipfilter.runs.columns import FAILED, is_decision_column
 from clipfilter.runs.plan import PLAN_FILE, Plan, of_run, read_plan
 from clipfilter.runs.records import Commit, DataFile, FileKind, Version
-from clipfilter.storage import Directory
+from clipfilter.storage import Directory, normalise
 
+#: The folder of a run that says what was made from it: one JSON file for each place.
+DERIVED = "derived"
 #: Names of columns, or which of the names that a file has; None for all.
 Columns = Sequence[str] | Callable[[str], bool] | None
 
@@ -120,6 +124,13 @@ class Run:
         ours = {ledger.shard_of(name) for name in self.version.commits}
         newest = ledger.list_commits(self.directory).values()
         return ledger.commits(self.directory, sorted(n.path for n in newest if n.stage == "scored" and n.shard in ours))
+
+    def record(self, url: str) -> None:
+        """Note in the run that something was made from it, which `forget` names; a run that may not be written stays."""
+        place = normalise(url)
+        with contextlib.suppress(OSError), Directory(self.url) as directory:
+            name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+            directory.create(f"{DERIVED}/{name}.json", (json.dumps({"url": place}) + "\n").encode())
 
     # --- data files --------------------------------------------------------------------------------------------------
 

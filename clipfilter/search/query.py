@@ -23,12 +23,13 @@ def query_vector(
     vectors: np.ndarray | None = None,
     minus_weight: float = MINUS_WEIGHT,
     decode: str = defaults.DECODE,
+    color: str = defaults.COLOR,
 ) -> np.ndarray:
     """float32 [dim], unit norm: the sum of the unit vectors of all texts, images and `vectors`, less `minus_weight` times
     those of `minus`.
 
     encoder: the model of the run; None is enough for `vectors` alone. image: encoded bytes, or paths and URLs.
-    vectors: [n, dim], embeddings of rows. decode: the decode mode of the run.
+    vectors: [n, dim], embeddings of rows. decode, color: those of the run.
     Raises RefusedError for an empty query, an image that cannot be read, or parts that cancel out.
     """
     if not (len(text) or len(image) or (vectors is not None and len(vectors))):
@@ -41,7 +42,7 @@ def query_vector(
         parts.append(_unit(np.asarray(vectors, np.float32)))
         weights += [1.0] * len(vectors)
     if len(image):
-        pixels = _pixels(_needed(encoder), image, decode)
+        pixels = _pixels(_needed(encoder), image, decode, color)
         parts.append(_needed(encoder).encode_images(pixels))
         weights += [1.0] * len(image)
     phrases = [*text, *minus]
@@ -61,7 +62,7 @@ def _needed(encoder: Encoder | None) -> Encoder:
     return encoder
 
 
-def _pixels(encoder: Encoder, images: Sequence[str | bytes], decode: str) -> np.ndarray:
+def _pixels(encoder: Encoder, images: Sequence[str | bytes], decode: str, color: str) -> np.ndarray:
     """uint8 [n, 3, size, size]."""
     from clipfilter.images import load_image
     from clipfilter.sources import read_url
@@ -71,8 +72,9 @@ def _pixels(encoder: Encoder, images: Sequence[str | bytes], decode: str) -> np.
         name = "the image" if isinstance(item, bytes) else item
         try:
             data = item if isinstance(item, bytes) else read_url(item)
-            mode = "exact" if decode == "exact" else "fast"
-            pixels.append(load_image(data, encoder.preprocess, mode, defaults.MAX_PIXELS).pixels)  # type: ignore[arg-type]
+            mode: defaults.Decode = "exact" if decode == "exact" else "fast"
+            shade: defaults.Color = "managed" if color == "managed" else "ignore"
+            pixels.append(load_image(data, encoder.preprocess, mode, defaults.MAX_PIXELS, shade).pixels)
         except RowError as error:
             raise RefusedError(f"{name} cannot be searched for: {error.message}.") from error
     return np.stack(pixels)

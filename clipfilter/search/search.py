@@ -117,6 +117,7 @@ class Searcher:
             vectors=self.vectors.vectors_at(positions) if positions else None,
             minus_weight=minus_weight,
             decode=self.vectors.plan.options.get("decode", "fast"),
+            color=self.vectors.plan.options.get("color", "ignore"),
         )
         return found, positions
 

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -75,7 +75,7 @@ class Queries:
 
     def add_image(self, data: bytes) -> str:
         """A picture to search with, under a name for requests. Raises RefusedError where it cannot be decoded."""
-        vector = self._run.on_encoder(lambda encoder: query_vector(encoder, image=[data], decode=self._decode))
+        vector = self._run.on_encoder(lambda encoder: query_vector(encoder, image=[data], **self._decoding))
         name = secrets.token_urlsafe(9)
         with self._lock:
             self._images[name] = vector
@@ -94,8 +94,9 @@ class Queries:
         return self._remembered(request.model_dump_json(exclude={"offset", "limit", "label_rule"}))
 
     @property
-    def _decode(self) -> str:
-        return str(self._run.plan.options.get("decode", "fast"))
+    def _decoding(self) -> dict[str, Any]:
+        options = self._run.plan.options
+        return {"decode": options.get("decode", "fast"), "color": options.get("color", "ignore")}
 
     def _find(self, request: RowsRequest) -> Found:
         mask = self._mask(request)
@@ -157,9 +158,7 @@ class Queries:
         stacked = np.stack(vectors) if vectors else None
         if not text:
             return query_vector(None, vectors=stacked)
-        return np.asarray(
-            self._run.on_encoder(lambda encoder: query_vector(encoder, text=text, vectors=stacked, decode=self._decode))
-        )
+        return np.asarray(self._run.on_encoder(lambda encoder: query_vector(encoder, text=text, vectors=stacked)))
 
     def _sorted(self, request: RowsRequest, mask: np.ndarray | None) -> np.ndarray:
         columns = self._run.columns

@@ -6,7 +6,15 @@ from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location
 from clipfilter.sources.fetch import Fetcher, fetch_images, read_url
 from clipfilter.sources.imported import IMPORTED_KIND, Imported
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
-from clipfilter.sources.schema import COLUMN_PREFIX, freeze, is_binary, schema_from_text, schema_to_text, travel_name
+from clipfilter.sources.schema import (
+    COLUMN_PREFIX,
+    freeze,
+    is_binary,
+    only_used,
+    schema_from_text,
+    schema_to_text,
+    travel_name,
+)
 from clipfilter.sources.seen import REASONS, Reason, Seen
 from clipfilter.sources.source import Source, open_source
 from clipfilter.sources.spool import read_prefix
@@ -37,6 +45,7 @@ __all__ = [
     "index_tar",
     "is_binary",
     "is_image_name",
+    "only_used",
     "open_source",
     "read_prefix",
     "read_url",

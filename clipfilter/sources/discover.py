@@ -281,6 +281,19 @@ def _files_below(folder: os.DirEntry[str]) -> int:
     return sum(len(files) for _, _, files in os.walk(folder, onerror=None))
 
 
+def count_files(url: str) -> int | None:
+    """How many files a folder has, hidden ones too; None where it has links to folders."""
+    fs, root = storage.filesystem(url)
+    if not storage.is_local(url):
+        return len(fs.find(root + "/" if root.startswith(_WEB) else root))
+    count = 0
+    for here, folders, files in os.walk(storage.local_path(url)):
+        if any(os.path.islink(os.path.join(here, name)) for name in folders):
+            return None
+        count += len(files)
+    return count
+
+
 def _walk_remote(url: str) -> Iterator[Folder]:
     fs, root = storage.filesystem(url)
     found: dict[tuple[str, ...], list[Entry]] = {(): []}

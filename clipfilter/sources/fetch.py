@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import random
@@ -11,10 +10,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-from clipfilter import storage
-from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError, one_line
+from clipfilter import egress, storage
+from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, RowError, hide, one_line
 from clipfilter.retry import retry
 
 T = TypeVar("T")
@@ -24,10 +23,9 @@ WORKERS = 32
 ATTEMPTS = 3
 AHEAD = 512  # images asked for beyond the one being waited for, so that one slow server does not hold up the rest
 TIMEOUT_SECONDS = 10.0  # of one attempt at one image
-LARGEST_IMAGE = 256 << 20  # bytes; more is not read into memory
+LARGEST_IMAGE = egress.LARGEST  # bytes; more is not read into memory
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:(//|.*::|image/)|^data:")
-_TRY_AGAIN = frozenset({408, 421, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 525, 527, 530})
 
 
 class Fetched(NamedTuple):
@@ -39,10 +37,14 @@ class Fetched(NamedTuple):
 
 
 class Fetcher:
-    """Reads one named image; relative names are tried below each of `bases`, in turn. Safe to share among threads."""
+    """Reads one named image; relative names are tried below each of `bases`, in turn. Safe to share among threads.
 
-    def __init__(self, bases: Sequence[str]) -> None:
+    private: URLs may lead to addresses that are not public. own: the user named the images, so that URLs may lead anywhere.
+    """
+
+    def __init__(self, bases: Sequence[str], *, private: bool = False, own: bool = False) -> None:
         self._bases = list(dict.fromkeys(bases))
+        self._private, self._own = private, own
         self._lock = threading.Lock()
 
     def __call__(self, name: str | bytes | None) -> Fetched:
@@ -55,13 +57,14 @@ class Fetcher:
 
     def _read(self, name: str) -> bytes:
         if _SCHEME.match(name) or os.path.isabs(name):
-            return read_url(name)
+            return read_url(name) if self._own else _read(name, self._private, own=False)
         with self._lock:
             bases = list(self._bases)
         missing: RowError | None = None
         for base in bases:
             try:
-                data = read_url(storage.join(base, name))
+                # A relative name leads where the user's own base does, unless it holds a URL.
+                data = _read(storage.join(base, name), self._private or egress.at_home(base), own="::" not in name)
             except RowError as error:
                 if error.error_class != MISSING_IMAGE:
                     raise
@@ -82,87 +85,64 @@ def _caught(read: Callable[[str], bytes], name: str) -> Fetched:
 
 
 def fetch_url(url: str) -> Fetched:
-    """One file by its full path or URL, taken literally."""
+    """One file of the source itself by its full path or URL, taken literally."""
     return _caught(read_url, url)
 
 
 def read_url(url: str) -> bytes:
-    """All bytes of one file; tries again on passing trouble.
+    """All bytes of one file that the user named, or that lies in a source; tries again on passing trouble.
 
     Raises RowError: missing_image when it is not there, read_error, or image_too_large.
     """
+    return _read(url, egress.at_home(url), own=True)
+
+
+def _read(url: str, private: bool, *, own: bool) -> bytes:
+    """As `read_url`; own: not from data, so that its scheme is not judged. missing_image, too, when it may not be fetched."""
 
     def may_pass(error: Exception, attempt: int) -> bool:
         # Without a cause (a file that may not be read) it is no use.
         return isinstance(error, RowError) and error.error_class == READ_ERROR and error.__cause__ is not None
 
     waits = (0.25 * 2**attempt * (1 + random.random()) for attempt in range(ATTEMPTS - 1))
-    return retry(lambda: _read_once(url), waits, may_pass)
+    return retry(lambda: _read_once(url, private, own), waits, may_pass)
 
 
-def _read_once(url: str) -> bytes:
+def _read_once(url: str, private: bool, own: bool) -> bytes:
     try:
+        if not own:
+            egress.judge_name(url)
         if storage.is_local(url) and not url.startswith("data:"):
-            return _read_local(url)
+            return egress.read_file(storage.local_path(url), LARGEST_IMAGE)
+        if url.lower().startswith(("http://", "https://")):
+            return egress.get(url, egress.Limits(TIMEOUT_SECONDS, TIMEOUT_SECONDS, private, LARGEST_IMAGE))
         fs, path = storage.filesystem(url)
-        if url.startswith(("http://", "https://")):
-            return _read_http(fs, url)
-        if getattr(fs, "async_impl", False) and fs.size(path) is not None and fs.size(path) > LARGEST_IMAGE:
-            raise RowError(IMAGE_TOO_LARGE, f"the file is larger than {LARGEST_IMAGE >> 20} MiB")
+        if not getattr(fs, "async_impl", False):  # an archive, whose members may be larger than they say
+            with fs.open(path, "rb") as handle:
+                return egress.read_stream(handle, LARGEST_IMAGE)
+        if (fs.size(path) or 0) > LARGEST_IMAGE:
+            raise egress.TooLargeError("file", LARGEST_IMAGE)
         return bytes(fs.cat_file(path))
-    except RowError:
-        raise
-    except RefusedError as error:  # a scheme nobody knows, or whose package is not installed
+    except RefusedError as error:  # a scheme whose package is not installed
         raise RowError(MISSING_IMAGE, str(error)) from None
+    except egress.TooLargeError as error:
+        raise RowError(IMAGE_TOO_LARGE, str(error)) from None
+    except egress.FetchError as error:
+        if error.passing:
+            raise RowError(READ_ERROR, f"{_short(url)} cannot be read: {error}") from error
+        raise RowError(MISSING_IMAGE, f"{_short(url)}: {error}") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise RowError(MISSING_IMAGE, f"there is no file {_short(url)}") from error
     except PermissionError:
         raise RowError(READ_ERROR, f"{_short(url)} may not be read") from None
     except Exception as error:  # every filesystem has exceptions of its own
+        if isinstance(error, ValueError) and "\0" in url:
+            raise RowError(MISSING_IMAGE, "the path holds a null character") from None
         raise RowError(READ_ERROR, f"{_short(url)} cannot be read: {one_line(error)}") from error
 
 
-def _read_local(url: str) -> bytes:
-    path = storage.local_path(url)
-    if "\0" in str(path):
-        raise RowError(MISSING_IMAGE, "the path holds a null character")
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb", buffering=0) as handle:
-        size = os.fstat(descriptor).st_size
-        if size > LARGEST_IMAGE:
-            raise RowError(IMAGE_TOO_LARGE, f"the file is larger than {LARGEST_IMAGE >> 20} MiB")
-        return handle.readall()
-
-
-def _read_http(fs: Any, url: str) -> bytes:
-    from fsspec.asyn import sync
-
-    data: bytes = sync(fs.loop, _download, fs, url, timeout=TIMEOUT_SECONDS + 5)
-    return data
-
-
-async def _download(fs: Any, url: str) -> bytes:
-    """GET through fsspec's own session: it checks size and status, which `cat_file` does not."""
-    session = await fs.set_session()
-
-    async def get() -> bytes:
-        async with session.get(fs.encode_url(url), **fs.kwargs) as answer:
-            if answer.status in _TRY_AGAIN:
-                raise OSError(f"HTTP {answer.status}")
-            if answer.status >= 400:
-                raise RowError(MISSING_IMAGE, f"{_short(url)}: HTTP {answer.status}")
-            parts, size = [], 0
-            async for part in answer.content.iter_chunked(1 << 16):
-                size += len(part)
-                if size > LARGEST_IMAGE:
-                    raise RowError(IMAGE_TOO_LARGE, f"the answer is larger than {LARGEST_IMAGE >> 20} MiB")
-                parts.append(part)
-            return b"".join(parts)
-
-    return await asyncio.wait_for(get(), TIMEOUT_SECONDS)
-
-
 def _short(url: str) -> str:
+    url = hide(url)
     return url if len(url) <= 200 else url[:197] + "..."
 
 

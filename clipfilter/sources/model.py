@@ -23,7 +23,8 @@ class SourceOptions:
     `image_column`, `caption_column`, `uid_column` name a Parquet column, a JSON field or (tars) a member extension.
     `pictures`: of a sample with several pictures all are rows, or the first is. `captions` is carried for the engine; a
     source always delivers every caption it has. `rows_per_shard` bounds Parquet and folder shards (a tar is one shard
-    whatever its size); `max_batch_bytes` counts image bytes, and one image larger than it makes a batch of its own.
+    whatever its size); `max_batch_bytes` counts image bytes, and one image larger than it makes a batch of its own. `private`:
+    images that are named by URL may lie at addresses that are not public.
     """
 
     image_column: str | None = None
@@ -34,6 +35,7 @@ class SourceOptions:
     rows_per_shard: int = defaults.ROWS_PER_SHARD
     max_batch_bytes: int = 64 << 20
     max_batch_rows: int = 256
+    private: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows_per_shard", "max_batch_bytes", "max_batch_rows"):
@@ -41,8 +43,9 @@ class SourceOptions:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
-        """`pictures` is left out where it is the default, as in the plans of runs that are older than it."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("pictures", defaults.PICTURES)}
+        """Newer options are left out where they are the default, as in the plans of runs that are older than them."""
+        newer = {"pictures": defaults.PICTURES, "private": False}
+        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SourceOptions:

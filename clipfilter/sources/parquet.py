@@ -41,6 +41,7 @@ from clipfilter.sources.schema import (
     fit_batch,
     freeze,
     full_schema,
+    only_used,
     plain_text,
 )
 from clipfilter.sources.seen import Seen
@@ -170,7 +171,7 @@ class Parquet:
         self, pieces: Iterator[_Piece], shard: Shard, file: pq.ParquetFile, stats: ReadStats
     ) -> Iterator[pa.RecordBatch]:
         """Batches with their images: the bytes at hand, or fetched, then ahead of the batch being handed out."""
-        fetch = Fetcher(self._roots(shard, file.schema_arrow))
+        fetch = Fetcher(self._roots(shard, file.schema_arrow), private=self.options.private)
         place = file.schema_arrow.get_field_index(self.plan["image"])
         ahead: deque[_Piece] = deque()
 
@@ -467,7 +468,7 @@ def _flush(writer: pq.ParquetWriter, batches: list[pa.RecordBatch], schema: pa.S
     if not batches:
         return 0
     table = pa.Table.from_batches(batches).replace_schema_metadata(schema.metadata)
-    writer.write_table(table.cast(schema), row_group_size=max(1, table.num_rows))
+    writer.write_table(only_used(table.cast(schema)), row_group_size=max(1, table.num_rows))
     return int(table.num_rows)
 
 

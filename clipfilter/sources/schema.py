@@ -86,6 +86,15 @@ def freeze(schema: pa.Schema, without: Iterable[str] = ()) -> pa.Schema:
     return pa.schema(list(fields.values()))
 
 
+def only_used(table: pa.Table) -> pa.Table:
+    """The table with dictionaries that hold only words its rows use; a part of a table still carries all of the whole."""
+    for number, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            plain = table.column(number).cast(column.type.value_type)
+            table = table.set_column(number, column, plain.dictionary_encode().cast(column.type))
+    return table
+
+
 def schema_to_text(schema: pa.Schema) -> str:
     return base64.b64encode(schema.serialize().to_pybytes()).decode("ascii")
 

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from clipfilter import text
+
 #: Why something was passed over. `unknown_type`: neither its name nor its content is that of a picture, a part or a
 #: container. `unsupported`: a picture or film of a format that is not read. `other_kind`: a picture or container beside
 #: containers of the kind that is read. `by_name`: a picture beside tables, read where a row names it. `not_a_file`: a
@@ -19,6 +21,22 @@ Reason = Literal[
     "other_picture", "not_chosen", "not_downloaded", "empty", "unread", "forgotten",
 ]  # fmt: skip
 REASONS: tuple[Reason, ...] = get_args(Reason)
+_WORDS: dict[Reason, str] = {
+    "unknown_type": "of unknown type",
+    "unsupported": "of a format that is not read",
+    "other_kind": "beside files of another kind",
+    "by_name": "read where a row names them",
+    "not_a_file": "no regular files",
+    "hidden": "hidden",
+    "pickle": "pickles, never opened",
+    "unclaimed": "about no picture here",
+    "other_picture": "not the pictures that were asked for",
+    "not_chosen": "left out by --limit or --sample",
+    "not_downloaded": "never downloaded",
+    "empty": "empty",
+    "unread": "not readable",
+    "forgotten": "forgotten",
+}
 _EXAMPLES = 3  # names kept per reason
 _TABLES = 20  # names of tables kept; the captions of further ones are counted together
 _OTHERS = "other tables"
@@ -94,6 +112,34 @@ class Seen:
         if known:
             self.examples[reason] = known
 
+    def counts(self) -> tuple[int, int, int, dict[Reason, int]]:
+        """All numbers: rows, parts, containers, and what was passed over by reason."""
+        return self.rows, self.parts, self.containers, {name: count for name, count in self.passed.items() if count}
+
+    def told(self) -> list[str]:
+        """The account in lines for people: the sum, what was passed over and why, where captions are from."""
+        rest = self.passed.total()
+        parts, containers = text.plural(self.parts, "part"), text.plural(self.containers, "container")
+        lines = [f"seen: {text.plural(self.rows, 'row')}, {parts} of rows, {containers}, {rest:,} passed over"]
+        if rest:
+            lines.append(f"passed over: {self.passed_in_words()}")
+        given = [f"{_shown(name)} for {rows:,}" for name, rows in self.captions.items() if rows]
+        if given:
+            lines.append(f"captions from {', '.join(given)} of {text.plural(self.rows, 'row')}")
+        if self.not_read:
+            lines.append(
+                "not read: " + "; ".join(f"{_shown(name)}, {text.clean(why)}" for name, why in self.not_read.items())
+            )
+        return lines
+
+    def passed_in_words(self) -> str:
+        """ "3 of unknown type (a, b, c), 1 hidden (.x)"; the reasons with most things first."""
+        found = []
+        for reason, count in self.passed.most_common():
+            names = ", ".join(map(_shown, self.examples.get(reason, ())))
+            found.append(f"{count:,} {_WORDS[reason]}" + (f" ({names})" if names else ""))
+        return ", ".join(found)
+
     def to_json(self) -> dict[str, Any]:
         """Reasons in the order of `REASONS`; reasons without a count, and what is empty beside them, left out."""
         named = {
@@ -112,6 +158,10 @@ class Seen:
     def from_json(cls, data: dict[str, Any]) -> Seen:
         """Raises KeyError or TypeError for what `to_json` does not write."""
         return cls(**{**data, "passed": Counter(data["passed"])})
+
+
+def _shown(name: str) -> str:
+    return text.clean(name, 60)
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from clipfilter import storage
-from clipfilter.sources.discover import Location, detect, holds, locate, refusing
+from clipfilter.sources.discover import Location, count_files, detect, holds, locate, refusing
 from clipfilter.sources.model import ReadStats, Shard, ShardReader, SourceOptions
 from clipfilter.sources.schema import schema_from_text, schema_to_text
 from clipfilter.sources.seen import Seen
@@ -105,6 +105,12 @@ class Source:
         listing = Seen()
         yield from self._format.iter_shards(listing)
         self.listing = listing
+
+    def count_files(self) -> int | None:
+        """How many files there are, counted apart from what they are; None where links to folders or a pattern, whose
+        matches alone belong to the source, leave that open."""
+        location = self._format.location
+        return None if location.pattern is not None else count_files(location.root)
 
     def read(self, shard: Shard, rows: Sequence[int] | None = None, images: bool = True) -> ShardReader:
         """Rows of a shard as record batches; `rows` restricts them to these cf_row, `images=False` skips the bytes.

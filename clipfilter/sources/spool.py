@@ -10,7 +10,7 @@ import zlib
 from collections import OrderedDict
 from typing import Any
 
-from clipfilter import storage
+from clipfilter import egress, storage
 from clipfilter.errors import ShardError, one_line
 from clipfilter.retry import retry
 from clipfilter.sources.tar import TarFile, Wanted
@@ -43,6 +43,8 @@ class TarCache:
             tar = self._fetch(url, etag)
         except FileNotFoundError as error:
             raise ShardError(f"{url} does not exist any more.") from error
+        except egress.FetchError as error:
+            raise ShardError(f"{url} is not read: {error}.") from error
         except ShardError:
             raise
         except Exception as error:  # every filesystem has exceptions of its own
@@ -62,7 +64,8 @@ class TarCache:
             if os.pread(descriptor, 2, 0) != _GZIP_MAGIC:
                 return TarFile(descriptor, os.fstat(descriptor).st_size, self._wanted)
             os.close(descriptor)
-        return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, FileNotFoundError))
+        hopeless = (FileNotFoundError, egress.FetchError)
+        return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, hopeless))
 
     def _copy(self, fs: Any, path: str) -> TarFile:
         with tempfile.TemporaryFile(prefix="clipfilter-") as copy, fs.open(path, "rb", block_size=_PIECE) as source:
@@ -81,10 +84,11 @@ class TarCache:
 def gunzip(piece: bytes, source: Any, target: Any, limit: int | None = None) -> None:
     """Unzip `piece` and the rest of `source` into `target`, at most about `limit` bytes.
 
-    Stops quietly where the file breaks: the tar index then says where the archive breaks off.
+    Stops quietly where the file breaks: the tar index then says where the archive breaks off. Raises FetchError for what
+    unzips to far too much.
     """
     inflate = zlib.decompressobj(wbits=31)
-    written = 0
+    written, read = 0, len(piece)
     while piece:
         try:
             data = inflate.decompress(piece, _PIECE)
@@ -92,13 +96,17 @@ def gunzip(piece: bytes, source: Any, target: Any, limit: int | None = None) -> 
             return
         target.write(data)
         written += len(data)
+        egress.judge_unzipped(read, written)
         if limit is not None and written >= limit:
             return
         if inflate.eof:
-            piece = inflate.unused_data.lstrip(b"\0") or source.read(_PIECE)
+            piece = inflate.unused_data.lstrip(b"\0")
             inflate = zlib.decompressobj(wbits=31)  # gzip files may be put end to end
         else:
-            piece = inflate.unconsumed_tail or source.read(_PIECE)
+            piece = inflate.unconsumed_tail
+        if not piece:
+            piece = source.read(_PIECE)
+            read += len(piece)
 
 
 def read_prefix(url: str, size: int) -> bytes:

@@ -142,7 +142,7 @@ def _prepare(settings: TrainSettings, out: Path, tell: Callable[[str], None]) ->
 def _requests(settings: TrainSettings) -> dict[str, PairRequest]:
     """The pairs to collect, by the name of their file."""
 
-    columns = {"image_column": settings.image_column, "caption_column": settings.caption_column}
+    columns: dict[str, Any] = {name: getattr(settings, name) for name in ("image_column", "caption_column", "private")}
     wanted = {"train": PairRequest(settings.source, settings.where, settings.limit, **columns)}
     if settings.dev is not None:
         wanted["dev"] = PairRequest(settings.dev, settings.dev_where)

@@ -62,6 +62,7 @@ class PairRequest:
     limit: int | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    private: bool = False
     label_column: str | None = None
 
 
@@ -74,7 +75,7 @@ def collect_pairs(request: PairRequest, path: Path, threads: int) -> PairCounts:
     counts_path = path.with_suffix(".json")
     if counts_path.exists() and path.exists():
         return PairCounts(**json.loads(counts_path.read_text(encoding="utf-8")))
-    options = SourceOptions(image_column=request.image_column, caption_column=request.caption_column)
+    options = SourceOptions(request.image_column, request.caption_column, private=request.private)
     source = open_source(request.url, options)
     conditions = _conditions(request, source)
     counts = PairCounts()

@@ -50,6 +50,7 @@ class TrainSettings:
     limit: int | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    private: bool = False
     dev: str | None = None
     dev_where: tuple[str, ...] = ()
     dev_measure: Literal["recall@10", "loss"] = "recall@10"

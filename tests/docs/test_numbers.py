@@ -16,6 +16,7 @@ import pytest
 
 from clipfilter.policies import TEMPLATES
 from clipfilter.policies.kinds.pixels import PIXELS
+from tests.browser import test_conformance as conformance
 from tests.docs.claims import REPO, calculated, constants, numbers, options, places, prose, value, values
 from tests.docs.pages import blocks, commands, pages
 
@@ -35,10 +36,18 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "| `imagenet` | 80 |": ["templates.imagenet"],
         "| `cifar` | 18 |": ["templates.cifar"],
     },
-    "docs/guide/cluster.md": {"at most 8 |": ["hardware.MAX_THREADS"], "one per 8 cores": ["hardware.MAX_THREADS"]},
-    "docs/guide/curate.md": {"the default limit is 1 %": ["defaults.MAX_FAILURES * 100"]},
+    "docs/guide/cluster.md": {
+        "at most 8 |": ["hardware.MAX_THREADS"],
+        "one per 8 cores": ["hardware.MAX_THREADS"],
+        "ended after 40 seconds": ["interface.SILENT_SECONDS"],
+    },
+    "docs/guide/curate.md": {
+        "the default limit is 1 %": ["defaults.MAX_FAILURES * 100"],
+        "the command ends with 3": ["job.EXIT_FAILURES"],
+        "less than 5 bytes, and numbers of less than 8 digits": ["traces.LEAST", "traces.LEAST_DIGITS"],
+    },
     "docs/guide/deploy.md": {"over the last 30 s": ["metrics._RATE_SECONDS"]},
-    "docs/guide/ingest.md": {"larger than 256 MiB": ["fetching.LARGEST / (1 << 20)"]},
+    "docs/guide/ingest.md": {"larger than 256 MiB": ["egress.LARGEST / (1 << 20)"]},
     "docs/guide/nightly.md": {
         "after `--silence` such nights (2)": ["option.nightly.silence"],
         "shards of 10 000 images": ["defaults.ROWS_PER_SHARD"],
@@ -69,8 +78,8 @@ CODE: dict[str, dict[str, list[str | None]]] = {
     "docs/reference/errors.md": {
         "(default 178 956 970)": ["defaults.MAX_PIXELS"],
         "a side above 65 535": ["header.MAX_SIDE"],
-        "by name above 256 MiB": ["fetch.LARGEST_IMAGE / (1 << 20)"],
-        "more than 60 seconds": ["isolation.IMAGE_TIMEOUT"],
+        "by name above 256 MiB": ["egress.LARGEST / (1 << 20)"],
+        "`--decode-timeout` (60 seconds)": ["defaults.DECODE_TIMEOUT"],
     },
     "docs/reference/images.md": {
         "a side above 65 535": ["header.MAX_SIDE"],
@@ -125,7 +134,10 @@ CODE: dict[str, dict[str, list[str | None]]] = {
         "row groups, about 10 000 |": ["defaults.ROWS_PER_SHARD"],
         "| 10 000 files of the sorted listing |": ["defaults.ROWS_PER_SHARD"],
         "10 seconds, passing trouble": ["fetch.TIMEOUT_SECONDS"],
-        "over 256 MiB": ["fetch.LARGEST_IMAGE / (1 << 20)"],
+        "256 MiB per image": ["egress.LARGEST / (1 << 20)"],
+        "unzips to more than 1 GiB": ["egress.UNZIPPED_FREE / (1 << 30)"],
+        "over 100 times its size": ["egress.UNZIPPED_RATIO"],
+        "over 256 MiB": ["egress.LARGEST / (1 << 20)"],
     },
 }
 
@@ -259,6 +271,8 @@ GIVEN: dict[str, list[str]] = {
         "in bits, 0 to 8",
         "64-bit DCT",
         "about 15 slightly colourful, above 80 very",
+        "up to 32 x 32 cells have to agree within 12 levels in each cell and 2 on average",  # tests/support/picture_compare.py
+        *conformance.told(),  # tests/browser/test_conformance.py
     ],
     "docs/reference/models.md": [
         "by 3 more than a multiple of 4",

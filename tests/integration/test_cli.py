@@ -93,9 +93,12 @@ def test_wrong_requests_get_one_sentence_and_exit_code_2(arguments: list[str], s
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "engine"),
+    [(signal.SIGTERM, 143, "local"), (signal.SIGINT, 130, "local"), (signal.SIGTERM, 143, "ray")],
+)
 def test_signals_stop_at_once_leave_nothing_behind_and_say_how_to_resume(
-    number: signal.Signals, code: int, tmp_path: Path
+    number: signal.Signals, code: int, engine: str, tmp_path: Path
 ) -> None:
     for shard in range(6):
         write_webdataset(tmp_path / "tars" / f"{shard}.tar", samples(24, shard * 24))
@@ -103,7 +106,7 @@ def test_signals_stop_at_once_leave_nothing_behind_and_say_how_to_resume(
     arguments = ["run", str(tmp_path / "tars"), "--policy", "caption-match", "--out", str(out), "-q"]
     arguments += ["--batch-size", "8"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "clipfilter", *arguments], stderr=subprocess.PIPE, text=True, cwd=REPO
+        [sys.executable, "-m", "clipfilter", *arguments, "--engine", engine], stderr=subprocess.PIPE, text=True, cwd=REPO
     )  # fmt: skip
     while process.poll() is None and not list(out.glob("commits/*.json")):
         time.sleep(0.05)

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from clipfilter.engine.driver import Progress
 from clipfilter.engine.executors.inline import InlineExecutor
-from clipfilter.engine.job import JobRequest, JobResult, plan_overview, run_job
+from clipfilter.engine.job import JobRequest, JobResult, run_job
+from clipfilter.engine.overview import plan_overview
 from clipfilter.errors import RefusedError
 from clipfilter.models import nano
 from clipfilter.operations.export import export_run

@@ -46,6 +46,7 @@ def test_a_repeated_job_takes_what_its_plan_says_and_another_is_refused(tmp_path
         ({"model": "ViT-B-32"}, "model.model was"),
         ({"job": "score"}, 'job was "embed"'),
         ({"captions": "none"}, "text_column was true"),
+        ({"color": "managed"}, 'options.color was .*, now "managed"'),
     ):
         with pytest.raises(RefusedError, match=f"another plan .*{said}"):
             resolve(request(tmp_path / "out", **change))

@@ -1,10 +1,8 @@
-"""The unit of work with a stand-in encoder: fixed batches, zero slots, captions, lost memory, isolated decoding."""
+"""The unit of work with a stand-in encoder: fixed batches, zero slots, captions, lost memory."""
 
 from __future__ import annotations
 
-import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,18 +10,16 @@ import pyarrow as pa
 import pytest
 
 from clipfilter.engine.decoding import (
-    DecodeSettings,
     StageTimes,
     ThreadDecoder,
     decode_batches,
     decoded_ahead,
     prefetch,
 )
-from clipfilter.engine.isolation import IsolatedDecoder
 from clipfilter.engine.shard import embed_rows, process_shard
-from clipfilter.errors import DECODE_ERROR, DECODER_CRASH, MISSING_IMAGE, READ_ERROR
-from clipfilter.images.preprocess import PreprocessConfig
-from tests.support.engine import REPO, photos
+from clipfilter.errors import DECODE_ERROR, MISSING_IMAGE, READ_ERROR
+from clipfilter.images import DecodeSettings, PreprocessConfig
+from tests.support.engine import photos
 from tests.support.policies import FakeEncoder
 
 SIZE = 32
@@ -196,53 +192,6 @@ def test_rows_without_caption_have_a_null_text_embedding_and_no_similarity() -> 
     assert [i for i, v in enumerate(tables["annotated"]["cf_similarity"].is_null().to_pylist()) if v] == missing
     tables, _ = embed(Encoder(), text=False)
     assert "text_emb" not in tables["embeddings"].column_names
-
-
-def test_isolated_decoding_gives_the_same_and_survives_a_killed_decoder(tmp_path: Path, monkeypatch: Any) -> None:
-    killer = tmp_path / "sitecustomize.py"
-    killer.write_text(
-        "import hashlib, os, signal\n"
-        "real = hashlib.sha256\n"
-        "def sha256(data=b'', **more):\n"
-        "    if bytes(data[-6:]) == b'KILLME': os.kill(os.getpid(), signal.SIGSEGV)\n"
-        "    if bytes(data[-6:]) == b'HANGME': import time; time.sleep(60)\n"
-        "    return real(data, **more)\n"
-        "hashlib.sha256 = sha256\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")
-    good = photos()[0][1]
-    data = [memoryview(item) for item in (good, good + b"KILLME", good + b"HANGME", b"broken", good)]
-    decoder = IsolatedDecoder(SETTINGS, timeout=5)
-    try:
-        found = decoder.load_many([*data, None])
-    finally:
-        decoder.close()
-    direct = ThreadDecoder(SETTINGS, 1).load_many([data[0]])[0]
-    for image in (found[0], found[4]):
-        assert np.array_equal(image.pixels, direct.pixels)
-        assert (image.sha256, image.facts, image.width) == (direct.sha256, direct.facts, direct.width)
-    assert [getattr(image, "error_class", None) for image in found] == [
-        None, DECODER_CRASH, DECODER_CRASH, DECODE_ERROR, None, MISSING_IMAGE,
-    ]  # fmt: skip
-    assert "SIGSEGV" in found[1].message
-    assert "longer than" in found[2].message
-
-
-@pytest.mark.parametrize(("start", "works"), [("import time; time.sleep(3)", True), ("import os; os._exit(3)", False)])
-def test_a_decoder_that_starts_slowly_or_not_at_all_is_no_images_fault(
-    start: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(start)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPO}")
-    decoder = IsolatedDecoder(SETTINGS, timeout=2)
-    try:
-        if works:
-            assert decoder.load_many([memoryview(photos()[0][1])])[0].sha256  # type: ignore[union-attr]
-        else:
-            with pytest.raises(OSError, match="ended before it was ready"):
-                decoder.load_many([memoryview(photos()[0][1])])
-    finally:
-        decoder.close()
 
 
 @pytest.mark.parametrize("ahead", [0, 2])

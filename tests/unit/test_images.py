@@ -77,7 +77,9 @@ def test_tricky_images_look_as_a_person_sees_them(name: str, mode: Mode) -> None
     ],
 )
 def test_what_is_not_read_is_named(data: bytes, words: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipfilter.images.sniff.has_heic", lambda: False)
+    monkeypatch.setattr(
+        sys.modules["clipfilter.images.sniff"], "has_heic", lambda: False
+    )  # its name is a function's too
     with pytest.raises(RowError, match=words) as caught:
         sniff(data)
     assert caught.value.error_class == error

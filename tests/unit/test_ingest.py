@@ -1,4 +1,4 @@
-"""Parts of an ingest without a network: addresses, lists in every format, states, and what is still to be fetched."""
+"""Parts of an ingest without a network: lists in every format, states, and what is still to be fetched."""
 
 from __future__ import annotations
 
@@ -14,27 +14,8 @@ import pytest
 
 from clipfilter.errors import RefusedError
 from clipfilter.ingest import IngestRequest, plan_ingest, states
-from clipfilter.ingest.fetching import is_public
 from clipfilter.ingest.urls import open_list, row_ids, row_uid
 from clipfilter.storage import Directory
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
-        "255.255.255.255", "::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
-        "2002:7f00:1::", "192.0.2.1", "2001:db8::1",
-    ],
-)  # fmt: skip
-def test_addresses_that_are_not_public(address: str) -> None:
-    assert not is_public(address)
-
-
-@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "64:ff9b::101:101"])
-def test_addresses_that_are_public(address: str) -> None:
-    assert is_public(address)
-
 
 ROWS = [
     {"url": "http://a.example/1.jpg", "caption": 'a "quoted", comma', "licence": "by"},
@@ -109,11 +90,13 @@ def test_lists_that_cannot_be_read_are_refused_with_a_sentence(tmp_path: Path) -
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"url": "http://a.example/1.jpg"}\n{"url": \n')
     (tmp_path / "list.xlsx").write_text("?")
+    (tmp_path / "endless.txt.gz").write_bytes(gzip.compress(bytes(40 << 20)))
     for name, more, sentence in (
         ("list.csv", {}, "--url-column"),
         ("list.csv", {"url_column": "adress"}, "did you mean 'address'"),
         ("list.csv", {"url_column": "address", "caption_column": "text"}, "--caption-column"),
         ("empty.txt", {}, "is empty"),
+        ("endless.txt.gz", {}, "a line is longer than 16 MiB"),
         ("bad.jsonl", {}, "cannot be read as jsonl"),
         ("list.xlsx", {}, "must end in"),
         ("nowhere.txt", {}, "does not exist"),

@@ -93,7 +93,7 @@ def test_a_url_column_with_every_kind_of_trouble(tmp_path: Path, server: str, mo
     urls: list[str | None] = [f"{server}/{name}" for name in names]
     urls += ["http://127.0.0.1:9/refused.jpg", None, "", "nosuch://host/x.jpg"]
     pq.write_table(pa.table({"url": urls, "text": [f"caption {n}" for n in range(len(urls))]}), tmp_path / "a.parquet")
-    source = open_source(str(tmp_path))
+    source = open_source(str(tmp_path), SourceOptions(private=True))
     rows = read_rows(source)
     assert [row["cf_error_class"] for row in rows] == [
         None, "missing_image", None, "read_error", "read_error", "missing_image", "image_too_large", "read_error", None,
@@ -119,7 +119,7 @@ def test_one_slow_server_does_not_hold_up_the_rest(server: str) -> None:
     pytest.importorskip("aiohttp")
     names = [f"{server}/slow/0.jpg", *[f"{server}/{number}.jpg" for number in range(60)]]
     started = time.monotonic()
-    found = list(fetch_images(names, Fetcher([]), 1 << 30))
+    found = list(fetch_images(names, Fetcher([], private=True), 1 << 30))
     assert time.monotonic() - started < 1.5 * 2
     assert [item.data for item in found] == [make.jpeg(0), *[make.jpeg(number) for number in range(60)]]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clipfilter import storage
 from clipfilter.errors import RefusedError, ShardError
 from clipfilter.sources import Source, SourceOptions, open_source
 from tests.support import sources as make
@@ -155,3 +159,28 @@ def test_missing_credentials_are_refused_in_one_sentence(bucket: str, monkeypatc
         open_source(f"{bucket}/tar")
     assert "\n" not in str(refusal.value)
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.setitem(storage._S3_REQUESTS, "read_timeout", 0.5)
+    monkeypatch.setitem(storage._S3_REQUESTS, "retries", {"total_max_attempts": 1})
+    held: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(server.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(RefusedError, match="timeout"):
+            open_source("s3://a-bucket/of-images")
+        s3fs.S3FileSystem.clear_instance_cache()
+    assert held
+    for connection in held:
+        connection.close()

@@ -62,6 +62,9 @@ class InlineExecutor:
     def workers_alive(self) -> int:
         return 0 if self._worker is None else 1
 
+    def waits_for(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         if self._worker is not None:
             self._worker.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,14 +10,13 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from clipfilter.engine.executors.interface import TASKS_PER_WORKER, Outcome, Resources
+from clipfilter.engine.executors.interface import MAX_FAILED_STARTS, TASKS_PER_WORKER, Outcome, Resources, Watch
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count, local_device
-from clipfilter.engine.worker import Done, JobSpec, Task
+from clipfilter.engine.worker import Done, Heartbeat, JobSpec, Task
 from clipfilter.errors import ClipfilterError, RefusedError
 
 log = logging.getLogger("clipfilter.engine")
@@ -35,27 +35,34 @@ class LocalExecutor:
         self._events: queue.Queue[tuple[_WorkerProcess, dict[str, Any] | None]] = queue.Queue()
         self._spec: JobSpec | None = None
         self._rows_of_dead = 0
+        self._failed_starts = 0
+        self._started = 0
 
     def resources(self) -> Resources:
         return Resources(self._count, self._threads, self._device)
 
     def start(self, spec: JobSpec) -> dict[str, Any]:
         self._spec = spec
-        self._workers = [_WorkerProcess(spec, self._events) for _ in range(self._count)]
+        for _ in range(self._count):
+            self._start_worker()
         while True:
-            worker, message = self._events.get()
-            description = self._settle(worker, message)
+            self._end_stuck()
+            try:
+                description = self._settle(*self._events.get(timeout=1.0))
+            except queue.Empty:
+                continue
             if description is not None:
                 return description
 
     def free(self) -> int:
-        return sum(TASKS_PER_WORKER - len(w.tickets) for w in self._workers if w.ready)
+        return sum(TASKS_PER_WORKER - len(w.tickets) for w in self._workers if w.watch.ready)
 
     def submit(self, ticket: int, task: Task) -> None:
-        worker = min((w for w in self._workers if w.ready), key=lambda w: len(w.tickets))
+        worker = min((w for w in self._workers if w.watch.ready), key=lambda w: len(w.tickets))
         worker.submit(ticket, task)
 
     def poll(self, timeout: float) -> list[Outcome]:
+        self._end_stuck()
         outcomes: list[Outcome] = []
         try:
             worker, message = self._events.get(timeout=timeout)
@@ -66,46 +73,85 @@ class LocalExecutor:
             return outcomes
 
     def rows_done(self) -> int:
-        return self._rows_of_dead + sum(w.rows for w in self._workers)
+        return self._rows_of_dead + sum(w.watch.heartbeat.rows for w in self._workers)
 
     def workers_alive(self) -> int:
-        return sum(w.ready for w in self._workers)
+        return sum(w.watch.ready for w in self._workers)
+
+    def waits_for(self) -> list[str]:
+        return [wait for worker in self._workers if (wait := worker.watch.wait)]
 
     def close(self) -> None:
         for worker in self._workers:
+            worker.ask_to_stop()
+        for worker in self._workers:
             worker.stop()
+
+    def _start_worker(self) -> None:
+        assert self._spec is not None
+        self._started += 1
+        self._workers.append(_WorkerProcess(self._spec, self._events, f"worker {self._started}"))
+
+    def _end_stuck(self) -> None:
+        """End workers that say nothing, or the same for too long; what they held is told as for all that die."""
+        for worker in self._workers:
+            worker.watch.look()
+            problem = worker.watch.problem
+            if problem and not worker.problem:
+                log.warning("%s (process %d)", problem, worker.pid)
+                worker.problem = problem
+                worker.kill()
 
     def _settle(self, worker: _WorkerProcess, message: dict[str, Any] | None) -> dict[str, Any] | None:
         """Handle what a starting worker says; its description once it is ready."""
+        if message is not None and "heartbeat" in message:
+            worker.watch.hear()
+            return None
+        if message is not None and "ready" in message:
+            worker.watch.ready = True
+            worker.watch.hear()
+            self._failed_starts = 0
+            return dict(message["ready"])
+        alone = not any(other.watch.ready for other in self._workers)
+        self._workers.remove(worker)
+        worker.kill()
         if message is None:
-            raise ClipfilterError(f"a worker process died while it started (exit code {worker.wait()}); see run.log.")
-        if "refused" in message:
-            raise RefusedError(message["refused"])
-        if "broken" in message:
+            problem = f"a worker process died while it started (exit code {worker.wait()}); see run.log."
+        elif "refused" in message:
+            problem = message["refused"]
+        else:
             log.error("worker failed to start:\n%s", message["broken"])
-            last = message["broken"].strip().splitlines()[-1]
-            raise ClipfilterError(f"a worker process could not start: {last}")
-        worker.ready = True
-        return message.get("ready")
+            problem = f"a worker process could not start: {message['broken'].strip().splitlines()[-1]}"
+        self._failed_starts += 1
+        if alone and message is not None:
+            raise RefusedError(problem) if "refused" in message else ClipfilterError(problem)
+        if self._failed_starts < MAX_FAILED_STARTS:
+            log.warning("%s Another is started.", problem)
+            self._start_worker()
+        elif alone and not self._workers:
+            raise ClipfilterError(problem)
+        else:
+            log.error("%s The others go on without it.", problem)
+        return None
 
     def _handle(self, worker: _WorkerProcess, message: dict[str, Any] | None) -> Iterable[Outcome]:
-        if not worker.ready:
+        if worker not in self._workers:
+            return  # it failed to start, and was ended
+        if not worker.watch.ready:
             self._settle(worker, message)
-            return
-        if message is None:
+        elif message is None:
             code = worker.wait()
-            log.warning("worker %d died (exit code %s) with %d tasks", worker.pid, code, len(worker.tickets))
-            self._rows_of_dead += worker.rows
-            assert self._spec is not None
-            self._workers[self._workers.index(worker)] = _WorkerProcess(self._spec, self._events)
-            reason = (
-                f"its worker was killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
-            )
+            log.warning("%s died (exit code %s) with %d tasks", worker.watch.name, code, len(worker.tickets))
+            self._rows_of_dead += worker.watch.heartbeat.rows
+            self._workers.remove(worker)
+            self._start_worker()
+            ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             for ticket in worker.tickets:
-                yield Outcome(ticket, "died", message=reason)
-        elif "rows" in message:
-            worker.rows = message["rows"]
+                yield Outcome(ticket, "died", message=worker.problem or f"its worker {ended}")
+        elif "heartbeat" in message:
+            worker.watch.hear(Heartbeat.from_json(message["heartbeat"]))
         else:
+            worker.watch.hear()
             ticket = message["ticket"]
             worker.tickets.discard(ticket)
             if "done" in message:
@@ -119,10 +165,12 @@ class LocalExecutor:
 class _WorkerProcess:
     """One child process and the tasks it holds."""
 
-    def __init__(self, spec: JobSpec, events: queue.Queue[tuple[_WorkerProcess, dict[str, Any] | None]]) -> None:
+    def __init__(
+        self, spec: JobSpec, events: queue.Queue[tuple[_WorkerProcess, dict[str, Any] | None]], name: str
+    ) -> None:
         self.tickets: set[int] = set()
-        self.ready = False
-        self.rows = 0
+        self.watch = Watch(name)
+        self.problem: str | None = None
         read_end, write_end = os.pipe()
         package_root = str(Path(__file__).parents[3])
         environment = os.environ | {
@@ -139,34 +187,42 @@ class _WorkerProcess:
         )
         os.close(write_end)
         self.pid = self._process.pid
+        # Not written by the driver itself, which would wait with a worker that has stopped reading.
+        self._outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, daemon=True).start()
         threading.Thread(target=self._listen, args=(read_end, events), daemon=True).start()
         threading.Thread(target=self._log_stderr, args=(self._process.stderr,), daemon=True).start()
-        self._send(spec.to_json())
+        self._outbox.put(spec.to_json())
 
     def submit(self, ticket: int, task: Task) -> None:
         self.tickets.add(ticket)
-        self._send({"ticket": ticket, "task": task.to_json()})
+        self._outbox.put({"ticket": ticket, "task": task.to_json()})
 
     def wait(self) -> int:
         return self._process.wait()
 
+    def ask_to_stop(self) -> None:
+        """Close stdin, which ends the child."""
+        self._outbox.put(None)
+
     def stop(self) -> None:
-        """Close stdin, which ends the child; kill it when it does not go."""
-        assert self._process.stdin is not None
+        """Wait for its end; kill it when it does not go."""
         try:
-            self._process.stdin.close()
             self._process.wait(timeout=5)
-        except (OSError, subprocess.TimeoutExpired):
-            self._process.kill()
+        except subprocess.TimeoutExpired:
+            self.kill()
             self._process.wait()
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _write(self) -> None:
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            time.sleep(0)  # it died; the listener reports that, with this task among its tickets
+        # When it dies, the listener reports that, with what was not written among its tickets.
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            while (message := self._outbox.get()) is not None:
+                stdin.write(json.dumps(message) + "\n")
+                stdin.flush()
 
     def _listen(self, read_end: int, events: queue.Queue[tuple[_WorkerProcess, dict[str, Any] | None]]) -> None:
         with os.fdopen(read_end) as answers:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
-from clipfilter.engine.executors.interface import TASKS_PER_WORKER, Outcome, Resources, error_outcome
+from clipfilter.engine.executors.interface import TASKS_PER_WORKER, Outcome, Resources, Watch, error_outcome
 from clipfilter.engine.hardware import MAX_THREADS, cpu_count
-from clipfilter.engine.worker import Done, JobSpec, Task
+from clipfilter.engine.worker import Done, Heartbeat, JobSpec, Task
 from clipfilter.errors import ClipfilterError, RefusedError
 
 log = logging.getLogger("clipfilter.engine")
@@ -54,13 +58,16 @@ class EncoderActor:
         self._worker: Any = None
 
     def load(self, spec: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
         from clipfilter.engine.worker import Worker
 
         try:
             self._worker = Worker(JobSpec(**spec))
         except RefusedError as error:
             return {"refused": str(error)}
-        return {"ready": self._worker.describe()}
+        place = {"node": ray.get_runtime_context().get_node_id(), "host": socket.gethostname(), "pid": os.getpid()}
+        return {"ready": self._worker.describe(), **place}
 
     def process(self, ticket: int, task: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -70,8 +77,8 @@ class EncoderActor:
             outcome = error_outcome(ticket, error)
             return {outcome.kind: outcome.message, "permanent": outcome.permanent}
 
-    def rows(self) -> int:
-        return self._worker.rows_done if self._worker else 0
+    def heartbeat(self) -> dict[str, Any] | None:
+        return self._worker.heartbeat().to_json() if self._worker else None
 
     def close(self) -> None:
         if self._worker is not None:
@@ -104,7 +111,8 @@ class RayExecutor:
         import ray
 
         self._ray = ray
-        _connect(ray, address)
+        with _own_signals():
+            _connect(ray, address)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self.hosts = {node["NodeManagerHostname"] for node in nodes}
         total = ray.cluster_resources()
@@ -141,7 +149,7 @@ class RayExecutor:
 
     def start(self, spec: JobSpec) -> dict[str, Any]:
         self._spec = spec.to_json()
-        remote = self._ray.remote(EncoderActor).options(
+        self._remote = self._ray.remote(EncoderActor).options(
             num_cpus=self._resources.threads,
             num_gpus=self._gpus_per_worker,
             max_restarts=-1,
@@ -150,9 +158,9 @@ class RayExecutor:
             max_concurrency=TASKS_PER_WORKER + 1,
             # Actors inherit no OpenMP thread count: Ray sets it from num_cpus, which is what the encoder asks for too.
         )
-        self._actors = [_Actor(remote.remote()) for _ in range(self._resources.workers)]
+        self._actors = [_Actor(f"worker {number}") for number in range(1, self._resources.workers + 1)]
         for actor in self._actors:
-            actor.loading = actor.handle.load.remote(self._spec)
+            self._create(actor)
         began = time.monotonic()
         while True:
             for actor in self._actors:
@@ -166,10 +174,10 @@ class RayExecutor:
             self._ray.wait([a.loading for a in self._actors if a.loading], timeout=0.5)
 
     def free(self) -> int:
-        return sum(TASKS_PER_WORKER - len(a.tasks) for a in self._actors if a.ready)
+        return sum(TASKS_PER_WORKER - len(a.tasks) for a in self._actors if a.watch.ready)
 
     def submit(self, ticket: int, task: Task) -> None:
-        actor = min((a for a in self._actors if a.ready), key=lambda a: len(a.tasks))
+        actor = min((a for a in self._actors if a.watch.ready), key=lambda a: len(a.tasks))
         actor.tasks[actor.handle.process.remote(ticket, task.to_json())] = ticket
 
     def poll(self, timeout: float) -> list[Outcome]:
@@ -190,25 +198,31 @@ class RayExecutor:
             for ref in [ref for ref in actor.tasks if ref in finished]:
                 if ref in actor.tasks:
                     outcomes += self._finish_task(actor, ref)
-            self._ask_progress(actor)
+            self._listen(actor)
+            outcomes += self._end_if_stuck(actor)
         self._check_lost()
         return outcomes
 
     def rows_done(self) -> int:
-        return sum(actor.rows_before + actor.rows for actor in self._actors)
+        return sum(actor.rows_before + actor.watch.heartbeat.rows for actor in self._actors)
 
     def workers_alive(self) -> int:
-        return sum(actor.ready for actor in self._actors)
+        return sum(actor.watch.ready for actor in self._actors)
+
+    def waits_for(self) -> list[str]:
+        return [wait for actor in self._actors if (wait := actor.watch.wait)]
 
     def close(self) -> None:
         """Stop what this driver started. A cluster at an address goes on; only our actors leave it."""
-        for actor in getattr(self, "_actors", []):
-            try:
-                if actor.ready:
-                    self._ray.get(actor.handle.close.remote(), timeout=5)
-                self._ray.kill(actor.handle)
-            except Exception as error:
-                log.debug("closing an actor: %s", error)
+        actors = getattr(self, "_actors", [])
+        try:
+            closing = [actor.handle.close.remote() for actor in actors if actor.watch.ready]
+            if closing:
+                self._ray.wait(closing, num_returns=len(closing), timeout=5)
+            for actor in actors:
+                self._kill(actor)
+        except Exception as error:
+            log.debug("closing actors: %s", error)
         self._ray.shutdown()
 
     def _finish_loading(self, actor: _Actor) -> dict[str, Any] | None:
@@ -224,9 +238,10 @@ class RayExecutor:
             raise ClipfilterError(f"an encoder actor could not start: {_first_line(error.cause)}") from error
         if "refused" in answer:
             raise RefusedError(answer["refused"])
-        actor.ready = True
-        actor.rows_before += actor.rows
-        actor.rows = 0
+        actor.rows_before += actor.watch.heartbeat.rows
+        actor.watch = Watch(actor.watch.name)
+        actor.watch.ready = True
+        actor.place = {name: answer[name] for name in ("node", "host", "pid")}
         return dict(answer["ready"])
 
     def _finish_task(self, actor: _Actor, reference: Any) -> list[Outcome]:
@@ -237,8 +252,9 @@ class RayExecutor:
             lost = [ticket, *actor.tasks.values()]
             actor.tasks.clear()
             log.warning("an encoder actor died with %d tasks: %s", len(lost), _first_line(error))
+            kind: Literal["died", "lost"] = "died" if self._node_lives(actor) else "lost"
             self._reload(actor)
-            return [Outcome(item, "died", message="its actor or node was lost") for item in lost]
+            return [Outcome(item, kind, message="its actor or node was lost") for item in lost]
         except self._ray.exceptions.RayError as error:
             return [Outcome(ticket, "error", message=_first_line(error))]
         if "done" in answer:
@@ -247,25 +263,54 @@ class RayExecutor:
             return [Outcome(ticket, "refused", message=answer["refused"])]
         return [Outcome(ticket, "error", message=answer["error"], permanent=answer["permanent"])]
 
+    def _node_lives(self, actor: _Actor) -> bool:
+        return any(node["Alive"] and node["NodeID"] == actor.place["node"] for node in self._ray.nodes())
+
+    def _create(self, actor: _Actor) -> None:
+        actor.handle = self._remote.remote()
+        self._reload(actor)
+
     def _reload(self, actor: _Actor) -> None:
-        actor.ready = False
-        actor.progress = None
+        actor.watch.ready = False
+        actor.heartbeat = None
         actor.loading = actor.handle.load.remote(self._spec)
 
-    def _ask_progress(self, actor: _Actor) -> None:
-        if not actor.ready:
+    def _listen(self, actor: _Actor) -> None:
+        """Ask an actor for its heartbeat once a second."""
+        if not actor.watch.ready:
             return
-        if actor.progress is not None and self._ray.wait([actor.progress], timeout=0)[0]:
+        if actor.heartbeat is not None and self._ray.wait([actor.heartbeat], timeout=0)[0]:
             try:
-                actor.rows = self._ray.get(actor.progress)
+                said = self._ray.get(actor.heartbeat)
+                actor.watch.hear(said and Heartbeat.from_json(said))
             except self._ray.exceptions.RayError:
-                log.debug("no progress from an actor")
-            actor.progress = None
-        if actor.progress is None and time.monotonic() - actor.asked > _PROGRESS_SECONDS:
-            actor.progress, actor.asked = actor.handle.rows.remote(), time.monotonic()
+                log.debug("no heartbeat from an actor")
+            actor.heartbeat = None
+        if actor.heartbeat is None and time.monotonic() - actor.asked > _PROGRESS_SECONDS:
+            actor.heartbeat, actor.asked = actor.handle.heartbeat.remote(), time.monotonic()
+
+    def _end_if_stuck(self, actor: _Actor) -> list[Outcome]:
+        """End an actor that says nothing, or the same for too long, and begin another in its place."""
+        actor.watch.look()
+        problem = actor.watch.problem if actor.watch.ready else None
+        if problem is None:
+            return []
+        log.warning("%s (process %s of %s)", problem, actor.place["pid"], actor.place["host"])
+        lost = list(actor.tasks.values())
+        actor.tasks.clear()
+        self._kill(actor)
+        self._create(actor)
+        return [Outcome(ticket, "died", message=problem) for ticket in lost]
+
+    def _kill(self, actor: _Actor) -> None:
+        """Through Ray, and on this machine by its process too: a process that is stopped obeys nobody else."""
+        self._ray.kill(actor.handle)
+        if actor.place.get("host") == socket.gethostname():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(actor.place["pid"], signal.SIGKILL)
 
     def _check_lost(self) -> None:
-        if any(actor.ready for actor in self._actors):
+        if any(actor.watch.ready for actor in self._actors):
             self._ready_at = time.monotonic()
         elif time.monotonic() - getattr(self, "_ready_at", time.monotonic()) > LOST_CLUSTER_SECONDS:
             raise ClipfilterError(
@@ -276,15 +321,28 @@ class RayExecutor:
 class _Actor:
     """An actor handle and what is under way on it."""
 
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-        self.ready = False
+    def __init__(self, name: str) -> None:
+        self.handle: Any = None
+        self.watch = Watch(name)
+        self.place: dict[str, Any] = {"node": None}
         self.loading: Any = None
         self.tasks: dict[Any, int] = {}
-        self.rows = 0
         self.rows_before = 0
-        self.progress: Any = None
+        self.heartbeat: Any = None
         self.asked = 0.0
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's handlers, which know how to stop a job: Ray puts one of its own for SIGTERM in their place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _connect(ray: Any, address: str | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from clipfilter.engine.executors.interface import TASKS_PER_WORKER, error_outcome
 from clipfilter.errors import RefusedError
 
-_PROGRESS_SECONDS = 0.5
+_HEARTBEAT_SECONDS = 0.5
 
 
 def main() -> None:
@@ -32,6 +32,14 @@ def main() -> None:
             answers.write(json.dumps(message) + "\n")
             answers.flush()
 
+    worker: Any = None
+
+    def report() -> None:
+        while True:
+            time.sleep(_HEARTBEAT_SECONDS)
+            answer({"heartbeat": worker.heartbeat().to_json() if worker else None})
+
+    threading.Thread(target=report, daemon=True).start()
     lines = iter(sys.stdin.readline, "")
     try:
         from clipfilter.engine.worker import JobSpec, Task, Worker
@@ -55,15 +63,6 @@ def main() -> None:
             outcome = error_outcome(ticket, error)
             answer({"ticket": ticket, outcome.kind: outcome.message, "permanent": outcome.permanent})
 
-    def report() -> None:
-        last = 0
-        while True:
-            time.sleep(_PROGRESS_SECONDS)
-            if worker.rows_done != last:
-                last = worker.rows_done
-                answer({"rows": last})
-
-    threading.Thread(target=report, daemon=True).start()
     pool = ThreadPoolExecutor(TASKS_PER_WORKER)
     for line in lines:
         message = json.loads(line)
