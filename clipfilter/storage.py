@@ -82,8 +82,6 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ) from error
     except ValueError as error:
         raise RefusedError(f"{url} is not a location clipfilter knows: {error}.") from error
-    if hasattr(fs, "call_s3"):
-        fs.retries = 2  # botocore tries five times itself; five times five would be six minutes for one silent request
     return fs, path.rstrip("/")
 
 

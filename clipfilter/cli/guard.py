@@ -39,10 +39,8 @@ def guard(call: Callable[[], object]) -> None:
         _stop(str(error), 1)
     except BrokenPipeError:
         sys.exit(1)
-    except OSError as error:
-        _stop(f"stopped by the system: {error}; run the same command again to resume.", 1)
     except Exception as error:
-        if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+        if isinstance(error, (OSError, MemoryError)) or str(error) == "can't start new thread":
             _stop(
                 f"stopped by the system: {str(error) or 'no memory is left'}; run the same command again to resume.", 1
             )

@@ -6,8 +6,9 @@ import json
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -15,21 +16,12 @@ import fsspec
 import pytest
 
 from tests.faults.conftest import OPTIONS, Inputs
-from tests.support.commands import command
+from tests.support.faults import clipfilter
 from tests.support.s3 import s3_server
 from tests.support.s3_faults import SPOILS, Line, Spoil, at, bad_line, honest, often
 
 pytestmark = pytest.mark.integration
 
-#: An answer is given up after one second instead of fifteen, and a shard is tried again at once.
-_PROGRAM = """
-import s3fs, sys
-s3fs.S3FileSystem.read_timeout = 1
-from clipfilter.engine import driver
-driver._RETRY_SECONDS = 0.01
-from clipfilter.cli.main import main
-main()
-"""
 #: Commands of one job over the names in braces: a source, an embedded run, a filtered one, and what is exported.
 JOB = (
     ["embed", "s3://bucket/tars", "--out", "s3://bucket/{}/embedded", *OPTIONS],
@@ -38,6 +30,7 @@ JOB = (
     ["export", "s3://bucket/{}/filtered", "--to", "s3://bucket/{}/kept"],
 )  # fmt: skip
 RUN = (["run", "s3://bucket/tars", "--policy", "POLICY", "--out", "s3://bucket/{}/run", *OPTIONS],)
+JOBS = {"job": JOB, "run": RUN}
 _TIMES = 40
 
 
@@ -51,8 +44,7 @@ class Site:
     policy: str
 
     def clipfilter(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        environment = {"AWS_ENDPOINT_URL": self.line.url}
-        return command("-c", _PROGRAM, *arguments, env=environment, check=False, timeout=timeout)
+        return clipfilter(*arguments, env={"AWS_ENDPOINT_URL": self.line.url}, timeout=timeout)
 
     def do(self, job: tuple[list[str], ...], name: str) -> int:
         """Each command until it has done its work, and nothing but sentences meanwhile; how many were needed in all."""
@@ -82,6 +74,8 @@ class Site:
                 found[short] = {key: value for key, value in json.loads(data).items() if key not in ("work", "plan")}
             elif short.endswith(("/plan.json", "/export.json")) or "/versions/" in short:
                 found[short] = {key: value for key, value in json.loads(data).items() if key not in ("plan", "sha256")}
+            elif "/derived/" in short:  # named by the place of what was made
+                found[f"{short.rpartition('/')[0]}/{sha256(data).hexdigest()}"] = True
             elif not short.endswith(("run.log", "run.json", "report.html")):
                 found[short] = sha256(data).hexdigest()
         return found
@@ -97,21 +91,24 @@ def site(inputs: Inputs) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(site: Site) -> dict[str, tuple[dict[str, Any], int]]:
-    """What each job leaves over an honest line, and how many requests it made."""
-    found = {}
-    for name, job in (("job", JOB), ("run", RUN)):
+def undisturbed(site: Site) -> Callable[[str], tuple[dict[str, Any], int]]:
+    """What a job leaves over an honest line, and how many requests it made."""
+
+    @cache
+    def get(name: str) -> tuple[dict[str, Any], int]:
+        job = JOBS[name]
         site.line.start(honest)
         assert site.do(job, name) == len(job)
-        found[name] = site.content(name), len(site.line.requests)
-    return found
+        return site.content(name), len(site.line.requests)
+
+    return get
 
 
 @pytest.mark.parametrize(
     ("share", "seed"), [(0.05, 1), *(pytest.param(0.05 * (1 + n % 3), n, marks=pytest.mark.soak) for n in range(2, 10))]
 )
 def test_a_job_over_a_line_that_spoils_some_requests(share: float, seed: int, site: Site, undisturbed: Any) -> None:
-    name, (want, _) = f"job-{seed}", undisturbed["job"]
+    name, (want, _) = f"job-{seed}", undisturbed("job")
     site.line.start(often(share, seed))
     needed = site.do(JOB, name)
     print(f"FAULTS job over S3, {share:.0%}: {needed} commands for {len(JOB)}, {dict(site.line.spoiled)}")
@@ -121,7 +118,7 @@ def test_a_job_over_a_line_that_spoils_some_requests(share: float, seed: int, si
 
 @pytest.mark.soak("test_a_job_over_a_line_that_spoils_some_requests")
 def test_each_request_of_a_run_spoiled_in_turn(site: Site, undisturbed: Any) -> None:
-    want, count = undisturbed["run"]
+    want, count = undisturbed("run")
     needed: Counter[str] = Counter()
     points = [(number, SPOILS[(number + shift) % len(SPOILS)]) for number in range(1, count + 1) for shift in (0, 4)]
     for number, spoil in points:
@@ -135,7 +132,7 @@ def test_each_request_of_a_run_spoiled_in_turn(site: Site, undisturbed: Any) -> 
 @pytest.mark.soak("test_a_job_over_a_line_that_spoils_some_requests")
 def test_a_server_that_takes_requests_and_never_answers(site: Site, undisturbed: Any) -> None:
     """From one request on everything hangs; the run ends by itself, and goes on later where it was."""
-    want, count = undisturbed["run"]
+    want, count = undisturbed("run")
     silent: Spoil = "hang"
     site.line.start(lambda number, method, path: silent if number > count // 2 else None)
     arguments = [part.replace("{}", "silent").replace("POLICY", site.policy) for part in RUN[0]]

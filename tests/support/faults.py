@@ -20,7 +20,8 @@ import pytest
 from tests.support.commands import REPO, ForkServer
 
 SOURCE = Path(__file__).with_name("faults.c")
-#: What a child of the fork server runs: the library takes its orders, then the command begins.
+#: What a child of the fork server runs: the library takes its orders, then the command begins. It waits less than a user's:
+#: one second for an answer of S3 instead of fifteen, and nothing before a shard is tried again.
 _PROGRAM = """
 import ctypes, resource, sys, tempfile
 tempfile.tempdir = None
@@ -28,6 +29,8 @@ ctypes.CDLL(None).fault_arm()
 files = int({files!r})
 if files:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+from clipfilter import storage
+storage._S3_REQUESTS["read_timeout"] = 1
 from clipfilter.engine import driver
 driver._RETRY_SECONDS = 0.01
 from clipfilter.cli.main import main
