@@ -42,8 +42,8 @@ class Scratch:
             os.utime(self._lock)
 
     def remove(self) -> None:
+        os.close(self._lock)  # first: network mounts keep a file that is open, and with it the folder
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
 
 
 def remove_stale(parent: Path, prefix: str) -> None:
@@ -70,8 +70,11 @@ def _remove_if_dead(path: Path, *, trusted: bool) -> None:
             stack.callback(os.close, descriptor)
             found, free = os.fstat(descriptor), lock(descriptor)
         old = time.time() - found.st_mtime > STALE_SECONDS
-        if free is not False and (old or (free and trusted)):
-            shutil.rmtree(path, ignore_errors=True)  # never follows a link
+        dead = free is not False and (old or bool(free and trusted))
+        if dead and free is not None:
+            os.unlink(path / _LOCK)  # while it is held: an owner who comes to lock it now sees that, and makes another
+    if dead:
+        shutil.rmtree(path, ignore_errors=True)  # never follows a link
 
 
 def lock(descriptor: int) -> bool | None:

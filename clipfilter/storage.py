@@ -309,7 +309,9 @@ def file_sha256(path: Path) -> str:
     if path.is_dir():
         digest = hashlib.sha256()
         for item in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{item.relative_to(path).as_posix()}\0{file_sha256(item)}\n".encode())
+            digest.update(
+                f"{item.relative_to(path).as_posix()}\0{file_sha256(item)}\n".encode("utf-8", "surrogateescape")
+            )
         return digest.hexdigest()
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -22,6 +22,11 @@ def visible(text: object) -> str:
     return "".join(c if c == "\n" or shown(c) else "\ufffd" for c in value)
 
 
+def spreadsheet(value: object) -> object:
+    """A value for a CSV file that people open: text of anybody's must not become a formula there."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r\n") else value
+
+
 def clean(text: object, limit: int = 400) -> str:
     """One line of visible text, at most `limit` characters: line breaks and other white space become single spaces."""
     value = " ".join(visible(str(text)[: limit * 4].translate(_SPACES)).split())

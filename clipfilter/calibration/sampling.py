@@ -19,6 +19,7 @@ from clipfilter.calibration.scores import ScoredRun, bands_in_use, direction_of
 from clipfilter.decisions import DECISIONS, LIMITS
 from clipfilter.errors import RefusedError
 from clipfilter.policies import Policy, Rule
+from clipfilter.text import spreadsheet
 
 DesignName = Literal["uniform", "flagged", "uncertain", "per-band"]
 SAMPLE_COLUMNS = (
@@ -254,10 +255,7 @@ def _csv_text(rows: pa.Table) -> str:
     writer = csv.DictWriter(text, SAMPLE_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in _records(rows):
-        # A caption is anybody's text: it must not become a formula in the spreadsheet that opens the file.
-        if str(row["caption"] or "")[:1] in ("=", "+", "-", "@", "\t", "\r"):
-            row["caption"] = "'" + row["caption"]
-        writer.writerow(row)
+        writer.writerow(row | {name: spreadsheet(row[name]) for name in (cf.KEY, "path", "caption")})
     return text.getvalue()
 
 

@@ -17,6 +17,7 @@ from clipfilter import defaults
 from clipfilter.cli import options as o
 from clipfilter.cli.jobs import job_request, run_command
 from clipfilter.cli.printing import bar, new_table, say, stdout
+from clipfilter.text import spreadsheet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -196,7 +197,8 @@ class _Csv:
         for row in table.to_pylist():
             found = row[cf.LABELS] or [{"label": "", "score": ""}] * self._k
             pairs = [value for item in found for value in (item["label"], item["score"])]
-            self._writer.writerow([row["image"], *pairs, row[cf.ERROR_CLASS] or "", row[cf.ERROR] or ""])
+            cells = [row["image"], *pairs, row[cf.ERROR_CLASS] or "", row[cf.ERROR] or ""]
+            self._writer.writerow([spreadsheet(cell) for cell in cells])
 
     def close(self) -> None:
         self._file.close()

@@ -103,7 +103,8 @@ def sha256_of(directory: Directory, name: str) -> str:
 
 
 def _of_folder(files: Iterable[tuple[str, str]]) -> str:
-    return hashlib.sha256("".join(f"{name}\0{digest}\n" for name, digest in sorted(files)).encode()).hexdigest()
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(files))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _settled(places: list[Place]) -> dict[str, str]:

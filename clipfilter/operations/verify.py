@@ -101,7 +101,7 @@ def _hash(directory: Directory, name: str) -> tuple[str, int]:
         # pathlib sorts by path components, which differs from sorting the joined names.
         for file in sorted(files, key=lambda file: file[len(name) + 1 :].split("/")):
             inner, length = _hash(directory, file)
-            digest.update(f"{file[len(name) + 1 :]}\0{inner}\n".encode())
+            digest.update(f"{file[len(name) + 1 :]}\0{inner}\n".encode("utf-8", "surrogateescape"))
             size += length
         return digest.hexdigest(), size
     digest, size = hashlib.sha256(), 0

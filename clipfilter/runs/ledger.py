@@ -38,7 +38,8 @@ class CommitName:
 def write_commit(directory: Directory, commit: Commit) -> tuple[Commit, bool]:
     """Create the commit; when another attempt was first, the existing one is returned instead (and False)."""
     text = json.dumps(commit.to_json(), indent=1, ensure_ascii=False) + "\n"
-    if directory.create(commit.name, text.encode()):
+    # A lone surrogate stands for a byte of a file name that is no UTF-8; its backslash form is its JSON form.
+    if directory.create(commit.name, text.encode("utf-8", "backslashreplace")):
         return commit, True
     return read_commit(directory, commit.name), False
 

@@ -18,6 +18,7 @@ Nulls behave as in SQL: a test of a null is neither true nor false, and a row co
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from clipfilter.policies import suggest
 
 _TOKEN = re.compile(
     r"""\s*(?:
-      (?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]))
+      (?P<number>[-+]?+(?:\d++\.?+\d*+|\.\d++)(?:[eE][-+]?+\d++)?+(?![\w.]))
     | (?P<text>'(?:[^']|'')*')
     | (?P<quoted>"(?:[^"]|"")*"|`[^`]*`)
     | (?P<name>[^\W\d]\w*(?:\.[\w-]+)*)
@@ -40,6 +41,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+# (Numbers are read possessively: a long one that turns out to be none is not read again from each of its digits.)
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "=": lambda a, b: a == b,
     "==": lambda a, b: a == b,
@@ -54,6 +56,7 @@ _KEYWORDS = frozenset({"and", "or", "not", "in", "like", "is", "null", "true", "
 _DEEPEST = 64
 _LONGEST = 10_000
 _MOST_VALUES = 200
+_SHOWN = 200  # characters of the condition that a sentence repeats
 
 
 def parse_where(text: str, schema: pa.Schema) -> pc.Expression:
@@ -136,7 +139,7 @@ class _Parser:
 
     def _fail(self, wanted: str, token: _Token) -> NoReturn:
         found = "it ends" if token.kind == "end" else f"there is {self._text[token.start : token.start + 20]!r}"
-        raise RefusedError(f"the condition {self._text!r} wants {wanted} where {found}.")
+        raise RefusedError(f"the condition {_short(self._text)!r} wants {wanted} where {found}.")
 
     def _or(self) -> pc.Expression:
         self._depth += 1
@@ -214,7 +217,7 @@ class _Parser:
         token = self._take()
         if token.kind == "text":
             raise RefusedError(
-                f"{token.value} stands in single quotes, which hold text; a column's name stands bare or in double quotes."
+                f"{_short(token.value)} stands in single quotes, which hold text; a column's name stands bare or in double ones."
             )
         if token.kind not in ("name", "quoted") or (token.kind == "name" and token.value.lower() in _KEYWORDS):
             self._fail("the name of a column", token)
@@ -224,10 +227,10 @@ class _Parser:
         name = _unquoted(token) if token.kind == "quoted" else token.value
         if name not in self._schema.names:
             near = [other for other in (f"{cf.PREFIX}{name}", cf.score(name)) if other in self._schema.names]
-            hint = f"; did you mean {near[0]!r}?" if near else suggest(name, self._schema.names)
+            hint = f"; did you mean {near[0]!r}?" if near else suggest(name[:_SHOWN], self._schema.names)
             known = "" if hint else f"; there are {', '.join(self._schema.names)}"
             raise RefusedError(
-                f"the condition names the column {name!r}, which the rows do not have{hint or known + '.'}"
+                f"the condition names the column {_short(name)!r}, which the rows do not have{hint or known + '.'}"
             )
         if self._schema.names.count(name) > 1:
             raise RefusedError(f"the rows have several columns {name!r}, so a condition on it is ambiguous.")
@@ -268,7 +271,7 @@ class _Parser:
             try:
                 return pa.scalar(_unquoted(token)).cast(_type(field))
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                raise RefusedError(f"{token.value} is no {_type(field)}, which {field.name} is.") from None
+                raise RefusedError(f"{_short(token.value)} is no {_type(field)}, which {field.name} is.") from None
         wanted = {"number": "a number", "boolean": "TRUE or FALSE"}.get(family, "a text in single quotes")
         return self._fail(f"{wanted} ({field.name} is {_type(field)})", token)
 
@@ -299,9 +302,14 @@ def _family(field: pa.Field) -> str:
 def _number(text: str, kind: pa.DataType) -> pa.Scalar:
     """A scalar of the column's own type where that holds the number, else of float64."""
     if pa.types.is_integer(kind) and re.fullmatch(r"[-+]?\d+", text):
-        with contextlib.suppress(pa.ArrowInvalid, OverflowError):
+        with contextlib.suppress(
+            pa.ArrowInvalid, OverflowError, ValueError
+        ):  # too large for Arrow, or for Python to read
             return pa.scalar(int(text), kind)
-    return pa.scalar(float(text), pa.float64())
+    number = float(text)
+    if not math.isfinite(number):
+        raise RefusedError(f"the number {_short(text)} is larger than any that a column holds.")
+    return pa.scalar(number, pa.float64())
 
 
 def _alike(field: pa.Field, literal: pa.Scalar) -> tuple[pc.Expression, pa.Scalar]:
@@ -313,6 +321,10 @@ def _alike(field: pa.Field, literal: pa.Scalar) -> tuple[pc.Expression, pa.Scala
 
 def _as_double(field: pa.Field) -> pc.Expression:
     return _field(field).cast(pa.float64(), safe=False)
+
+
+def _short(words: str) -> str:
+    return words if len(words) <= _SHOWN else words[:_SHOWN] + "..."
 
 
 def _unquoted(token: _Token) -> str:

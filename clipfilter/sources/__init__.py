@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from clipfilter.sources.discover import PARQUET_SUFFIXES, TAR_SUFFIXES, Location, holds, is_image_name, refusing
+from clipfilter.sources.discover import (
+    CONTAINER_SUFFIXES,
+    PARQUET_SUFFIXES,
+    TABLE_SUFFIXES,
+    TAR_SUFFIXES,
+    Location,
+    holds,
+    is_image_name,
+    refusing,
+)
 from clipfilter.sources.fetch import Fetcher, fetch_images, read_url
 from clipfilter.sources.imported import IMPORTED_KIND, Imported
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
@@ -23,9 +32,11 @@ from clipfilter.sources.tar_shards import TarShards, row_members, safe_key
 
 __all__ = [
     "COLUMN_PREFIX",
+    "CONTAINER_SUFFIXES",
     "IMPORTED_KIND",
     "PARQUET_SUFFIXES",
     "REASONS",
+    "TABLE_SUFFIXES",
     "TAR_SUFFIXES",
     "Fetcher",
     "Imported",

@@ -11,15 +11,24 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from clipfilter import storage
 from clipfilter.errors import ClipfilterError, RefusedError, one_line
+from clipfilter.sources.contents import HEAD_BYTES, told_by_content
 from clipfilter.sources.seen import Reason, Seen
 from clipfilter.sources.tar import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, PICKLE_EXTENSIONS
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# fmt: off
+TAR_SUFFIXES = (
+    ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.zstd", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz",
+)
+# fmt: on
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".token", ".txt")  # of rows that name pictures
+ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
+ZIP_SUFFIXES = (".zip",)
+CONTAINER_SUFFIXES = (*TAR_SUFFIXES, *PARQUET_SUFFIXES, *ARROW_SUFFIXES, *ZIP_SUFFIXES)
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log", "_ingest"})
 _SKIPPED_FILES = frozenset({"thumbs.db", "desktop.ini"})
 # Pictures and films that are not read, and what may speak of pictures.
@@ -32,6 +41,7 @@ _UNSUPPORTED = frozenset({
 # fmt: on
 _SPEAKING = frozenset({*CAPTION_EXTENSIONS, "json", "jsonl", "ndjson", "csv", "tsv", "token"})
 _WEB = ("http://", "https://")
+_LOOK_INTO = 64  # files, where no name says what they are
 _LOOK_AT = 100_000  # files, before deciding what a folder without tars or Parquet holds
 
 
@@ -106,7 +116,7 @@ def why_passed(entry: Entry) -> Reason:
     """Why a file is passed over that is nothing to its source, by its name and size."""
     name = entry.name.lower()
     ending = name.rpartition(".")[2]
-    if is_image_name(name) or name.endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES)):
+    if is_image_name(name) or name.endswith(CONTAINER_SUFFIXES):
         return "other_kind"
     if ending in PICKLE_EXTENSIONS:
         return "pickle"
@@ -115,6 +125,15 @@ def why_passed(entry: Entry) -> Reason:
     if ending in _SPEAKING:
         return "unclaimed"
     return "unknown_type" if entry.size else "empty"
+
+
+def look_into(location: Location, path: str) -> Literal["picture", "unsupported", "unread", ""]:
+    """What a file is by its first bytes: "" for nothing of interest, "unread" where they cannot be had."""
+    fs, inside = storage.filesystem(location.url(path))
+    try:
+        return told_by_content(fs.cat_file(inside, 0, HEAD_BYTES))
+    except Exception:  # every filesystem has exceptions of its own
+        return "unread"
 
 
 def below(folder: str, name: str) -> str:
@@ -156,7 +175,7 @@ def locate(url: str) -> Location:
             root, _, _ = head.rpartition("/")
             return Location(root or "/", url[len(root) + 1 :])
         if url.startswith(_WEB):  # a web server has no folders, but it may list one
-            is_folder = not url.lower().endswith(TAR_SUFFIXES + PARQUET_SUFFIXES) and fs.isdir(url + "/")
+            is_folder = not url.lower().endswith(CONTAINER_SUFFIXES) and fs.isdir(url + "/")
         else:
             is_folder = fs.info(path)["type"] == "directory"
     if is_folder:
@@ -374,10 +393,13 @@ class Found:
     kind: str
     tars: list[tuple[str, Entry]] = field(default_factory=list)
     parquets: list[tuple[str, Entry]] = field(default_factory=list)
+    zips: list[tuple[str, Entry]] = field(default_factory=list)
+    arrows: list[tuple[str, Entry]] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)  # csv, tsv and jsonl files
+    tables: list[str] = field(default_factory=list)  # what may be a table
     stats: bool = False  # some _stats.json of img2dataset
     others: list[str] = field(default_factory=list)
+    nameless: bool = False  # pictures are told by their content, for no name says that it is one
     sidecar_folders: bool = False  # a Parquet file is the sidecar of a folder of the same name
 
     def add(self, folder: Folder, entry: Entry, most_images: int) -> None:
@@ -388,14 +410,19 @@ class Found:
         elif name.endswith(PARQUET_SUFFIXES):
             self.parquets.append((path, entry))
             self.sidecar_folders |= entry.name.rpartition(".")[0] in folder.folders
+        elif name.endswith(ZIP_SUFFIXES):
+            self.zips.append((path, entry))
+        elif name.endswith(ARROW_SUFFIXES):
+            self.arrows.append((path, entry))
         elif is_image_name(entry.name):
             if len(self.images) < most_images:
                 self.images.append(path)
-        elif name.endswith((".csv", ".tsv", ".jsonl")):
-            self.tables.append(path)
         elif name.endswith("_stats.json"):
             self.stats = True
-        elif len(self.others) < 5:
+        elif name.endswith(TABLE_SUFFIXES):
+            if len(self.tables) < most_images:
+                self.tables.append(path)
+        elif len(self.others) < _LOOK_INTO:
             self.others.append(path)
 
     def format(self) -> str:
@@ -406,7 +433,14 @@ class Found:
             return "img2dataset-webdataset" if self.stats or paired else "webdataset"
         if self.sidecar_folders and self.images:
             return "img2dataset-files"
-        return "parquet" if self.parquets else "folder" if self.images else ""
+        kinds = {"parquet": self.parquets, "arrow": self.arrows, "folder": self.images, "zip": self.zips}
+        return next((kind for kind, found in kinds.items() if found), "")
+
+    def by_content(self, location: Location) -> str:
+        """The format where only what is in the files tells that they are pictures."""
+        self.images = [path for path in self.others if look_into(location, path) == "picture"]
+        self.nameless = bool(self.images)
+        return "folder" if self.images else ""
 
 
 def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
@@ -426,13 +460,15 @@ def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
             break
         if seen > _LOOK_AT or (found.images and len(found.images) >= images and not beside):
             break
-    found.kind = found.format()
+    found.kind = found.format() or found.by_content(location)
+    if found.tables and not found.kind and location.pattern is not None:
+        found.kind = "table"
     if not found.kind:
         raise RefusedError(
-            f"{_nothing(location, found, seen)}; give webdataset tars, Parquet files, an image folder or img2dataset's "
-            "output folder."
+            f"{_nothing(location, found, seen)}; give webdataset tars, Parquet files, an image folder, img2dataset's output "
+            "folder, or the very csv or JSON file that names images."
         )
-    del found.tars[sample:], found.parquets[sample:]
+    del found.tars[sample:], found.parquets[sample:], found.arrows[sample:], found.zips[sample:]
     return found
 
 

@@ -7,6 +7,7 @@ import itertools
 import shutil
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import pyarrow as pa
 from clipfilter import storage
 from clipfilter.errors import MISSING_IMAGE, ClipfilterError, RefusedError, RowError, ShardError
 from clipfilter.sources import img2dataset, tables
-from clipfilter.sources.discover import Entry, Folder, Found, Location, below, is_image_name, why_passed
+from clipfilter.sources.discover import Entry, Folder, Found, Location, below, is_image_name, look_into, why_passed
 from clipfilter.sources.fetch import Fetched, fetch_in_order, fetch_url, read_url
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, shard_id
 from clipfilter.sources.names import PathIndex
@@ -41,6 +42,7 @@ _SIDECAR_SUFFIXES = (*_TEXT_SUFFIXES, ".json")
 _SAMPLE_IMAGES = 200
 _SAMPLE_TABLE_ROWS = 1000
 _REMEMBERED_FOLDERS = 1000
+_LOOKS_AT_ONCE = 16
 _REMEMBERED_TABLES = 100
 
 
@@ -89,6 +91,7 @@ class ImageFolder:
             "stats": found.stats,
             "caption_guesses": [],
             "has_captions": None,
+            **({"nameless": True} if found.nameless else {}),
         }
         source = cls(location, options, pa.schema([]), plan)
         records: list[dict[str, Any]] = []
@@ -127,19 +130,18 @@ class ImageFolder:
         pending: list[tuple[str, Entry]] = []
         extra: dict[str, str] = {}  # the tables and sidecars of the pending images, with their etags
         tables_of: dict[str, dict[str, str]] = {}
+        claimed: set[str] = set()
         count = 0
         for folder in self.location.walk(listing):
             own = _tables_with_etags(self.location, folder)
             if own:
                 tables_of[folder.path] = own
-            _count_others(folder, own, listing)
+                claimed.update(own)
             sidecars = _sidecar_etags(folder)
-            for entry in folder.files:
-                if not is_image_name(entry.name):
-                    continue
+            for entry in self._pictures_of(folder, claimed, listing):
                 path = below(folder.path, entry.name)
                 pending.append((path, entry))
-                extra.update(sidecars.get(path.rpartition(".")[0], {}))
+                extra.update(sidecars.get(below(folder.path, _stem(entry.name)), {}))
                 for place in _upwards(folder.path):
                     extra.update(tables_of.get(place, {}))
                 if len(pending) == size:
@@ -155,12 +157,10 @@ class ImageFolder:
         expected: set[str] = set()
         for folder in self.location.walk(listing):
             names = {entry.name for entry in folder.files}
-            expected.update(below(folder.path, name) for name in folder.folders if name + ".parquet" in names)
-            images = [(entry.name, entry) for entry in folder.files if is_image_name(entry.name)]
             around = names.union(folder.folders)
-            _count_others(
-                folder, {below(folder.path, name) for name in names if img2dataset.is_sidecar(around, name)}, listing
-            )
+            own = {below(folder.path, name) for name in names if img2dataset.is_sidecar(around, name)}
+            expected.update(below(folder.path, name) for name in folder.folders if name + ".parquet" in names)
+            images = [(entry.name, entry) for entry in self._pictures_of(folder, own, listing)]
             sidecars = _sidecar_etags(folder)
             if not images and folder.path in expected:  # nothing could be downloaded; its failures still count
                 yield _chunk(folder.path, [], {}, 0, size)
@@ -168,8 +168,40 @@ class ImageFolder:
                 part = images[start : start + size]
                 extra: dict[str, str] = {}
                 for name, _ in part:
-                    extra.update(sidecars.get(below(folder.path, name).rpartition(".")[0], {}))
+                    extra.update(sidecars.get(below(folder.path, _stem(name)), {}))
                 yield _chunk(folder.path or ".", part, extra, start, size)
+
+    def _pictures_of(self, folder: Folder, own: Collection[str], listing: Seen) -> list[Entry]:
+        """A folder's pictures, by name or content; `listing` counts its other files. own: tables and sidecars, by path."""
+        unsure = [
+            path
+            for entry in folder.files
+            if why_passed(entry) == "unknown_type" and (path := below(folder.path, entry.name)) not in own
+        ]
+        told = self._look_into(unsure)
+        pictures: list[Entry] = []
+        others: list[Entry] = []
+        for entry in folder.files:
+            known = is_image_name(entry.name) or told.get(below(folder.path, entry.name)) == "picture"
+            (pictures if known else others).append(entry)
+        stems = {_stem(entry.name) for entry in pictures}
+        for entry in others:
+            path = below(folder.path, entry.name)
+            if path in own or (entry.name.endswith(_SIDECAR_SUFFIXES) and _stem(entry.name) in stems):
+                listing.parts += 1
+            else:
+                listing.pass_over(told.get(path) or why_passed(entry), path)
+        return pictures
+
+    def _look_into(self, paths: list[str]) -> dict[str, Any]:
+        """What the content of files says that have no telling name. On an object store each costs a request, so it is asked
+        only where no name in the source told of a picture."""
+        if storage.is_local(self.location.root):
+            return {path: look_into(self.location, path) for path in paths}
+        if not self.plan.get("nameless"):
+            return {}
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            return dict(zip(paths, pool.map(partial(look_into, self.location), paths), strict=True))
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -233,7 +265,7 @@ class ImageFolder:
     def _files_of(self, path: str) -> list[str]:
         """The text and JSON files of an image's stem."""
         folder, _, base = path.rpartition("/")
-        stem = base.rpartition(".")[0]
+        stem = _stem(base)
         beside = self._list(folder).files
         return [below(folder, stem + suffix) for suffix in _SIDECAR_SUFFIXES if stem + suffix in beside]
 
@@ -423,19 +455,6 @@ def _chunk(path: str, images: list[tuple[str, Entry]], extra: dict[str, str], st
         size=sum(entry.size for _, entry in images),
         etag=digest.hexdigest()[:32],
     )
-
-
-def _count_others(folder: Folder, own: Collection[str], listing: Seen) -> None:
-    """Count a folder's files that are no pictures. own: tables and sidecars of the whole folder, by path."""
-    stems = {_stem(entry.name) for entry in folder.files if is_image_name(entry.name)}
-    for entry in folder.files:
-        if is_image_name(entry.name):
-            continue
-        path = below(folder.path, entry.name)
-        if path in own or (entry.name.endswith(_SIDECAR_SUFFIXES) and _stem(entry.name) in stems):
-            listing.parts += 1
-        else:
-            listing.pass_over(why_passed(entry), path)
 
 
 def _stem(name: str) -> str:

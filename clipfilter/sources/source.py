@@ -33,14 +33,18 @@ class _Format(Protocol):
 
 
 def _format_class(kind: str) -> Any:
-    if kind in ("webdataset", "img2dataset-webdataset"):
+    if kind in ("webdataset", "zip", "img2dataset-webdataset"):
         from clipfilter.sources.webdataset import Webdataset
 
         return Webdataset
-    if kind in ("parquet", "img2dataset-parquet"):
+    if kind in ("parquet", "arrow", "img2dataset-parquet"):
         from clipfilter.sources.parquet import Parquet
 
         return Parquet
+    if kind == "table":
+        from clipfilter.sources.table_rows import TableRows
+
+        return TableRows
     if kind == "import":
         from clipfilter.sources.imported import Imported
 

@@ -111,15 +111,15 @@ class TableLines:
     rest: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, url: str) -> TableLines:
-        """Find out how a table is written; raises Unreadable."""
+    def open(cls, url: str, column: str | None = None) -> TableLines:
+        """Find out how a table is written; column: the field that names pictures, where it is known. Raises Unreadable."""
         head, encoding, whole = _head(url)
         if not head.strip():
             raise Unreadable("it is empty")
         if url.lower().endswith((*CSV, ".txt", ".token")):
-            return cls(url, _csv_dialect(head, whole, url.lower(), encoding))
+            return cls(url, _csv_dialect(head, whole, url.lower(), encoding, column))
         table = cls(url, Dialect(_json_kind(head, url.lower()), encoding))
-        table._find_records()
+        table._find_records(column)
         return table
 
     def __iter__(self) -> Iterator[Line]:
@@ -192,7 +192,7 @@ class TableLines:
             except ValueError as error:
                 raise Unreadable(f"it cannot be parsed as JSON: {one_line(error)}") from error
 
-    def _find_records(self) -> None:
+    def _find_records(self, wanted: str | None) -> None:
         """The section and the field that name pictures; raises Unreadable where there is none."""
         samples: dict[str, list[dict[str, Any]]] = {}
         named: dict[str, Any] = {}
@@ -215,7 +215,7 @@ class TableLines:
             for record in samples[section]:
                 for name, value in record.items():
                     columns.setdefault(name, []).append(value)
-            column = _choose(columns)
+            column = _choose(columns, wanted)
             if column is not None and (section != "annotations" or "images" not in samples):
                 self.dialect.section, self.dialect.column = section, column
                 self.dialect.kind = "sections" if section else self.dialect.kind
@@ -230,14 +230,19 @@ class TableLines:
 
 
 def names_in(value: Any) -> list[str]:
-    """The (spelled) names of pictures in a field: one, the items of a list, or the path within an object."""
+    """The (spelled) names of pictures in a field."""
+    return [spelled(path) for path in paths_in(value)]
+
+
+def paths_in(value: Any) -> list[str]:
+    """The paths of pictures in a field, as they stand there: one, the items of a list, or the path within an object."""
     if isinstance(value, list):
-        return [name for item in value for name in names_in(item)]
+        return [path for item in value for path in paths_in(item)]
     if isinstance(value, dict):
         value = next((value[name] for name in _WITHIN if value.get(name)), None)
     if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
         return []
-    return [spelled(str(value))]
+    return [str(value).strip()]
 
 
 def _head(url: str) -> tuple[str, str, bool]:
@@ -288,7 +293,7 @@ def _json_kind(head: str, url: str) -> str:
     return "lines" if url.endswith(JSON_LINES) or more.lstrip().startswith("{") or single else "sections"
 
 
-def _csv_dialect(head: str, whole: bool, url: str, encoding: str) -> Dialect:
+def _csv_dialect(head: str, whole: bool, url: str, encoding: str, column: str | None) -> Dialect:
     """Delimiter, quotes, header and columns from the first lines; raises Unreadable where no column names a picture."""
     lines = head.splitlines(keepends=True)
     lines = lines if whole or len(lines) < 2 else lines[:-1]
@@ -309,7 +314,7 @@ def _csv_dialect(head: str, whole: bool, url: str, encoding: str) -> Dialect:
     else:
         dialect.names = _names_of_columns(best.rows)
     columns = {name: [row[place] for row in best.rows if place < len(row)] for place, name in enumerate(dialect.names)}
-    dialect.column = _choose(columns) or ""
+    dialect.column = _choose(columns, column) or ""
     if not dialect.column:
         raise Unreadable("no column names a picture")
     return dialect
@@ -371,8 +376,10 @@ def _names_of_columns(rows: list[list[str]]) -> list[str]:
     return [names.get(place, f"column_{place + 1}") for place in range(len(lengths))]
 
 
-def _choose(columns: dict[str, list[Any]]) -> str | None:
-    """The column that names pictures: by content and name, else by either."""
+def _choose(columns: dict[str, list[Any]], wanted: str | None) -> str | None:
+    """The column that names pictures: the one that is wanted, else by content and name, else by either."""
+    if wanted is not None:
+        return wanted if wanted in columns else None
     plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in columns if name}
     named = sorted(
         (name for name in plain if plain[name] in _FILE_COLUMNS), key=lambda n: _FILE_COLUMNS.index(plain[n])

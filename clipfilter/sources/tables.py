@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -144,8 +144,7 @@ class Table:
         found = []
         for number, names in said.items():
             record = self._narrowed(number, names) or self._dialect.parse(self._texts[number])
-            if self._dialect.kind == "csv":
-                record.update({name: _value(record[name]) for name in numeric if name in record})
+            record = with_numbers(record, numeric if self._dialect.kind == "csv" else ())
             captions = [json.loads(text)["caption"] for text in self._captions.of(record.get("id"))]
             found.append({**record, "captions": captions} if captions else record)
         return found
@@ -164,13 +163,8 @@ class Table:
     def sample(self, rows: int) -> list[dict[str, Any]]:
         """The first records; a csv column of numbers throughout has numbers."""
         found = self.records(dict.fromkeys(range(min(rows, len(self))), ()))
-        if self._dialect.kind == "csv":
-            for name in dict.fromkeys(field for record in found for field in record):
-                values = [_value(record.get(name)) for record in found]
-                if not caption_fields([name]) and not any(isinstance(value, str) for value in values):
-                    for record, value in zip(found, values, strict=True):
-                        record[name] = value
-        return found
+        numeric = numeric_columns(found) if self._dialect.kind == "csv" else []
+        return [with_numbers(record, numeric) for record in found]
 
     def copy(self, said: Mapping[int, Collection[str]], target: Path) -> None:
         """Write these records, in their order, as a table of the same kind, lines as they are; nothing where there are none.
@@ -287,10 +281,22 @@ def _write_list(texts: Iterable[str], output: TextIO) -> None:
     output.write("[]" if separator == "[" else "]")
 
 
-def _value(text: str | None) -> Any:
+def numeric_columns(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns of a csv that are numbers throughout; captions never are."""
+    names = dict.fromkeys(field for record in records for field in record)
+    columns = {name: [_value(record.get(name)) for record in records] for name in names if not caption_fields([name])}
+    return [name for name, values in columns.items() if not any(isinstance(value, (str, list)) for value in values)]
+
+
+def with_numbers(record: dict[str, Any], numeric: Iterable[str]) -> dict[str, Any]:
+    """A record of a csv with numbers in place of the texts in these columns."""
+    return {**record, **{name: _value(record[name]) for name in numeric if name in record}}
+
+
+def _value(text: Any) -> Any:
     """A csv field as the plainest type it spells: whole number, number, text."""
-    if text is None:
-        return None
+    if not isinstance(text, str) or not text:
+        return text
     if text[0] in "-0123456789.":
         try:
             number = int(text)

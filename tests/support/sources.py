@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import functools
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import random
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -95,7 +97,7 @@ def write_members(
 ) -> Path:
     """A tar with these members in this order (names may repeat); a TarInfo stands for a link, device or folder.
 
-    A name ending in .gz gives a zipped tar.
+    A name ending in .gz, .tgz, .bz2, .xz or .zst gives a zipped tar.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,8 +112,13 @@ def write_members(
             info.mode = 0o444
             tar.addfile(info, io.BytesIO(item[1]))
     data = buffer.getvalue()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix in (".gz", ".tgz") else data)
+    zipped = {".gz": gzip.compress, ".tgz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": _zstd}
+    path.write_bytes(zipped.get(path.suffix, bytes)(data))
     return path
+
+
+def _zstd(data: bytes) -> bytes:
+    return pa.compress(data, "zstd", asbytes=True)  # type: ignore[no-any-return]
 
 
 def write_webdataset(path: Path, made: Iterable[Sample], format: int = tarfile.GNU_FORMAT) -> Path:

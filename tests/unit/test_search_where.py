@@ -154,6 +154,11 @@ def test_unsigned_columns_take_any_number() -> None:
         ("(" * 70 + "width = 1" + ")" * 70, "nested more than"),
         ("width in (" + ", ".join(map(str, range(300))) + ")", "more than 200 values"),
         ("width = 1 or " * 1000 + "width = 1", "characters, more than"),
+        ("width > " + "9" * 9000, "larger than any"),
+        ("width in (1, -" + "9" * 9000 + ")", "larger than any"),
+        ("width > 1e999999", "larger than any"),
+        ("big between 1 and 1." + "9" * 4000 + "e400", "larger than any"),
+        ("width > 1" + "1" * 9900 + "x", "cannot be read from"),  # in milliseconds: digits are read once
     ],
 )
 def test_what_is_no_condition_is_refused_with_a_sentence(condition: str, sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_several_captions_and_named_columns(tmp_path: Path) -> None:
     rows = read_rows(source)
     assert [row["cf_captions"] for row in rows] == [["one", "two"], None, None]
     assert [row["cf_uid"] for row in rows] == ["1", "2", row_uid("a.parquet", "2")]
-    assert rows[0]["photo_a"] == make.jpeg(1)
+    assert rows[0]["photo_a"] is None  # nobody judges it
     named = open_source(str(tmp_path), SourceOptions(image_column="photo_b", caption_column="caption"))
     assert [row["cf_captions"] for row in read_rows(named)] == [["x"], ["y"], ["z"]]
 
@@ -342,3 +343,211 @@ def test_duplicate_keys_are_counted_and_have_uids_of_their_own(tmp_path: Path) -
     assert len({row["cf_uid"] for row in rows}) == 4
     assert stats.duplicate_keys == 1
     assert read_shard(source, next(source.iter_shards()), rows=[2])[0] == [rows[2]]
+
+
+# --- several pictures in a row, and pictures in other guises ---------------------------------------------------------
+
+PAIR = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+J = [make.jpeg(number) for number in range(6)]
+
+
+def base64_of(data: bytes, *, url: bool = False) -> str:
+    text = base64.b64encode(data).decode()
+    return f"data:image/jpeg;base64,{text}" if url else text
+
+
+#: An image column and the pictures of its rows, None for one that is not there; "" is a row without any.
+GUISES: dict[str, tuple[pa.Array, list[tuple[str, bytes | None]]]] = {
+    "lists of structs": (
+        pa.array([[{"bytes": J[0], "path": "a.jpg"}], [{"bytes": J[1]}, {"bytes": J[2]}], [], None], pa.list_(PAIR)),
+        [("0#0", J[0]), ("1#0", J[1]), ("1#1", J[2]), ("2", None), ("3", None)],
+    ),
+    "lists of bytes with nulls": (
+        pa.array([[J[0], None, J[1]], [None]], pa.large_list(pa.large_binary())),
+        [("0#0", J[0]), ("0#1", None), ("0#2", J[1]), ("1#0", None)],
+    ),
+    "lists of lists": (
+        pa.array([[[J[0]], [], [J[1], J[2]]], [[]]], pa.list_(pa.list_(pa.binary()))),
+        [("0#0", J[0]), ("0#1", None), ("0#2", J[1]), ("0#3", J[2]), ("1", None)],
+    ),
+    "lists of one size": (
+        pa.array([[J[0], J[1]], [J[2], J[3]]], pa.list_(pa.binary(), 2)),
+        [("0#0", J[0]), ("0#1", J[1]), ("1#0", J[2]), ("1#1", J[3])],
+    ),
+    "a dictionary": (
+        pa.array([J[0], J[1], J[0], None]).dictionary_encode(),
+        [("0", J[0]), ("1", J[1]), ("2", J[0]), ("3", None)],
+    ),
+    "base64": (pa.array([base64_of(J[0]), None, base64_of(J[1]).rstrip("=")]), [("0", J[0]), ("1", None), ("2", J[1])]),
+    "data URLs": (pa.array([base64_of(J[0], url=True), base64_of(J[1])]), [("0", J[0]), ("1", J[1])]),
+    "lists of base64": (
+        pa.array([[base64_of(J[0]), base64_of(J[1])], [base64_of(J[2])]], pa.list_(pa.large_string())),
+        [("0#0", J[0]), ("0#1", J[1]), ("1#0", J[2])],
+    ),
+    "structs of a path": (
+        pa.array([{"path": "0.jpg"}, {"path": "1.jpg"}, {"path": "none.jpg"}]),
+        [("0", J[0]), ("1", J[1]), ("2", None)],
+    ),
+    "lists of paths": (pa.array([["0.jpg", "1.jpg"], ["none.jpg"]]), [("0#0", J[0]), ("0#1", J[1]), ("1#0", None)]),
+    "lists of structs of bytes or paths": (
+        pa.array([[{"bytes": J[3], "path": None}, {"bytes": None, "path": "1.jpg"}]], pa.list_(PAIR)),
+        [("0#0", J[3]), ("0#1", J[1])],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GUISES)
+@pytest.mark.parametrize("file", ["a.parquet", "a.arrow", "a.feather"])
+def test_each_picture_of_a_table_is_a_row_and_is_copied_as_one(case: str, file: str, tmp_path: Path) -> None:
+    column, expected = GUISES[case]
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(J[number])
+    texts = [f"text {number}" for number in range(len(column))]
+    write_table(pa.table({"images": column, "text": texts}), tmp_path / file)
+    source = open_source(str(tmp_path / file))
+    (shard,) = source.iter_shards()
+    rows, stats = read_shard(source, shard)
+    assert [(row["cf_key"], row["cf_image"]) for row in rows] == expected
+    assert [row["cf_row"] for row in rows] == list(range(len(expected)))
+    assert [row["cf_captions"] for row in rows] == [[f"text {row['cf_key'][0]}"] for row in rows]
+    assert all((row["cf_image"] is None) == (row["cf_error_class"] == "missing_image") for row in rows)
+    assert len({row["cf_uid"] for row in rows}) == len(rows)
+    assert stats.seen.rows == len(rows)
+    assert not any(isinstance(row.get("images"), bytes) for row in rows)
+    bare, _ = read_shard(source, shard, images=False)
+    assert [(row["cf_row"], row["cf_key"], row["cf_uid"]) for row in bare] == [
+        (row["cf_row"], row["cf_key"], row["cf_uid"]) for row in rows
+    ]
+    good = [row["cf_row"] for row in rows if row["cf_image"] is not None]
+    for chosen in [good, good[1:], good[-1:]]:
+        part, _ = read_shard(source, shard, rows=chosen)
+        assert part == [rows[number] for number in chosen]
+        target = tmp_path / "out" / "copy.parquet"
+        target.parent.mkdir(exist_ok=True)
+        assert source.copy_rows(shard, chosen, target) == len(chosen)
+        assert pq.read_metadata(target).num_rows == len(chosen)
+        again = read_rows(open_source(str(target), SourceOptions(image_column="images")))
+        assert [(row["cf_image"], row["cf_captions"]) for row in again] == [
+            (rows[number]["cf_image"], rows[number]["cf_captions"]) for number in chosen
+        ]
+        held = target.read_bytes()
+        for number, row in enumerate(rows):
+            if number not in chosen and row["cf_image"] not in [None, *(rows[other]["cf_image"] for other in chosen)]:
+                assert row["cf_image"] not in held
+                assert base64_of(row["cf_image"])[1200:1260].encode() not in held
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, compression="none", row_group_size=2)
+    elif path.suffix == ".feather":
+        with pa.OSFile(str(path), "wb") as handle, pa.ipc.new_file(handle, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    else:
+        with pa.OSFile(str(path), "wb") as handle, pa.ipc.new_stream(handle, table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+
+
+def test_the_first_picture_of_each_list(tmp_path: Path) -> None:
+    column = pa.array([[J[0], J[1]], [], [J[2], J[3], J[4]]], pa.list_(pa.binary()))
+    pq.write_table(pa.table({"images": column, "key": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path), SourceOptions(pictures="first"))
+    (shard,) = source.iter_shards()
+    rows, stats = read_shard(source, shard)
+    assert [(row["cf_key"], row["cf_image"]) for row in rows] == [("a", J[0]), ("b", None), ("c", J[2])]
+    assert rows[0]["cf_uid"] == row_uid("a.parquet", "a")
+    assert (stats.seen.rows, stats.seen.passed) == (3, {"other_picture": 3})
+    source.copy_rows(shard, [0, 2], tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["images"].to_pylist() == [[J[0]], [J[2]]]
+
+
+def test_pictures_of_other_columns_are_told_apart_and_left_out(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "image": pa.array([J[0], J[1]]),
+            "mask": pa.array([{"bytes": J[2], "path": "m.png"}, None], PAIR),
+            "notes": pa.array([b"no picture", None]),
+            "thumbnails": pa.array([[base64_of(J[3])], []], pa.list_(pa.string())),
+            "kind": pa.array(["cat", "dog"]).dictionary_encode(),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        RefusedError, match=r"several hold images: image, mask, thumbnails\); say which with --image-column"
+    ):
+        open_source(str(tmp_path))
+    source = open_source(str(tmp_path), SourceOptions(image_column="image"))
+    (shard,) = source.iter_shards()
+    rows, stats = read_shard(source, shard)
+    assert (rows[0]["mask"], rows[0]["thumbnails"]) == ({"bytes": None, "path": "m.png"}, [None])
+    assert rows[0]["notes"] == b"no picture"
+    assert stats.seen.passed == {"other_picture": 2}
+    assert stats.seen.examples == {"other_picture": ["column mask", "column thumbnails"]}
+    source.copy_rows(shard, [0], tmp_path / "out.parquet")
+    held = (tmp_path / "out.parquet").read_bytes()
+    assert J[2] not in held
+    assert base64_of(J[3])[1200:1260].encode() not in held
+    assert b"dog" not in held  # a value of the dictionary that only the other row has
+    copied = pq.read_table(tmp_path / "out.parquet")
+    assert copied.schema.equals(pq.read_schema(tmp_path / "a.parquet"))
+    assert copied["kind"].to_pylist() == ["cat"]
+
+
+def test_paths_that_name_different_pictures_are_not_guessed_at(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    same = {"file_name": ["0.jpg", "1.jpg"], "image_path": ["/data/0.jpg", "/data/1.jpg"]}
+    pq.write_table(pa.table(same), tmp_path / "a" / "a.parquet")
+    assert open_source(str(tmp_path / "a")).to_plan()["format"]["image"] == "image_path"
+    other = {"file_name": ["0.jpg", "1.jpg"], "image_path": ["0_depth.jpg", "1_depth.jpg"]}
+    pq.write_table(pa.table(other), tmp_path / "b" / "a.parquet")
+    with pytest.raises(RefusedError, match=r"several hold images: image_path, file_name"):
+        open_source(str(tmp_path / "b"))
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    made = make.samples(6)
+    for place, split in enumerate(("train", "test")):
+        folder = tmp_path / split
+        folder.mkdir()
+        part = made[3 * place : 3 * place + 3]
+        table = pa.table(
+            {
+                "image": pa.array([{"bytes": sample["jpg"]} for sample in part], PAIR),
+                "text": [sample["txt"] for sample in part],
+            }
+        )
+        write_table(table, folder / "data-00000-of-00001.arrow")
+        write_table(table, folder / "cache-1234.arrow")
+        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+        (folder / "dataset_info.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    source = open_source(str(tmp_path))
+    shards = list(source.iter_shards())
+    listing = source.listing
+    assert listing is not None
+    assert (source.kind, [shard.path for shard in shards]) == (
+        "arrow", ["test/data-00000-of-00001.arrow", "train/data-00000-of-00001.arrow"],
+    )  # fmt: skip
+    assert (listing.containers, listing.parts, listing.passed) == (2, 5, {"other_kind": 2})
+    rows = read_rows(source)
+    assert [(row["cf_image"], row["cf_captions"]) for row in rows] == [
+        (sample["jpg"], [sample["txt"]]) for sample in [*made[3:], *made[:3]]
+    ]
+
+
+def test_an_arrow_stream_that_breaks_off_gives_what_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    write_table(pa.table({"image": pa.array(J)}), path)
+    make.cut(path, 0.7)
+    source = open_source(str(path))
+    (shard,) = source.iter_shards()
+    rows, stats = read_shard(source, shard)
+    assert [row["cf_image"] for row in rows] == J[:4]
+    assert stats.damaged
+    assert 0 < stats.bytes_unread < shard.size
+    make.cut(path, 3)
+    with pytest.raises(RefusedError, match="not a readable Arrow file"):
+        open_source(str(path))
+    with pytest.raises(ShardError):
+        read_shard(source, shard)

@@ -220,6 +220,34 @@ def test_a_folder_taken_for_left_over_while_it_was_made_is_left_alone(
     assert Directory(str(tmp_path)).scratch() == made[2]
 
 
+@pytest.mark.parametrize("stale_only", [True, False])
+def test_a_file_that_is_open_does_not_keep_its_folder(
+    stale_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS and FUSE give an open file that is removed another name in its folder until it is closed."""
+    original = os.unlink
+
+    def unlink(path: Any, *, dir_fd: int | None = None) -> None:
+        inode = os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_ino
+        mine = [
+            os.stat(f"/proc/self/fd/{name}")
+            for name in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{name}")
+        ]
+        if Path(path).name == ".lock" and any(found.st_ino == inode for found in mine):
+            os.rename(path, Path(path).with_name(".hidden"), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        else:
+            original(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    directory = Directory(str(tmp_path))
+    folder = directory.scratch()
+    if stale_only:
+        shutil.copytree(folder, tmp_path / (folder.name + "x"))
+    directory.clean_scratch(stale_only=stale_only)
+    assert [path.name for path in tmp_path.iterdir()] == ([folder.name] if stale_only else [])
+
+
 @pytest.mark.parametrize("url", ["memory://private", "local"])
 def test_folders_are_private_and_nobody_elses_is_used(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
