@@ -24,7 +24,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Parquet, webdataset tars, an image folder, img2dataset output, or a table that names images; path or URL.",
+        help="Parquet or Arrow, webdataset tars, zips, an image folder, img2dataset output, or a table that names images; "
+        "path or URL.",
     ),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory (path or URL).")]

@@ -31,9 +31,8 @@ from clipfilter.models import load_encoder
 from clipfilter.runs import IDENTITY, Run, embeddings_schema, is_run
 from clipfilter.sources import (
     COLUMN_PREFIX,
-    PARQUET_SUFFIXES,
+    CONTAINER_SUFFIXES,
     TABLE_SUFFIXES,
-    TAR_SUFFIXES,
     Fetcher,
     Source,
     SourceOptions,
@@ -262,11 +261,11 @@ def _is_image(name: str) -> bool:
     if lower.startswith("data:"):
         return True
     if lower.startswith(("http://", "https://")):
-        return not lower.split("?")[0].endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES, *TABLE_SUFFIXES, "/"))
+        return not lower.split("?")[0].endswith((*CONTAINER_SUFFIXES, *TABLE_SUFFIXES, "/"))
     if storage.is_local(name):
         path = storage.local_path(name)
         if path.is_file():
-            return not lower.endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES, *TABLE_SUFFIXES))
+            return not lower.endswith((*CONTAINER_SUFFIXES, *TABLE_SUFFIXES))
         return is_image_name(path.name) and not path.exists() and not set("*?[{") & set(name)
     return is_image_name(lower) and not set("*?[{") & set(name)
 

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from clipfilter import defaults, text
+from clipfilter.errors import ShardError
 
 if TYPE_CHECKING:
     from clipfilter.engine import JobRequest
@@ -89,21 +90,25 @@ def count_images(source: Source, shards: Sequence[Shard]) -> tuple[int, bool]:
     tars = [shard for shard in shards if shard.stop is None]
     if not tars:
         return known, True
-    rows, read = _sample_tars(source, [shard for shard in tars if shard.format == "tar"][:_SAMPLED_TARS])
+    rows, read = _sample_tars(source, tars[:_SAMPLED_TARS])
     return known + (round(sum(shard.size for shard in tars) * rows / read) if read else 0), False
 
 
 def _sample_tars(source: Source, tars: Sequence[Shard]) -> tuple[int, int]:
-    """(rows, bytes that hold them) in the beginnings of some tars."""
-    from clipfilter.sources import Location, Wanted, index_tar, read_prefix
+    """(rows, bytes that hold them) in the beginnings of some tars, or in whole archives and tables of other kinds."""
+    from clipfilter.sources import TAR_SUFFIXES, Location, Wanted, index_tar, read_prefix
 
     plan = source.to_plan()
     location = Location(plan["root"], plan["pattern"])
     rows = read = 0
     for tar in tars:
         try:
+            if not tar.path.lower().endswith(TAR_SUFFIXES):
+                rows += sum(batch.num_rows for batch in source.read(tar, images=False))
+                read += tar.size
+                continue
             data = read_prefix(location.url(tar.path), _SAMPLE_BYTES)
-        except OSError:
+        except (OSError, ShardError):
             continue
         wanted = Wanted(plan["format"]["image_extension"], source.options.pictures)
         rows += len(index_tar(partial(_slice, data), len(data), wanted))

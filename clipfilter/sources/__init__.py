@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clipfilter.sources.discover import (
+    CONTAINER_SUFFIXES,
     PARQUET_SUFFIXES,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
@@ -31,6 +32,7 @@ from clipfilter.sources.tar_shards import TarShards, row_members, safe_key
 
 __all__ = [
     "COLUMN_PREFIX",
+    "CONTAINER_SUFFIXES",
     "IMPORTED_KIND",
     "PARQUET_SUFFIXES",
     "REASONS",

@@ -27,6 +27,8 @@ TAR_SUFFIXES = (
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".token", ".txt")  # of rows that name pictures
 ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
+ZIP_SUFFIXES = (".zip",)
+CONTAINER_SUFFIXES = (*TAR_SUFFIXES, *PARQUET_SUFFIXES, *ARROW_SUFFIXES, *ZIP_SUFFIXES)
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "_tmp", "_temporary", "_delta_log", "_ingest"})
 _SKIPPED_FILES = frozenset({"thumbs.db", "desktop.ini"})
 # Pictures and films that are not read, and what may speak of pictures.
@@ -114,7 +116,7 @@ def why_passed(entry: Entry) -> Reason:
     """Why a file is passed over that is nothing to its source, by its name and size."""
     name = entry.name.lower()
     ending = name.rpartition(".")[2]
-    if is_image_name(name) or name.endswith((*TAR_SUFFIXES, *PARQUET_SUFFIXES, *ARROW_SUFFIXES)):
+    if is_image_name(name) or name.endswith(CONTAINER_SUFFIXES):
         return "other_kind"
     if ending in PICKLE_EXTENSIONS:
         return "pickle"
@@ -173,7 +175,7 @@ def locate(url: str) -> Location:
             root, _, _ = head.rpartition("/")
             return Location(root or "/", url[len(root) + 1 :])
         if url.startswith(_WEB):  # a web server has no folders, but it may list one
-            is_folder = not url.lower().endswith(TAR_SUFFIXES + PARQUET_SUFFIXES) and fs.isdir(url + "/")
+            is_folder = not url.lower().endswith(CONTAINER_SUFFIXES) and fs.isdir(url + "/")
         else:
             is_folder = fs.info(path)["type"] == "directory"
     if is_folder:
@@ -391,6 +393,7 @@ class Found:
     kind: str
     tars: list[tuple[str, Entry]] = field(default_factory=list)
     parquets: list[tuple[str, Entry]] = field(default_factory=list)
+    zips: list[tuple[str, Entry]] = field(default_factory=list)
     arrows: list[tuple[str, Entry]] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)  # what may be a table
@@ -407,6 +410,8 @@ class Found:
         elif name.endswith(PARQUET_SUFFIXES):
             self.parquets.append((path, entry))
             self.sidecar_folders |= entry.name.rpartition(".")[0] in folder.folders
+        elif name.endswith(ZIP_SUFFIXES):
+            self.zips.append((path, entry))
         elif name.endswith(ARROW_SUFFIXES):
             self.arrows.append((path, entry))
         elif is_image_name(entry.name):
@@ -428,7 +433,7 @@ class Found:
             return "img2dataset-webdataset" if self.stats or paired else "webdataset"
         if self.sidecar_folders and self.images:
             return "img2dataset-files"
-        kinds = {"parquet": self.parquets, "arrow": self.arrows, "folder": self.images}
+        kinds = {"parquet": self.parquets, "arrow": self.arrows, "folder": self.images, "zip": self.zips}
         return next((kind for kind, found in kinds.items() if found), "")
 
     def by_content(self, location: Location) -> str:
@@ -463,7 +468,7 @@ def detect(location: Location, sample: int = 8, images: int = 200) -> Found:
             f"{_nothing(location, found, seen)}; give webdataset tars, Parquet files, an image folder, img2dataset's output "
             "folder, or the very csv or JSON file that names images."
         )
-    del found.tars[sample:], found.parquets[sample:], found.arrows[sample:]
+    del found.tars[sample:], found.parquets[sample:], found.arrows[sample:], found.zips[sample:]
     return found
 
 

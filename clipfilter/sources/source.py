@@ -33,7 +33,7 @@ class _Format(Protocol):
 
 
 def _format_class(kind: str) -> Any:
-    if kind in ("webdataset", "img2dataset-webdataset"):
+    if kind in ("webdataset", "zip", "img2dataset-webdataset"):
         from clipfilter.sources.webdataset import Webdataset
 
         return Webdataset

@@ -19,6 +19,7 @@ from clipfilter import egress, storage
 from clipfilter.errors import ShardError, one_line
 from clipfilter.retry import retry
 from clipfilter.sources.tar import TarFile, Wanted
+from clipfilter.sources.zip import ZIP_MAGIC, ZipArchive
 
 _PIECE = 8 << 20
 _WAITS = (0.5, 1.0)  # seconds before a copy is tried again
@@ -33,8 +34,11 @@ _MAGIC_BYTES = 6
 _KEPT_OPEN = 4
 
 
+Archive = TarFile | ZipArchive
+
+
 class TarCache:
-    """The tars opened last, so that copying rows does not fetch and index a tar again that was just read.
+    """The tars and zips opened last, so that copying rows does not fetch and index a tar again that was just read.
 
     Copies are unnamed temporary files: they vanish with the process, however it ends.
     """
@@ -42,9 +46,9 @@ class TarCache:
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
         self._lock = threading.Lock()
-        self._open: OrderedDict[tuple[str, str], TarFile] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str], Archive] = OrderedDict()
 
-    def open(self, url: str, etag: str) -> TarFile:
+    def open(self, url: str, etag: str) -> Archive:
         """The tar at `url` as it was listed (`etag`, "" for whatever is there); raises ShardError."""
         with self._lock:
             tar = self._open.get((url, etag))
@@ -67,24 +71,30 @@ class TarCache:
                 self._open.popitem(last=False)
         return tar
 
-    def _fetch(self, url: str, etag: str) -> TarFile:
+    def _fetch(self, url: str, etag: str) -> Archive:
         fs, path = storage.filesystem(url)
         if etag:
             check_unchanged(fs, path, url, etag)
         if storage.is_local(url):
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            if not os.pread(descriptor, _MAGIC_BYTES, 0).startswith(tuple(_ZIPPED)):
+            head = os.pread(descriptor, _MAGIC_BYTES, 0)
+            if head.startswith(ZIP_MAGIC):
+                os.close(descriptor)
+                return ZipArchive(path, self._wanted)
+            if not head.startswith(tuple(_ZIPPED)):
                 return TarFile(descriptor, os.fstat(descriptor).st_size, self._wanted)
             os.close(descriptor)
         hopeless = (FileNotFoundError, egress.FetchError)
         return retry(lambda: self._copy(fs, path), _WAITS, lambda error, _: not isinstance(error, hopeless))
 
-    def _copy(self, fs: Any, path: str) -> TarFile:
+    def _copy(self, fs: Any, path: str) -> Archive:
         with tempfile.TemporaryFile(prefix="clipfilter-") as copy, fs.open(path, "rb", block_size=_PIECE) as source:
             for piece in unzipped(source):
                 copy.write(piece)
             copy.flush()
             total = copy.tell()
+            if os.pread(copy.fileno(), _MAGIC_BYTES, 0).startswith(ZIP_MAGIC):
+                return ZipArchive(os.fdopen(os.dup(copy.fileno()), "rb"), self._wanted)
             return TarFile(os.dup(copy.fileno()), total, self._wanted)
 
 

@@ -56,7 +56,9 @@ class Member(NamedTuple):
     size: int
 
 
-class _Raw(NamedTuple):
+class RawMember(NamedTuple):
+    """One file as an archive lists it; `regular`: it is a file with bytes, no link or device."""
+
     name: bytes
     start: int
     offset: int
@@ -155,7 +157,15 @@ def index_tar(read_at: ReadAt, total: int, wanted: Wanted = _ALL) -> TarIndex:
     samples = _Samples(wanted, read_at)
     for raw in headers:
         samples.add(raw)
-    return samples.finish(headers, total)
+    return samples.finish(headers.damage, headers.cut_name, total)
+
+
+def index_members(members: Iterable[RawMember], read_at: ReadAt, wanted: Wanted = _ALL) -> TarIndex:
+    """The index of an archive of another kind, by its list of members; read_at: (size, offset of a member)."""
+    samples = _Samples(wanted, read_at)
+    for raw in members:
+        samples.add(raw)
+    return samples.finish(None, None, 0)
 
 
 # What a member is to its sample.
@@ -184,7 +194,7 @@ class _Samples:
         self._numbers: dict[str, int] = {}  # of extensions
         self._interleaved = False  # members of one key come apart
 
-    def add(self, raw: _Raw) -> None:
+    def add(self, raw: RawMember) -> None:
         index = self._index
         named = split_name(raw.name)
         if not raw.regular or named is None:
@@ -212,7 +222,7 @@ class _Samples:
         self._owner.append(sample)
         self._flat.extend((number, raw.start, raw.offset, raw.size))
 
-    def _kind(self, extension: str, raw: _Raw) -> int:
+    def _kind(self, extension: str, raw: RawMember) -> int:
         last = extension.rpartition(".")[2]
         if self._wanted.extension is not None and extension == self._wanted.extension:
             return _PICTURE
@@ -237,8 +247,8 @@ class _Samples:
         self._pictures.append(0)
         return sample
 
-    def finish(self, headers: _Headers, total: int) -> TarIndex:
-        """The index, less the rows that a damaged tar cut short."""
+    def finish(self, damage: int | None, cut_name: bytes | None, total: int) -> TarIndex:
+        """The index, less the rows that a damaged tar cut short. damage, cut_name: as in `_Headers`."""
         index, count = self._index, len(self._keys)
         owner, kinds = np.asarray(self._owner, np.int64), np.frombuffer(self._kinds, np.uint8)
         pictures, first = np.asarray(self._pictures, np.int64), np.asarray(self._occurrences, np.int64) == 1
@@ -251,12 +261,12 @@ class _Samples:
             sample: self._split(order[bounds[sample] : bounds[sample + 1]].tolist())
             for sample in np.flatnonzero((pictures > 1) | ((pictures > 0) & (others > 0))).tolist()
         }
-        if headers.damage is not None:
+        if damage is not None:
             index.damaged = True
-            unread_from = headers.damage
-            for sample in self._incomplete(rows) | self._cut(headers.cut_name):
+            unread_from = damage
+            for sample in self._incomplete(rows) | self._cut(cut_name):
                 if sample in several:
-                    unread_from = min(unread_from, self._drop_short(several[sample], headers.cut_name))
+                    unread_from = min(unread_from, self._drop_short(several[sample], cut_name))
                     continue
                 rows[sample] = False
                 if self._owner[-1] == sample and not self._interleaved:
@@ -267,7 +277,7 @@ class _Samples:
             used[order[bounds[sample] : bounds[sample + 1]]] = False
             used[[number for part in parts for number in part.members]] = True
         self._number(rows, several, order[used[order]])
-        self._account(rows, used, headers)
+        self._account(rows, used, cut_name)
         return index
 
     def _split(self, members: list[int]) -> list[_Part]:
@@ -367,7 +377,7 @@ class _Samples:
         index._members = np.asarray(self._flat, np.int64).reshape(-1, 4)[used]
         index._first = np.append(np.searchsorted(owner[used], samples), len(used))
 
-    def _account(self, rows: np.ndarray, used: np.ndarray, headers: _Headers) -> None:
+    def _account(self, rows: np.ndarray, used: np.ndarray, cut_name: bytes | None) -> None:
         """What became of the members: of a row without a picture one of them stands for it."""
         index, seen = self._index, self._index.seen
         seen.rows = len(index)
@@ -387,8 +397,8 @@ class _Samples:
             pickles += bool(used[number])
             seen.pass_over(why, member_key(self._keys[sample], index.extensions[extension]))
         seen.parts = int(used.sum()) - pickles - seen.rows
-        if headers.cut_name is not None:
-            seen.pass_over("unread", headers.cut_name.decode("utf-8", "replace"))
+        if cut_name is not None:
+            seen.pass_over("unread", cut_name.decode("utf-8", "replace"))
 
 
 class _Part(NamedTuple):
@@ -441,13 +451,6 @@ def _shared(pictures: Sequence[int], sidecars: Sequence[int], extensions: dict[i
     return found
 
 
-def member_name(read_at: ReadAt, member: Member) -> bytes:
-    """The full name of a member, from its headers."""
-    for raw in _Headers(read_at, member.offset + member.size, member.start):
-        return raw.name
-    raise OSError(f"the tar header at byte {member.start} is gone")
-
-
 def written_extension(name: bytes, member: Member) -> str:
     """A member's extension as it is written in its name."""
     extension = name.rpartition(b"/")[2].partition(b".")[2].decode("utf-8", "surrogateescape")
@@ -477,7 +480,7 @@ class _Headers:
         self._extended: dict[str, bytes] = {}
         self._everywhere: dict[str, bytes] = {}
 
-    def __iter__(self) -> Iterator[_Raw]:
+    def __iter__(self) -> Iterator[RawMember]:
         try:
             while (header := self._next()) is not None:
                 size = _number(header[124:136])
@@ -521,7 +524,7 @@ class _Headers:
         if kind == b"g" and self._long_name is None and not self._extended:
             self._start = self._pos
 
-    def _file(self, header: bytes, size: int) -> _Raw | None:
+    def _file(self, header: bytes, size: int) -> RawMember | None:
         """The file of a header; None for folders."""
         kind, offset = header[156:157], self._pos + BLOCK
         records = {**self._everywhere, **self._extended}
@@ -539,7 +542,7 @@ class _Headers:
         if offset + size > self._total:
             self.cut_name = name if regular else None
             raise _DamageError
-        raw = _Raw(name, self._start, offset, size, regular)
+        raw = RawMember(name, self._start, offset, size, regular)
         self._pos = self._start = offset + _padded(size)
         self._long_name, self._extended = None, {}
         return None if kind == b"5" or name.endswith(b"/") else raw
@@ -640,6 +643,12 @@ class TarFile:
             parts.append(data)
             got += len(data)
         return b"".join(parts)
+
+    def name(self, member: Member) -> bytes:
+        """The full name of a member, from its headers."""
+        for raw in _Headers(self.read_at, member.offset + member.size, member.start):
+            return raw.name
+        raise OSError(f"the tar header at byte {member.start} is gone")
 
     def read(self, member: Member) -> bytes:
         data = self.read_at(member.size, member.offset)

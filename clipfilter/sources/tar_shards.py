@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from clipfilter.sources.tar import TarFile, member_name, write_end, write_member, written_extension
+from clipfilter.sources.tar import TarFile, write_end, write_member, written_extension
 from clipfilter.storage import Directory
 
 
@@ -62,10 +62,7 @@ class TarShards:
 
 def row_members(tar: TarFile, row: int) -> list[tuple[str, bytes]]:
     """(extension as it was written, bytes) of every member of a row."""
-    return [
-        (written_extension(member_name(tar.read_at, member), member), tar.read(member))
-        for member in tar.index.members(row)
-    ]
+    return [(written_extension(tar.name(member), member), tar.read(member)) for member in tar.index.members(row)]
 
 
 def safe_key(key: str) -> str:

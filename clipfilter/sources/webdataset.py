@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipfilter.errors import MISSING_IMAGE, READ_ERROR, RefusedError, ShardError
+from clipfilter.errors import IMAGE_TOO_LARGE, MISSING_IMAGE, READ_ERROR, RefusedError, ShardError
 from clipfilter.sources import img2dataset
-from clipfilter.sources.discover import TAR_SUFFIXES, Found, Location, refusing
+from clipfilter.sources.discover import TAR_SUFFIXES, ZIP_SUFFIXES, Found, Location, refusing
+from clipfilter.sources.fetch import LARGEST_IMAGE
 from clipfilter.sources.model import ReadStats, Shard, SourceOptions, row_uid, shard_id
 from clipfilter.sources.records import (
     Row,
@@ -28,16 +29,14 @@ from clipfilter.sources.records import (
     travelling,
 )
 from clipfilter.sources.seen import Seen
-from clipfilter.sources.spool import TarCache, read_prefix
+from clipfilter.sources.spool import Archive, TarCache, read_prefix
 from clipfilter.sources.tar import (
     CAPTION_EXTENSIONS,
     Member,
-    TarFile,
     TarIndex,
     Wanted,
     index_tar,
     is_image,
-    member_name,
     write_end,
     write_member,
     written_extension,
@@ -61,7 +60,7 @@ class Webdataset:
         """Freeze columns from the first tars (at most 16 MiB of each); raises RefusedError."""
         wanted = options.image_column.lower().lstrip(".") if options.image_column else None
         sample = _Sample.of(location, found, Wanted(wanted, options.pictures))
-        where = location.url(found.tars[0][0])
+        where = location.url((found.zips if found.kind == "zip" else found.tars)[0][0])
         sidecar = None
         if found.kind.startswith("img2dataset"):
             sidecar = img2dataset.sidecar_schema(location, [path for path, _ in found.tars[:_SAMPLE_TARS]])
@@ -75,9 +74,10 @@ class Webdataset:
         guessed = caption_fields(fields)
         captioned = sample.captioned or any(record_captions(record, [], None, guessed) for record in sample.records)
         plan = {
-            "kind": found.kind if sidecar is not None or found.stats else "webdataset",
+            "kind": found.kind if found.kind != "zip" and (sidecar is not None or found.stats) else "webdataset",
             "image_extension": wanted,
             "each_picture": True,
+            "zip": found.kind == "zip",
             "text_extension": texts_named,
             "caption_field": caption if caption and not texts_named else None,
             "caption_guesses": [] if texts_named else guessed,
@@ -88,7 +88,8 @@ class Webdataset:
         return cls(location, options, columns, plan)
 
     def iter_shards(self, listing: Seen) -> Iterator[Shard]:
-        for path, entry in self.location.containers(TAR_SUFFIXES, listing, img2dataset.is_sidecar):
+        suffixes = ZIP_SUFFIXES if self.plan.get("zip") else TAR_SUFFIXES
+        for path, entry in self.location.containers(suffixes, listing, img2dataset.is_sidecar):
             yield Shard(shard_id(path), path, "tar", size=entry.size, etag=entry.etag)
 
     def read(
@@ -107,7 +108,7 @@ class Webdataset:
         found = (self._row(tar, index, number, images, shard.path, sidecar) for number in numbers)
         yield from batches(found, self.columns, self.options, stats)
 
-    def _open(self, shard: Shard) -> TarFile:
+    def _open(self, shard: Shard) -> Archive:
         url = self.location.url(shard.path)
         tar = self._tars.open(url, shard.etag)
         if "each_picture" not in self.plan and (tar.index.several or tar.index.by_content):
@@ -118,7 +119,7 @@ class Webdataset:
         return tar
 
     def _row(
-        self, tar: TarFile, index: TarIndex, number: int, images: bool, path: str, sidecar: img2dataset.Sidecar | None
+        self, tar: Archive, index: TarIndex, number: int, images: bool, path: str, sidecar: img2dataset.Sidecar | None
     ) -> Row:
         key, occurrence = index.keys[number], index.occurrences[number]
         record: dict[str, Any] = {}
@@ -130,11 +131,13 @@ class Webdataset:
             record, unfit, texts = _sidecars(index.members(number), member, tar.read, self.plan["text_extension"])
             if images:
                 if member is None:
-                    error_class, error = MISSING_IMAGE, "the tar has no image for this key"
+                    error_class, error = MISSING_IMAGE, "the archive has no image for this key"
+                elif member.size > LARGEST_IMAGE:
+                    error_class, error = IMAGE_TOO_LARGE, f"the member is larger than {LARGEST_IMAGE >> 20} MiB"
                 else:
                     image = tar.read(member)
         except OSError as problem:
-            error_class, error = READ_ERROR, f"the tar cannot be read here: {problem}"
+            error_class, error = READ_ERROR, f"the archive cannot be read here: {problem}"
         if sidecar is not None and not record and unfit is None:
             record = sidecar.record(key.rpartition("/")[2])
         captions = record_captions(record, texts, self.plan["caption_field"], self.plan["caption_guesses"])
@@ -176,17 +179,16 @@ class _Sample:
         sample = cls()
         refused: RefusedError | None = None
         pictured = False
-        for path, _ in found.tars[:_SAMPLE_TARS]:
-            url = location.url(path)
+        archives = found.zips if found.kind == "zip" else found.tars
+        for path, _ in archives[:_SAMPLE_TARS]:
             try:
-                with refusing(url):
-                    data = read_prefix(url, _SAMPLE_BYTES)
+                with refusing(location.url(path)):
+                    index, read = _beginning(location.url(path), wanted, found.kind == "zip")
             except RefusedError as error:
                 refused = refused or error
                 continue
-            index = index_tar(partial(_slice, data), len(data), wanted)
             pictured |= any(number >= 0 for number in index.images)
-            sample._add(index, data)
+            sample._add(index, read)
             if len(sample.records) >= _SAMPLE_ROWS // 2:
                 break
         if refused is not None and not sample.extensions:
@@ -198,19 +200,31 @@ class _Sample:
         ):
             listed = ", ".join(sorted(sample.extensions)[:20])
             raise RefusedError(
-                f"{location.url(found.tars[0][0])} has no image members; its extensions are: {listed} (name the right one "
+                f"{location.url(archives[0][0])} has no image members; its extensions are: {listed} (name the right one "
                 "with --image-column)."
             )
         return sample
 
-    def _add(self, index: TarIndex, data: bytes) -> None:
+    def _add(self, index: TarIndex, read: Callable[[Member], bytes]) -> None:
         self.extensions.update(index.extensions)
         for row in range(min(len(index), _SAMPLE_ROWS - len(self.records))):
             members = index.members(row)
             self.extensions.update(member.extension for member in members)
-            record, _, texts = _sidecars(members, index.image(row), partial(_member, data), None)
+            record, _, texts = _sidecars(members, index.image(row), read, None)
             self.records.append(record)
             self.captioned |= any(text.strip() for text in texts)
+
+
+def _beginning(url: str, wanted: Wanted, whole: bool) -> tuple[TarIndex, Callable[[Member], bytes]]:
+    """The index of the first megabytes of a tar, or of a whole zip, and a reader of its members; raises RefusedError."""
+    if whole:
+        try:
+            archive = TarCache(wanted).open(url, "")
+        except ShardError as error:
+            raise RefusedError(f"{str(error).rstrip('.')}; copy or pack it again.") from error
+        return archive.index, archive.read
+    data = read_prefix(url, _SAMPLE_BYTES)
+    return index_tar(partial(_slice, data), len(data), wanted), partial(_member, data)
 
 
 def _slice(data: bytes, size: int, offset: int) -> bytes:
@@ -247,9 +261,9 @@ def _sidecars(
     return record, unfit, texts
 
 
-def _copy_row(tar: TarFile, number: int, output: io.BufferedWriter, taken: set[bytes]) -> None:
+def _copy_row(tar: Archive, number: int, output: io.BufferedWriter, taken: set[bytes]) -> None:
     members = tar.index.members(number)
-    written = [member_name(tar.read_at, member) for member in members]
+    written = [tar.name(member) for member in members]
     key, occurrence = _safe_key(written[0], tar.index.several.get(number)), tar.index.occurrences[number]
     unique = key if occurrence == 1 else b"%s~%d" % (key, occurrence)
     while unique in taken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clipfilter.sources.tar import BLOCK, TarIndex, Wanted, index_tar, is_image, member_name, split_name
+from clipfilter.sources.tar import BLOCK, TarFile, TarIndex, Wanted, index_tar, is_image, split_name
 from tests.support import sources as make
 
 KINDS = ("jpg", "txt", "json")
@@ -147,16 +148,18 @@ def test_rows_are_those_of_the_webdataset_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_strange_names(format: int) -> None:
+def test_long_and_strange_names(format: int, tmp_path: Path) -> None:
     names = ["x" * 120 + ".jpg", "d" * 90 + "/" + "e" * 90 + ".jpg", "ünïcode-" + "é" * 99 + ".jpg", "a\nb.jpg"]
     data = build([(name, name.encode()) for name in names], format)
-    found = index(data)
+    (tmp_path / "a.tar").write_bytes(data)
+    tar = TarFile(os.open(tmp_path / "a.tar", os.O_RDONLY), len(data))
+    found = tar.index
     assert found.keys == [name[:-4] for name in names]
     for row, name in enumerate(names):
         image = found.image(row)
         assert image is not None
         assert data[image.offset : image.offset + image.size] == name.encode()
-        assert member_name(lambda size, offset: data[offset : offset + size], image) == name.encode()
+        assert tar.name(image) == name.encode()
 
 
 def test_a_long_name_in_ustars_prefix_field() -> None:

@@ -10,6 +10,7 @@ import lzma
 import math
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -401,6 +402,74 @@ def test_a_plan_says_which_pictures_only_where_somebody_did(tmp_path: Path) -> N
     assert Source.from_plan(plan).options.pictures == "all"
     first = open_source(str(tmp_path), SourceOptions(pictures="first")).to_plan()
     assert Source.from_plan(first).options.pictures == "first"
+
+
+# --- zips -------------------------------------------------------------------------------------------------------------
+
+
+def write_zip(path: Path, listed: list[tuple[str, bytes]]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in listed:
+            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def test_zips_are_read_by_the_rules_of_tars(tmp_path: Path) -> None:
+    listed = [
+        ("cats/", b""), ("cats/a.JPG", make.jpeg(0)), ("cats/a.txt", b"a cat"), ("cats/b", make.jpeg(1)),
+        ("c.1.jpg", make.jpeg(2)), ("c.2.jpg", make.jpeg(3)), ("c.2.txt", b"second"), ("readme.md", b"hello"),
+        ("__MACOSX/cats/._a.JPG", b"x"), ("d.svg", b"<svg/>"),
+        ("win\\e.jpg", make.jpeg(4)),
+    ]  # fmt: skip
+    write_zip(tmp_path / "one.zip", listed)
+    write_zip(tmp_path / "two.zip", make.members(make.samples(2)))
+    source = open_source(str(tmp_path))
+    shards = list(source.iter_shards())
+    assert [shard.path for shard in shards] == ["one.zip", "two.zip"]
+    rows, stats = read_shard(source, shards[0])
+    assert [(row["cf_key"], row["cf_image"], row["cf_captions"]) for row in rows] == [
+        ("cats/a", make.jpeg(0), ["a cat"]), ("cats/b", make.jpeg(1), None), ("c.1.jpg", make.jpeg(2), None),
+        ("c.2.jpg", make.jpeg(3), ["second"]), ("win/e", make.jpeg(4), None),
+    ]  # fmt: skip
+    assert (stats.seen.rows, stats.seen.parts) == (5, 2)
+    assert stats.seen.passed == {"unknown_type": 1, "hidden": 1, "unsupported": 1}
+    assert source.copy_rows(shards[0], [0, 3, 4], tmp_path / "out.tar") == 3
+    assert dict(tar_members(tmp_path / "out.tar")) == {
+        "cats/a.JPG": make.jpeg(0), "cats/a.txt": b"a cat", "c~2.jpg": make.jpeg(3), "c~2.txt": b"second",
+        "win/e.jpg": make.jpeg(4),
+    }  # fmt: skip
+    assert [row["cf_image"] for row in read_rows(open_source(str(tmp_path / "two.zip")))] == [
+        make.jpeg(0),
+        make.jpeg(1),
+    ]
+
+
+def test_what_a_zip_hides_costs_its_row_or_the_archive(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", [("a.jpg", make.jpeg(0)), ("b.jpg", make.jpeg(1)), ("c.jpg", make.jpeg(2))])
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")  # of a.jpg in the directory: set the bit that says encrypted
+    data[entry + 8] |= 1
+    data[6] |= 1
+    place = data.index(b"b.jpg") + 200
+    data[place : place + 8] = bytes(8)
+    path.write_bytes(data)
+    source = open_source(str(path))
+    (shard,) = source.iter_shards()
+    rows, _ = read_shard(source, shard)
+    assert [row["cf_error_class"] for row in rows] == ["read_error", "read_error", None]
+    assert "encrypted" in rows[0]["cf_error"]
+    make.cut(path, 0.5)
+    with pytest.raises(RefusedError, match=r"a\.zip cannot be read.*copy or pack it again"):
+        open_source(str(path))
+    with pytest.raises(ShardError, match="has changed"):
+        read_shard(Source.from_plan(source.to_plan()), shard)
+
+
+def test_a_zip_that_unzips_to_far_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipfilter.egress.UNZIPPED_FREE", 1 << 20)
+    path = write_zip(tmp_path / "a.zip", [("a.jpg", make.jpeg(0)), ("b.npy", bytes(16 << 20))])
+    with pytest.raises(RefusedError, match="unzips to more than"):
+        open_source(str(path))
 
 
 # --- img2dataset ------------------------------------------------------------------------------------------------------
