@@ -39,9 +39,11 @@ def guard(call: Callable[[], object]) -> None:
         _stop(str(error), 1)
     except BrokenPipeError:
         sys.exit(1)
-    except OSError as error:
-        _stop(f"stopped by the system: {error}; run the same command again to resume.", 1)
     except Exception as error:
+        if isinstance(error, (OSError, MemoryError)) or str(error) == "can't start new thread":
+            _stop(
+                f"stopped by the system: {str(error) or 'no memory is left'}; run the same command again to resume.", 1
+            )
         traceback.print_exc()
         _stop(f"crashed: {type(error).__name__}: {error} (a bug: please report it with the lines above)", 1)
 

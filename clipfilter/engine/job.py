@@ -318,7 +318,9 @@ def refuse_foreign_directory(directory: Directory, *, make: bool = True) -> None
             Path(directory.root).mkdir(parents=True, exist_ok=True)
             directory.scratch()
         harmless = ("run.log", "nights", attachments.ATTACHMENTS_FOLDER)
-        found = [] if directory.exists(PLAN_FILE) else [n for n in directory.names("") if n not in harmless]
+        found = [n for n in directory.names("") if n not in harmless]
+        if directory.exists(PLAN_FILE):  # asked last: another process may have begun the same run meanwhile
+            found = []
     except (OSError, ImportError) as error:
         raise RefusedError(f"--out {directory.url} cannot be written ({error}); choose another place.") from error
     if found:
@@ -539,6 +541,13 @@ def _judge(version: Version, max_failures: float) -> tuple[int, list[str]]:
     return exit_code, messages
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a disk that may be full: a line that cannot be written is lost, and is no error of its own."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _log_file(directory: Directory) -> Iterator[None]:
     """Collect this package's log in OUT/run.log (appended on disks, replaced on object stores)."""
@@ -548,7 +557,7 @@ def _log_file(directory: Directory) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     else:
         path = Path(tempfile.mkstemp(prefix="clipfilter-", suffix=".log")[1])
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -561,7 +570,8 @@ def _log_file(directory: Directory) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
         if not directory.local:
             with contextlib.suppress(Exception):
                 directory.replace("run.log", path.read_bytes())

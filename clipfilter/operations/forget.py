@@ -366,6 +366,8 @@ def _copy(run: Run, file: DataFile, keep: np.ndarray, shard: Shard, writer: Shar
     else:
         directory.fs.get(directory.path(file.name), str(old), recursive=directory.fs.isdir(directory.path(file.name)))
     plan = run.dataset
+    if shard.format == "parquet":  # also the copies of Arrow files and of tables of names
+        plan = {**plan, "kind": "parquet", "format": {**plan["format"], "kind": "parquet"}}
     root = old if old.is_dir() else old.parent
     options = plan["options"] | {"rows_per_shard": file.rows + 1}
     source = Source.from_plan({**plan, "root": str(root), "pattern": None, "options": options})

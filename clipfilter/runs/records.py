@@ -369,6 +369,7 @@ class Totals(_Rows):
         totals |= {**sums, "failed_shards": len(failed_shards)}
         if told:
             seen.add(listing or Seen())
+            seen.pass_over_unread_tables()
             for failed in failed_shards:
                 seen.pass_over("unread", failed.shard.path, failed.shard.known_rows)
             totals["seen"] = seen.to_json()

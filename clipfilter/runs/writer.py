@@ -20,6 +20,8 @@ from clipfilter.sources import Shard, Source
 from clipfilter.storage import Directory, file_sha256
 
 _ROW_GROUP = 65_536
+#: Bytes written to disk at once: Arrow's own writes are a hundred small ones for each table.
+_BUFFER = 1 << 20
 #: Characters of a file's sha256 that its name carries.
 HASH_LENGTH = 16
 _EXTENSION = {"tar": ".tar", "parquet": ".parquet", "folder": ""}
@@ -46,7 +48,7 @@ class ShardWriter:
     def embeddings(self, table: pa.Table) -> None:
         if table.num_rows:
             path = self._folder / "embeddings"
-            with pa.OSFile(str(path), "wb") as handle, pa.ipc.new_file(handle, table.schema) as writer:
+            with pa.output_stream(path, buffer_size=_BUFFER) as handle, pa.ipc.new_file(handle, table.schema) as writer:
                 writer.write_table(table, max_chunksize=_ROW_GROUP)
             self.publish(path, "embeddings", ".arrow", table.num_rows)
 
@@ -110,7 +112,9 @@ class ShardWriter:
 
     def _parquet(self, table: pa.Table, folder: FileKind) -> None:
         path = self._folder / folder
-        pq.write_table(table.cast(parquet_schema(table.schema)), path, compression="zstd", row_group_size=_ROW_GROUP)
+        table = table.cast(parquet_schema(table.schema))
+        with pa.output_stream(path, buffer_size=_BUFFER) as handle:
+            pq.write_table(table, handle, compression="zstd", row_group_size=_ROW_GROUP)
         self.publish(path, folder, ".parquet", table.num_rows)
 
     def publish(self, path: Path, folder: FileKind, extension: str, rows: int, prefix: str = "") -> None:

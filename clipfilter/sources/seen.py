@@ -106,6 +106,13 @@ class Seen:
         for table, why in other.not_read.items():
             self.leave(table, why)
 
+    def pass_over_unread_tables(self) -> None:
+        """Tables of which nothing was read speak of no picture; their listing could only take them for parts."""
+        for table in self.not_read:
+            if self.parts and not self.captions.get(table):
+                self.parts -= 1
+                self.pass_over("unclaimed", table)
+
     def _exemplify(self, reason: Reason, names: list[str]) -> None:
         known = self.examples.get(reason, [])
         known += [name for name in names if name not in known][: _EXAMPLES - len(known)]

@@ -105,15 +105,20 @@ def make(kind: str, folder: Path) -> None:
         pq.write_table(pa.table(table), folder / "a.parquet")
     elif kind == "folder":
         write_image_folder(folder, pictures())
+    elif kind == "jsonl":
+        write_image_folder(folder, pictures(), captions="txt")
+        lines = [{"images": [f"{row['__key__']}.jpg"], "text": row["txt"], **row["json"]} for row in pictures()]
+        (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     else:
         loose_folder(folder)
 
 
-@pytest.mark.parametrize("kind", ["tar", "parquet", "dictionary", "folder", "loose"])
+@pytest.mark.parametrize("kind", ["tar", "parquet", "dictionary", "folder", "loose", "jsonl"])
 def test_nothing_of_a_row_is_left_in_any_byte(kind: str, tmp_path: Path) -> None:
     make(kind, tmp_path / "source")
     run = tmp_path / "run"
-    run_job(JobRequest("run", str(tmp_path / "source"), str(run), policy=policy_file(tmp_path, KEEP), engine="local"))
+    source = tmp_path / "source" / ("a.jsonl" if kind == "jsonl" else "")
+    run_job(JobRequest("run", str(source), str(run), policy=policy_file(tmp_path, KEEP), engine="local"))
     write_report(str(run))
     before = rows_of(run)
     assert len(before) == ROWS
@@ -121,6 +126,7 @@ def test_nothing_of_a_row_is_left_in_any_byte(kind: str, tmp_path: Path) -> None
     for row in (before[0], before[4]):
         words = [row["cf_uid"], row["cf_caption"], row["cf_sha256"]]
         words += [Path(row["cf_key"]).stem] if kind in ("tar", "folder", "loose") else []
+        words += [row["images"]] if kind == "jsonl" else []
         assert grep(run, *words)
         done = forget(run, row)
         assert done.left == []

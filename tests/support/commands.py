@@ -44,14 +44,14 @@ sys.exit(code)
 
 
 class ForkServer:
-    """The server of this test process: started when first used, ended with it."""
+    """A server of this test process, with more in its environment: started when first used, ended with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="clipfilter-fork-"))
         self.address = str(self._folder / "socket")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.fork_server", self.address],
-            cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": ""},
+            cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": ""} | environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         atexit.register(self.close)

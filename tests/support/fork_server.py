@@ -47,6 +47,7 @@ def preload() -> None:
     for module in pkgutil.walk_packages(clipfilter.__path__, "clipfilter."):
         if not module.name.startswith(_LEFT_OUT) and "hugging" not in module.name and "onnx" not in module.name:
             importlib.import_module(module.name)
+    importlib.import_module("pandas")  # Arrow looks for it when it first makes an array, which takes half a second
     quick.install()
     quick.remember_exports()
     from clipfilter.models import load_encoder

@@ -11,6 +11,7 @@ import pytest
 from clipfilter.engine import JobRequest, run_job
 from clipfilter.engine.overview import plan_overview
 from clipfilter.errors import RefusedError
+from clipfilter.nightly import NightRequest, run_night
 from clipfilter.operations import verify_run
 from clipfilter.runs import Run
 from clipfilter.sources import Location, Seen, Source, open_source
@@ -140,6 +141,24 @@ def test_a_run_keeps_the_account_and_verify_compares_it_with_the_source(folder: 
     assert any("not what it was" in line for line in proof.notes)
     shutil.rmtree(folder)
     assert any("cannot be listed" in line for line in verify_run(result.out).notes)
+
+
+def test_nights_keep_the_account_that_one_run_over_all_has(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(PICTURES[0])
+    (source / "notes.csv").write_text("when,what\nnow,this\n")
+    request = NightRequest(JobRequest("score", str(source), str(tmp_path / "nights"), engine="local"))
+    assert run_night(request).exit_code == 0
+    (source / "b").write_bytes(PICTURES[1])
+    (source / "b.txt").write_text("a caption")
+    (source / ".hidden").write_bytes(b"")
+    grown = run_night(request).totals.seen
+    at_once = run_job(JobRequest("score", str(source), str(tmp_path / "run"), engine="local")).totals.seen
+    assert grown == at_once
+    assert grown is not None
+    assert grown.counts() == (2, 1, 0, {"hidden": 1, "unclaimed": 1})
+    assert grown.told()[-1] == "not read: notes.csv, no column names a picture"
 
 
 def test_rows_left_out_by_a_limit_are_counted(folder: Path, tmp_path: Path) -> None:
