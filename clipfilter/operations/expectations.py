@@ -22,12 +22,13 @@ from clipfilter.engine import (
     embed_rows,
 )
 from clipfilter.errors import MISSING_IMAGE, RefusedError
+from clipfilter.images import DecodeSettings
 from clipfilter.policies import BUILTINS, Expectation, Policy, RuleExpectation, compile_policy
 from clipfilter.runs import annotate, decision_inputs
 from clipfilter.sources import COLUMN_PREFIX, row_uid
 
 if TYPE_CHECKING:
-    from clipfilter.images import DecodeSettings, Mode
+    from clipfilter.images import Mode
     from clipfilter.models import Encoder
 
 _BATCH = 32

@@ -107,6 +107,7 @@ print(len(started), result.totals["rows"], result.totals["failed"], result.exit_
 """
 
 
+@pytest.mark.soak("test_a_stopped_worker_is_named_ended_and_its_shards_done_by_another")
 def test_a_replacement_that_dies_while_it_loads_does_not_end_the_job(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import os\nif os.environ.get('END_AT_ONCE'): os._exit(5)\n")

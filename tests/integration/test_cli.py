@@ -95,7 +95,11 @@ def test_wrong_requests_get_one_sentence_and_exit_code_2(arguments: list[str], s
 
 @pytest.mark.parametrize(
     ("number", "code", "engine"),
-    [(signal.SIGTERM, 143, "local"), (signal.SIGINT, 130, "local"), (signal.SIGTERM, 143, "ray")],
+    [
+        (signal.SIGTERM, 143, "local"),
+        (signal.SIGINT, 130, "local"),
+        pytest.param(signal.SIGTERM, 143, "ray", marks=pytest.mark.soak),
+    ],
 )
 def test_signals_stop_at_once_leave_nothing_behind_and_say_how_to_resume(
     number: signal.Signals, code: int, engine: str, tmp_path: Path
@@ -112,7 +116,7 @@ def test_signals_stop_at_once_leave_nothing_behind_and_say_how_to_resume(
         time.sleep(0.05)
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == code, errors
     assert "run the same command again to resume" in errors
     assert "Traceback" not in errors
     assert not (out / "versions").exists()

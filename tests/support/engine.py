@@ -112,7 +112,17 @@ def commits(out: Path) -> dict[str, dict[str, Any]]:
 
 def stray_files(out: Path) -> list[str]:
     """Files in a run directory that have no business there."""
-    known = {"plan.json", "run.json", "run.log", "report.html", *FILE_KINDS, "commits", "versions", "thresholds"}
+    known = {
+        "plan.json",
+        "run.json",
+        "run.log",
+        "report.html",
+        *FILE_KINDS,
+        "commits",
+        "versions",
+        "thresholds",
+        "derived",
+    }
     return sorted(path.name for path in out.iterdir() if path.name not in known)
 
 
