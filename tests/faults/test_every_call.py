@@ -36,8 +36,7 @@ COMMANDS: dict[str, Command] = {
 HOW: dict[str, dict[str, Any]] = {
     "full": {"how": "full", "errno": errno.ENOSPC},
     "broken": {"how": "error", "errno": errno.EIO},
-    "killed": {"how": "kill"},
-    "killed-after": {"how": "killed-after"},
+    "killed": {"how": "kill"},  # before the call, which is after the one before it
 }
 #: What differs between equal runs: the times, and the page that shows them.
 _TIMED = ("run.log", "run.json", "report.html")
