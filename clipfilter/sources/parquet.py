@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,10 +136,13 @@ class Parquet:
         return cls(location, options, columns, plan)
 
     def iter_shards(self, listing: Seen) -> Iterator[Shard]:
-        if self.plan["kind"] == "arrow":
-            yield from self._arrow_files(listing)
-            return
-        for path, entry in self.location.containers(PARQUET_SUFFIXES, listing, img2dataset.is_sidecar):
+        # Parquet beside Arrow files would have been taken in place of them: what is here is a copy that a run made.
+        suffixes = (*ARROW_SUFFIXES, *PARQUET_SUFFIXES) if self.plan["kind"] == "arrow" else PARQUET_SUFFIXES
+        saved: dict[str, set[str] | None] = {}
+        for path, entry in self.location.containers(suffixes, listing, self._is_part):
+            if is_arrow(path):
+                yield from self._arrow_file(path, entry, saved, listing)
+                continue
             try:
                 fs, inside = storage.filesystem(self.location.url(path))
                 with fs.open(inside, "rb") as handle:
@@ -149,18 +152,19 @@ class Parquet:
                 continue
             yield from self._split(path, entry, metadata)
 
-    def _arrow_files(self, listing: Seen) -> Iterator[Shard]:
-        """Every Arrow file is a shard; beside a `state.json` of `datasets` those that it names."""
-        saved: dict[str, set[str] | None] = {}
-        for path, entry in self.location.containers(ARROW_SUFFIXES, listing, lambda names, name: name in _SAVED):
-            folder, _, name = path.rpartition("/")
-            if folder not in saved:
-                saved[folder] = _saved_files(self.location, folder)
-            files = saved[folder]
-            if files is not None and name not in files:
-                listing.containers -= 1
-                listing.pass_over("other_kind", path)
-                continue
+    def _is_part(self, names: Collection[str], name: str) -> bool:
+        return name in _SAVED if self.plan["kind"] == "arrow" else img2dataset.is_sidecar(names, name)
+
+    def _arrow_file(self, path: str, entry: Entry, saved: dict[str, set[str] | None], listing: Seen) -> Iterator[Shard]:
+        """An Arrow file is a shard, unless a `state.json` of `datasets` beside it does not name it. saved: by folder."""
+        folder, _, name = path.rpartition("/")
+        if folder not in saved:
+            saved[folder] = _saved_files(self.location, folder)
+        files = saved[folder]
+        if files is not None and name not in files:
+            listing.containers -= 1
+            listing.pass_over("other_kind", path)
+        else:
             yield Shard(shard_id(path), path, "parquet", size=entry.size, etag=entry.etag)
 
     def _split(self, path: str, entry: Entry, metadata: pq.FileMetaData) -> Iterator[Shard]:

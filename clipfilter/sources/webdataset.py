@@ -88,7 +88,8 @@ class Webdataset:
         return cls(location, options, columns, plan)
 
     def iter_shards(self, listing: Seen) -> Iterator[Shard]:
-        suffixes = ZIP_SUFFIXES if self.plan.get("zip") else TAR_SUFFIXES
+        # Tars beside zips would have been taken in place of them: those here are copies that a run made.
+        suffixes = (*ZIP_SUFFIXES, *TAR_SUFFIXES) if self.plan.get("zip") else TAR_SUFFIXES
         for path, entry in self.location.containers(suffixes, listing, img2dataset.is_sidecar):
             yield Shard(shard_id(path), path, "tar", size=entry.size, etag=entry.etag)
 
