@@ -29,12 +29,16 @@ class Scratch:
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=f"{prefix}{_place(parent)}-", dir=parent))
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 self._lock = _opened(self.path / _LOCK)
-                if lock(self._lock) is not False and (self.path / _LOCK).exists():
-                    return
-                os.close(self._lock)
-            # Another process took the folder for left over before it was locked, and removes it.
+            except FileNotFoundError:
+                continue  # another process took the folder for left over before it was locked, and removed it
+            except OSError:
+                os.rmdir(self.path)
+                raise
+            if lock(self._lock) is not False and (self.path / _LOCK).exists():
+                return
+            os.close(self._lock)
 
     def touch(self) -> None:
         """Say that the owner lives, to those who cannot see its lock."""
@@ -63,6 +67,10 @@ def _remove_if_dead(path: Path, *, trusted: bool) -> None:
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         return
+    if trusted:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)  # empty: its owner died before it locked it, or makes another when it finds it gone
+            return
     with contextlib.ExitStack() as stack:
         free: bool | None = None
         with contextlib.suppress(FileNotFoundError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from clipfilter import columns as cf
 from tests.support.engine import FRACTION_POLICY, policy_file, samples, write_tars
 from tests.support.faults import clipfilter
 
@@ -27,7 +29,7 @@ OPTIONS = ["--threads", "1", "--batch-size", "8", "-q"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where they are: sources, policies, an embedded run of the tars and a decided one."""
+    """Where they are: sources, policies, an embedded run of the tars and a decided one, and the uid of a row that it kept."""
 
     tars: Path
     pictures: Path
@@ -35,6 +37,7 @@ class Inputs:
     fraction: str
     embedded: Path
     decided: Path
+    uids: Path
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +57,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         policy_file(folder, FRACTION_POLICY, "fraction.yaml"),
         folder / "embedded",
         folder / "decided",
+        folder / "uids.txt",
     )
     assert clipfilter("embed", tars, "--out", made.embedded, *OPTIONS).returncode == 0
     assert clipfilter("run", tars, "--policy", made.policy, "--out", made.decided, *OPTIONS).returncode == 0
+    rows = [row for path in (made.decided / "annotated").iterdir() for row in pq.read_table(path).to_pylist()]
+    made.uids.write_text(next(row[cf.UID] for row in rows if row[cf.DECISION] == "keep") + "\n")
     return made

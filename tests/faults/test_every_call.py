@@ -32,15 +32,15 @@ COMMANDS: dict[str, Command] = {
     "filter": lambda i, out: ["filter", i.embedded, "--policy", i.policy, "--out", out, "--threads", "1", "-q"],
     "export": lambda i, out: ["export", i.decided, "--to", out],
     "export-vectors": lambda i, out: ["export", i.decided, "--to", out, "--as", "clip-retrieval"],
+    "forget": lambda i, out: ["forget", out, "--uids", i.uids],
 }
 HOW: dict[str, dict[str, Any]] = {
     "full": {"how": "full", "errno": errno.ENOSPC},
     "broken": {"how": "error", "errno": errno.EIO},
-    "killed": {"how": "kill"},
-    "killed-after": {"how": "killed-after"},
+    "killed": {"how": "kill"},  # before the call, which is after the one before it
 }
 #: What differs between equal runs: the times, and the page that shows them.
-_TIMED = ("run.log", "run.json", "report.html")
+_TIMED = ("run.log", "run.json", "report.html", "receipts/")
 
 
 def content(out: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def content(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = commits(out) if (out / "commits").is_dir() else {}
     for path in sorted(item for item in out.rglob("*") if item.is_file()):
         name = path.relative_to(out).as_posix()
-        if name not in _TIMED and not name.startswith(("commits/", ".")):
+        if not name.startswith((*_TIMED, "commits/", ".")):
             found[name] = file_sha256(path)
     return found
 
@@ -66,8 +66,9 @@ class Subject:
 
     def __init__(self, name: str, inputs: Inputs, folder: Path) -> None:
         self._command, self._inputs, self._folder = COMMANDS[name], inputs, folder
-        self.is_run = not name.startswith("export")
+        self.name, self.is_run = name, not name.startswith("export")
         out, log = folder / "undisturbed", folder / "calls"
+        self._begin(out)
         done = clipfilter(*self._command(inputs, out), fault=Fault(below=out, log=log))
         assert done.returncode == 0, done.stderr
         self.calls = calls(log)
@@ -76,7 +77,7 @@ class Subject:
     def disturb(self, call: int, how: str) -> tuple[str, ...]:
         """Disturb the command at one call, and check all that must hold; how it ended, and what `verify` said then."""
         out = self._folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
+        self._begin(out)
         command = self._command(self._inputs, out)
         done = clipfilter(*command, fault=Fault(below=out, at=call, **HOW[how]))
         said = f"{how} at call {call}: exit code {done.returncode}: {done.stderr}"
@@ -85,7 +86,7 @@ class Subject:
         proof = self._proof(out)
         if ended == "done":
             assert proof in ("proved", "an export"), said
-        if proof == "proved":
+        if ended == "done" or (proof == "proved" and self.name != "forget"):
             assert content(out) == self.want, said
         again = clipfilter(*command)
         assert again.returncode == 0, f"{said}, then {again.stderr}"
@@ -94,6 +95,12 @@ class Subject:
         if self.is_run:
             assert verify_run(str(out)).problems == [], said
         return ended, proof
+
+    def _begin(self, out: Path) -> None:
+        """What is there before the command: nothing, or the run that it changes."""
+        shutil.rmtree(out, ignore_errors=True)
+        if self.name == "forget":
+            shutil.copytree(self._inputs.decided, out)
 
     def _proof(self, out: Path) -> str:
         if not self.is_run:

@@ -10,7 +10,6 @@
  *   FAULT_HOW      error: it fails with FAULT_ERRNO, once
  *                  full: it and all that follow, but those that delete; a write takes half of its bytes first
  *                  kill: the process is killed before the call
- *                  killed-after: the process is killed after it
  *                  vanish: the folder is renamed to FOLDER.gone before the call
  *   FAULT_LOG      a file that gets a line for each call that counts: its number, kind and path
  *   FAULT_CLOCK    "EVERY:SECONDS,SECONDS": the wall clock is off by the first number at first, by the next one
@@ -41,7 +40,7 @@
 
 enum kind { OPEN, WRITE, SYNC, RENAME, LINK, MKDIR, UNLINK, LOCK, READ, KINDS };
 static const char *names[KINDS] = {"open", "write", "sync", "rename", "link", "mkdir", "unlink", "lock", "read"};
-enum how { ERROR, FULL, KILL, KILLED_AFTER, VANISH };
+enum how { ERROR, FULL, KILL, VANISH };
 
 static char below[PATH_MAX];
 static size_t length;
@@ -75,9 +74,9 @@ void fault_arm(void) {
     const char *wanted = getenv("FAULT_CALLS");
     for (int kind = 0; kind < KINDS; kind++)
         counted[kind] = wanted && *wanted ? lists(wanted, names[kind]) : kind != LOCK && kind != READ;
-    const char *ways[] = {"error", "full", "kill", "killed-after", "vanish"}, *way = getenv("FAULT_HOW");
+    const char *ways[] = {"error", "full", "kill", "vanish"}, *way = getenv("FAULT_HOW");
     how = ERROR;
-    for (int i = 0; way && i < 5; i++)
+    for (int i = 0; way && i < 4; i++)
         if (!strcmp(way, ways[i])) how = i;
     if (log_file >= 0) syscall(SYS_close, log_file);
     const char *log = getenv("FAULT_LOG");
@@ -131,7 +130,7 @@ static int path_below(int folder, const char *name, char *path) {
     return is_below(path);
 }
 
-enum verdict { GO, FAIL, HALF, LAST };
+enum verdict { GO, FAIL, HALF };
 
 static void die(void) {
     syscall(SYS_kill, syscall(SYS_getpid), SIGKILL);
@@ -156,8 +155,6 @@ static enum verdict judge(enum kind kind, const char *path) {
     case KILL:
         die();
         return FAIL;
-    case KILLED_AFTER:
-        return LAST;
     case VANISH:
         snprintf(gone, sizeof gone, "%s.gone", below);
         syscall(SYS_renameat2, AT_FDCWD, below, AT_FDCWD, gone, 0);
@@ -173,9 +170,7 @@ static enum verdict judge(enum kind kind, const char *path) {
         errno = number;                                                           \
         return -1;                                                                \
     }                                                                             \
-    __typeof__(real_call) answer = real_call;                                     \
-    if (verdict == LAST) die();                                                   \
-    return answer
+    return real_call
 
 #define OPENING(name)                                                                              \
     int name(const char *file, int flags, ...) {                                                   \
@@ -219,9 +214,7 @@ OPENING_AT(openat64)
             errno = number;                                                        \
             return NULL;                                                           \
         }                                                                          \
-        FILE *answer = real(file, mode);                                           \
-        if (verdict == LAST) die();                                                \
-        return answer;                                                             \
+        return real(file, mode);                                                   \
     }
 STREAM(fopen)
 STREAM(fopen64)
@@ -236,9 +229,7 @@ STREAM(fopen64)
             errno = number;                                                       \
             return -1;                                                            \
         }                                                                         \
-        type answer = real arguments;                                             \
-        if (verdict == LAST) die();                                               \
-        return answer;                                                            \
+        return real arguments;                                                    \
     }
 WRITING(ssize_t, write, (int descriptor, const void *data, size_t size), (descriptor, data, size), size / 2,
         int, const void *, size_t)
@@ -267,9 +258,7 @@ size_t fwrite(const void *data, size_t size, size_t count, FILE *stream) {
         errno = number;
         return 0;
     }
-    size_t answer = real(data, size, count, stream);
-    if (verdict == LAST) die();
-    return answer;
+    return real(data, size, count, stream);
 }
 
 #define READING(type, name, parameters, arguments, ...)                           \

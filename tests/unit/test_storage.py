@@ -167,6 +167,23 @@ def test_a_folder_lives_while_its_lock_is_held_and_not_by_ids_or_names(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_empty_folder_goes_at_once_and_an_owner_who_comes_to_lock_it_makes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, removed = scratch._opened, []
+
+    def late(path: Path) -> int:
+        if not removed:
+            removed.append(path.parent)
+            Directory(str(tmp_path)).clean_scratch(stale_only=True)
+        return opened(path)
+
+    monkeypatch.setattr(scratch, "_opened", late)
+    made = Directory(str(tmp_path)).scratch()
+    assert list(tmp_path.iterdir()) == [made]
+    assert made not in removed
+
+
 @pytest.mark.parametrize("trouble", ["other machine", "no locks", "no lock file yet"])
 def test_where_locks_do_not_tell_a_day_without_writing_does(
     trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,6 +199,7 @@ def test_where_locks_do_not_tell_a_day_without_writing_does(
     touched = folder / ".lock"
     if trouble == "no lock file yet":
         touched.unlink()
+        (folder / "half").touch()
         touched = folder
     Directory(str(tmp_path)).clean_scratch(stale_only=True)
     assert folder.exists()
