@@ -15,24 +15,28 @@ from clipfilter.errors import ClipfilterError, RefusedError
 class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived: leave at once; everything committed stays."""
 
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-
 
 def guard(call: Callable[[], object]) -> None:
     """Call it; what it raises becomes one sentence and an exit code. SIGTERM and SIGINT stop it at once."""
 
+    arrived: list[int] = []
+
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        arrived.append(signum)
         raise Interrupted(signum)
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
     try:
-        call()
-    except Interrupted as stop:
-        _say("stopped; what is committed stays, run the same command again to resume.")
-        sys.stdout.flush()
-        os._exit(128 + stop.signum)  # at once: a thread that hangs, or a library's own farewell, is not waited for
+        try:
+            call()
+        except BaseException:
+            if not arrived:
+                raise
+            # Whatever became of it on its way: Ray's C code makes a SystemError of what a handler raises.
+            _say("stopped; what is committed stays, run the same command again to resume.")
+            sys.stdout.flush()
+            os._exit(128 + arrived[0])  # at once: a thread that hangs, or a library's own farewell, is not waited for
     except RefusedError as error:
         _stop(str(error), 2)
     except ClipfilterError as error:
