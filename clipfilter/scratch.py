@@ -56,8 +56,8 @@ def remove_stale(parent: Path, prefix: str) -> None:
     Nobody holds the lock of a dead process's folder. Where locks do not tell (another machine may hold it on a network
     mount, or the file system has none) a folder is dead that has not been touched for a day.
     """
-    here = f"{prefix}{_place(parent)}-"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        here = f"{prefix}{_place(parent)}-"
         for name in sorted(name for name in os.listdir(parent) if name.startswith(prefix)):
             with contextlib.suppress(OSError):
                 _remove_if_dead(parent / name, trusted=name.startswith(here))

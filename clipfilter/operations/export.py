@@ -64,14 +64,15 @@ def export_run(
         "form": form,
     }
     identity |= {"rows_per_shard": rows_per_shard} if rows_per_shard else {}
-    if not target.create(MARKER, (json.dumps(identity, indent=1) + "\n").encode()):
-        if target.read_json(MARKER) != identity:
-            raise RefusedError(f"{to} holds another export; choose an empty directory.")
-    elif target.walk("") != ["/" + MARKER]:
-        target.fs.rm(target.path(MARKER))
-        raise RefusedError(f"{to} is not empty; choose an empty directory.")
-    opened.record(to)
     with target:
+        target.clean_scratch(stale_only=True)  # of an export that was killed
+        if not target.create(MARKER, (json.dumps(identity, indent=1) + "\n").encode()):
+            if target.read_json(MARKER) != identity:
+                raise RefusedError(f"{to} holds another export; choose an empty directory.")
+        elif target.walk("") != ["/" + MARKER]:
+            target.fs.rm(target.path(MARKER))
+            raise RefusedError(f"{to} is not empty; choose an empty directory.")
+        opened.record(to)
         writer = {"source": _source_shards, "clip-retrieval": _clip_retrieval, "datacomp": _datacomp}[form]
         rows, files = writer(opened, target, what, rows_per_shard)
     return {"to": target.url, "what": what, "form": form, "rows": rows, "files": files}
