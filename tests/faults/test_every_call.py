@@ -132,6 +132,7 @@ def subject(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.soak("test_at_one_call_of_each_kind")
+@pytest.mark.timeout(3600)
 def test_at_every_call(name: str, how: str, subject: Callable[[str], Subject]) -> None:
     it = subject(name)
     outcomes = Counter(it.disturb(call.number, how) for call in it.calls)
